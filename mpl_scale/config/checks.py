@@ -1,0 +1,162 @@
+"""Checks that need more than one field or the size of the world, made before anything expensive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpl_scale.config.load import RunConfig
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Images in a step: over all ranks (labelled, unlabelled) and on one data rank."""
+
+    labelled: int
+    unlabelled: int
+    labelled_per_rank: int
+    data_ranks: int
+    finetune: int
+
+    def equation(self) -> str:
+        """How the labelled batch comes about, for people."""
+        return (
+            f"train_batch_size {self.labelled} = train_micro_batch_size_per_gpu {self.labelled_per_rank} "
+            f"x data ranks {self.data_ranks}; unlabelled {self.unlabelled}"
+        )
+
+
+def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
+    """Cross-field checks.
+
+    Args:
+        config: as loaded.
+        world: ranks.
+        cuda: whether this run computes on GPUs.
+
+    Returns:
+        The batch arithmetic.
+
+    Raises:
+        ValueError: names the fields, the values and the fix.
+    """
+    _check_parallel(config, world=world, cuda=cuda)
+    _check_method(config)
+    _check_data(config)
+    return _batches(config, world=world)
+
+
+def zero_stage(config: RunConfig) -> int:
+    """zero_optimization.stage, DeepSpeed's default 0."""
+    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+
+
+def uses_flat_engine(config: RunConfig, *, cuda: bool) -> bool:
+    """Whether `parallel.engine` means the flat engine here."""
+    engine = config.mpl.parallel.engine
+    return engine == "flat" or (engine == "auto" and cuda and zero_stage(config) <= 2)
+
+
+def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
+    parallel, stage = config.mpl.parallel, zero_stage(config)
+    for name, size in (("width", parallel.width), ("shard_size", parallel.shard_size or 1)):
+        if world % size:
+            raise ValueError(
+                f"mpl_scale.parallel.{name} = {size} does not divide the {world} ranks; use a divisor of {world}"
+            )
+    if parallel.width > 1:
+        raise ValueError(f"mpl_scale.parallel.width = {parallel.width}: no model has a width partition yet; set 1")
+    if stage == 3 and parallel.graph == "required":
+        raise ValueError(
+            "mpl_scale.parallel.graph = required with zero_optimization.stage = 3: ZeRO-3 reads the device on the host "
+            "in every forward and backward, which a CUDA graph forbids; use stage 2, or graph off"
+        )
+    if stage == 3 and parallel.engine == "flat":
+        raise ValueError(
+            "mpl_scale.parallel.engine = flat with zero_optimization.stage = 3: the flat engine shards gradients and "
+            "optimiser state, not weights; use stage 2, or engine deepspeed"
+        )
+    if parallel.graph == "required":
+        raise ValueError("mpl_scale.parallel.graph = required: the step is not captured yet; set off or auto")
+    offload = config.deepspeed.get("zero_optimization", {})
+    if uses_flat_engine(config, cuda=cuda) and ("offload_optimizer" in offload or "offload_param" in offload):
+        raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")
+
+
+def _check_method(config: RunConfig) -> None:
+    method, phases = config.mpl.method, config.mpl.phases
+    soft, rule = method.pseudo_labels == "soft", method.feedback.rule
+    if method.name == "mpl" and soft and rule not in ("none", "soft_exact"):
+        raise ValueError(
+            f"mpl_scale.method.feedback.rule = {rule} with pseudo_labels = soft: a scalar times CE of soft labels has no "
+            "gradient towards better ones; use soft_exact or none, or pseudo_labels = sampled"
+        )
+    if method.name == "mpl" and not soft and rule == "soft_exact":
+        raise ValueError(
+            "mpl_scale.method.feedback.rule = soft_exact needs pseudo_labels = soft; for sampled labels use per_sample"
+        )
+    if method.name == "mpl" and rule == "per_sample" and method.feedback.target != "pseudo_labels":
+        raise ValueError("mpl_scale.method.feedback.rule = per_sample credits the pseudo labels; set target = pseudo_labels")
+    bf16 = config.deepspeed.get("bf16", {}).get("enabled", False)
+    if rule in ("per_sample", "soft_exact") and bf16:
+        raise ValueError(
+            f"mpl_scale.method.feedback.rule = {rule} with bf16: its central difference drowns in bf16's rounding; use "
+            "fp32, or rule cosine"
+        )
+    if method.name == "pseudo_label" and not phases.teacher_warmup.steps:
+        raise ValueError(
+            "mpl_scale.method.name = pseudo_label needs a trained teacher (eq. 1): set phases.teacher_warmup.steps"
+        )
+    if method.student_wait_steps >= phases.train.steps:
+        raise ValueError(
+            f"mpl_scale.method.student_wait_steps = {method.student_wait_steps} leaves the student no step of "
+            f"phases.train.steps = {phases.train.steps}; lower it"
+        )
+    if phases.finetune.start_from == "ema" and not method.ema_decay:
+        raise ValueError("mpl_scale.phases.finetune.start_from = ema needs mpl_scale.method.ema_decay above 0")
+
+
+def _check_data(config: RunConfig) -> None:
+    if any(deviation <= 0 for deviation in config.mpl.data.std):
+        raise ValueError(f"mpl_scale.data.std = {list(config.mpl.data.std)}: every value must be above 0")
+
+
+def _batches(config: RunConfig, *, world: int) -> Batches:
+    ranks = world // config.mpl.parallel.width
+    given = {
+        key: config.deepspeed.get(key)
+        for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    }
+    for key, value in given.items():
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{key} = {value!r}: must be a whole number of images, at least 1")
+    total, micro, accumulation = given.values()
+    if accumulation not in (None, 1):
+        raise ValueError(
+            f"gradient_accumulation_steps = {accumulation}: a Meta Pseudo Labels step is one batch, because the feedback "
+            "needs the student's whole update; set 1 and use more ranks"
+        )
+    if total is None and micro is None:
+        raise ValueError("train_batch_size is missing: give the labelled images per step over all ranks")
+    if total is None:
+        total = micro * ranks
+    if micro is None:
+        micro = total // ranks
+    if micro * ranks != total:
+        raise ValueError(
+            f"batch equation broken: train_batch_size {total} != train_micro_batch_size_per_gpu {micro} x data ranks "
+            f"{ranks} (= {world} ranks / width {config.mpl.parallel.width}); "
+            f"use train_batch_size {max(micro, 1) * ranks} or another number of ranks"
+        )
+    finetune = config.mpl.phases.finetune.batch_size or total
+    if finetune % ranks:
+        raise ValueError(
+            f"mpl_scale.phases.finetune.batch_size = {finetune} does not divide over {ranks} data ranks; "
+            f"use {-(-finetune // ranks) * ranks}"
+        )
+    return Batches(
+        labelled=total,
+        unlabelled=total * config.mpl.data.unlabelled_ratio,
+        labelled_per_rank=micro,
+        data_ranks=ranks,
+        finetune=finetune,
+    )

@@ -1,0 +1,158 @@
+"""Read a ds_config, apply --set, refuse unknown keys in both halves with "did you mean", validate, resolve.
+
+DeepSpeed accepts unknown top-level keys silently ("gradient_clipp1ng" trains unclipped); here both halves are closed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
+from mpl_scale.config.presets import apply_preset
+from mpl_scale.config.schema import Config
+
+SECTION = "mpl_scale"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A validated configuration: our section, DeepSpeed's half, and where it was read."""
+
+    path: Path
+    mpl: Config
+    deepspeed: Mapping[str, Any]
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration with every default filled in: written beside the run, loadable again."""
+        return {**self.deepspeed, SECTION: self.mpl.model_dump(mode="json")}
+
+
+def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a ds_config.
+
+    Args:
+        path: the JSON file.
+        overrides: "a.b.c=value" assignments applied to the JSON; a value that parses as JSON is taken as such.
+
+    Raises:
+        ValueError: one line that names the file or field, and the fix.
+    """
+    path = Path(path)
+    raw = _read(path)
+    for assignment in overrides:
+        _assign(raw, assignment)
+    section = raw.pop(SECTION, None)
+    if not isinstance(section, dict):
+        raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
+    _refuse_unknown_deepspeed_keys(raw, path)
+    _refuse_unknown_fields(section, Config, SECTION, path)
+    if isinstance(section.get("method"), dict):
+        section = {**section, "method": apply_preset(section["method"])}
+    try:
+        # JSON mode: strict types, but a list for a tuple and an integer for a float, as JSON has them.
+        mpl = Config.model_validate_json(json.dumps(section))
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_first_error(error)}") from None
+    return RunConfig(path=path, mpl=mpl, deepspeed=raw)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a ds_config"
+        raise ValueError(f"--ds_config {path}: no such file; {hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--ds_config {path}: cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: the top level must be a JSON object")
+    return raw
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f'key "{key}" stands twice; remove one')
+        result[key] = value
+    return result
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    """Apply one --set; missing sections on the way are made, so that unknown ones are refused by name later."""
+    dotted, equals, text = assignment.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {assignment}: write it as section.field=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    target = raw
+    for key in keys[:-1]:
+        target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ValueError(f"--set {assignment}: {key} is a value, not a section")
+    target[keys[-1]] = value
+
+
+def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
+    for key, value in raw.items():
+        if key in REFUSED_KEYS:
+            raise ValueError(f"{path}: {key}: {REFUSED_KEYS[key]}")
+        if key not in TOP_LEVEL_KEYS:
+            raise ValueError(f'{path}: unknown key "{key}"; {_suggest(key, [*TOP_LEVEL_KEYS, SECTION])}')
+        known = BLOCK_KEYS.get(key)
+        if known is None:
+            continue
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}: {key} must be a section {{...}}, not {value!r}")
+        for inner in value:
+            if inner not in known:
+                raise ValueError(f'{path}: unknown key "{key}.{inner}"; {_suggest(inner, known)}')
+
+
+def _refuse_unknown_fields(section: Mapping[str, Any], model: type[BaseModel], where: str, path: Path) -> None:
+    """pydantic would refuse them too, but without a suggestion."""
+    for key, value in section.items():
+        if key not in model.model_fields:
+            raise ValueError(f'{path}: unknown key "{where}.{key}"; {_suggest(key, model.model_fields)}')
+        inner = _section_type(model.model_fields[key].annotation)
+        if inner is not None and isinstance(value, Mapping):
+            _refuse_unknown_fields(value, inner, f"{where}.{key}", path)
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """The section among a field's types, if any."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return next((t for a in typing.get_args(annotation) if (t := _section_type(a))), None)
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _suggest(key: str, known: typing.Iterable[str]) -> str:
+    known = sorted(known)
+    close = difflib.get_close_matches(key, known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def _first_error(error: ValidationError) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in (SECTION, *first["loc"]))
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "missing":
+        return f"{where} is missing; it has no default{more}"
+    return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"

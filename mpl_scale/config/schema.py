@@ -1,0 +1,232 @@
+"""The "mpl_scale" section of a ds_config: every field, its default, its bounds and its source in the paper.
+
+Models are frozen and refuse unknown keys. Checks across fields and against the world size are in checks.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict about types, closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+class NetworkConfig(Section):
+    """One network: teacher or student."""
+
+    name: str = Field(description="A registered model (mpl_scale.models) or any timm classifier.")
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout before the classifier.")
+    drop_path: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Stochastic depth, deepest block.")
+    init: Literal["default", "uniform", "zero_classifier"] = Field(
+        "default", description="default: the model's own; uniform: U(-init_range, init_range) everywhere (3.1)."
+    )
+    init_range: Positive = 0.1
+    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the model's builder.")
+
+
+class ModelConfig(Section):
+    """Both networks and what they share."""
+
+    teacher: NetworkConfig
+    student: NetworkConfig
+    num_classes: Annotated[int, Field(ge=2)]
+    image_size: Count = Field(description="Height and width of the images fed to the networks, pixels.")
+    bn_decay: Probability = Field(0.99, description="Decay of BN's moving averages (Tables 6-8); torch momentum is 1 - decay.")
+    bn_eps: Positive = 1e-3
+
+
+class WeakConfig(Section):
+    """The weak view: flip and shifted crop."""
+
+    pad: CountOrZero = Field(0, description="Pixels the crop window may leave the image by on each side.")
+    fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels outside the image.")
+    flip: bool = Field(False, description="Horizontal flip with probability 1/2; wrong for digits (C.2).")
+
+
+class StrongConfig(Section):
+    """The strong view: `num_ops` operations drawn uniformly (RandAugment), then cutout, on top of the weak view."""
+
+    ops: list[str] = Field(default_factory=list, description="Names registered in mpl_scale.augment; empty: the default set.")
+    num_ops: CountOrZero = 2
+    magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(9.0, description="M of RandAugment, 0 to 10.")
+    random_magnitude: bool = Field(True, description="Draw each magnitude from U(0, magnitude) instead of using it as is.")
+    probability: Probability = Field(1.0, description="Of applying each drawn operation.")
+    cutout: CountOrZero = Field(0, description="Side of the square set to `fill`, pixels; 0: none.")
+    fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels that come from outside the image.")
+
+
+class DataConfig(Section):
+    """Where images come from and how they are split, viewed and batched."""
+
+    source: str = Field("digits", description="A registered source: digits, folder.")
+    root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
+    labelled_per_class: Count = Field(4, description="Labelled training images per class.")
+    test_fraction: Fraction = Field(0.3333, description="Share held out for evaluation, stratified; nothing trains on it.")
+    split_seed: int | None = Field(None, description="Seed of the split; null: the run's seed.")
+    unlabelled_from: Literal["training", "rest", "labelled"] = Field(
+        "training", description="Unlabelled images: all training images, those without a label, or the labelled ones (D.2)."
+    )
+    unlabelled_ratio: Count = Field(1, description="mu: unlabelled images per labelled image in a step.")
+    weak: WeakConfig = WeakConfig()
+    strong: StrongConfig = StrongConfig()
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    threads: Count = Field(1, description="DALI's CPU threads per rank.")
+    prefetch: Count = Field(2, description="Batches DALI prepares ahead.")
+    evaluation_batch: Count = Field(256, description="Images per rank and evaluation step.")
+
+
+class FeedbackConfig(Section):
+    """The student's feedback h (equation 12, appendix C.3)."""
+
+    rule: str = Field(
+        "cosine", description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact."
+    )
+    weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
+    dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
+    target: Literal["pseudo_labels", "strong_argmax"] = Field(
+        "pseudo_labels", description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port."
+    )
+    baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
+    baseline_decay: Probability = 0.99
+    baseline_bias_correction: bool = Field(True, description="Divide the average by 1 - decay**t, as Adam does.")
+
+
+class UDAConfig(Section):
+    """Unsupervised data augmentation: the teacher's consistency loss (Table 7)."""
+
+    weight: NonNegative = Field(1.0, description="UDA factor.")
+    temperature: Positive = Field(0.7, description="Sharpens the weak view's distribution.")
+    threshold: Probability = Field(0.0, description="Only images whose sharpened confidence reaches it count.")
+    ramp_steps: CountOrZero = Field(0, description="Linear ramp of the weight: weight * min(1, step / ramp_steps).")
+
+
+class MethodConfig(Section):
+    """What a step does."""
+
+    name: str = Field("mpl", description="Registered: supervised, pseudo_label, uda, mpl.")
+    preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
+        None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
+    )
+    pseudo_labels: Literal["sampled", "argmax", "soft"] = "sampled"
+    pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
+    pseudo_label_temperature: Positive = 1.0
+    pseudo_label_threshold: Probability = Field(0.95, description="Method pseudo_label: least teacher confidence (Table 6).")
+    feedback: FeedbackConfig = FeedbackConfig()
+    supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
+    uda: UDAConfig = UDAConfig()
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Smooths the pseudo labels.")
+    student_sees_labelled: bool = Field(True, description="The student's pass includes x_l, for BN statistics only.")
+    student_wait_steps: CountOrZero = Field(0, description="Steps with student learning rate 0 and feedback 0.")
+    ema_decay: Probability = Field(0.999, description="Student EMA: rate min(decay, (t+1)/(t+10)); 0: none.")
+
+
+class OptimConfig(Section):
+    """Optimiser and schedule of one network."""
+
+    name: str = Field("sgd", description="Registered: sgd, rmsprop.")
+    lr: NonNegative
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = Field(0.0, description="Coupled L2, as in the released code.")
+    decay_bn_and_bias: bool = Field(False, description="Whether weight decay covers BN parameters and biases.")
+    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")
+    eps: Positive = Field(1e-3, description="RMSProp: added under the root (TF variant).")
+    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
+    warmup_steps: CountOrZero = Field(0, description="Linear: lr * (step + 1) / warmup_steps.")
+    decay_rate: Fraction = Field(0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps).")
+    decay_steps: Count = Field(750, description="Exponential schedule.")
+
+
+class OptimsConfig(Section):
+    """One optimiser per network."""
+
+    teacher: OptimConfig
+    student: OptimConfig
+
+
+class ParallelConfig(Section):
+    """Mesh and engine."""
+
+    engine: Literal["auto", "deepspeed", "flat"] = Field(
+        "auto", description="auto: flat for ZeRO 0-2 on a GPU, deepspeed otherwise."
+    )
+    width: Count = Field(1, description="Ranks that share one image along its width.")
+    shard_size: Count | None = Field(None, description="Consecutive ranks that share one copy of the state; null: all.")
+    graph: Literal["off", "auto", "required"] = Field("auto", description="Replay the step as one CUDA graph.")
+    timeout_seconds: Positive = Field(600.0, description="A collective that takes longer ends the run.")
+
+
+class TrainPhase(Section):
+    """The main phase."""
+
+    steps: Count
+    evaluate_every: CountOrZero = Field(0, description="0: only at the end of the phase.")
+
+
+class WarmupPhase(Section):
+    """Teacher warm-up: supervised + UDA on the teacher alone, before the main phase."""
+
+    steps: CountOrZero = 0
+
+
+class FinetunePhase(Section):
+    """Finetuning of the student on labelled images, fixed learning rate (3.2, 3.3)."""
+
+    steps: CountOrZero = 0
+    lr: NonNegative = 1e-5
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = 0.0
+    batch_size: Count | None = Field(None, description="Global labelled batch; null: train_batch_size.")
+    start_from: Literal["student", "ema"] = "student"
+
+
+class PhasesConfig(Section):
+    """In order: teacher warm-up, train, finetune."""
+
+    teacher_warmup: WarmupPhase = WarmupPhase()
+    train: TrainPhase
+    finetune: FinetunePhase = FinetunePhase()
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
+    progress: Literal["auto", "bar", "lines", "off"] = Field("auto", description="auto: a bar on a terminal, else lines.")
+
+
+class CheckpointConfig(Section):
+    """When the state is saved and what is kept."""
+
+    every: CountOrZero = Field(1000, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
+    keep: Count = Field(3, description="Newest checkpoints kept.")
+
+
+class Config(Section):
+    """The "mpl_scale" section."""
+
+    paper: str | None = Field(None, description="The row of the paper this config stands for.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    method: MethodConfig = MethodConfig()
+    optim: OptimsConfig
+    parallel: ParallelConfig = ParallelConfig()
+    phases: PhasesConfig
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

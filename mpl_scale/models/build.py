@@ -1,0 +1,77 @@
+"""From a config to a network that is ready for an engine: built, initialised, its layers agreed over ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mpl_scale.config.schema import ModelConfig, NetworkConfig
+from mpl_scale.models.layers import BatchNorm, DropoutLinear, DropPath, convert
+from mpl_scale.models.passes import Passes
+from mpl_scale.models.registry import MODELS, find_builder
+
+
+def build_model(
+    network: NetworkConfig,
+    shared: ModelConfig,
+    *,
+    field: str,
+    seed: int,
+    group: dist.ProcessGroup | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A classifier with `model.passes`, in training mode, initialised from `seed` alike on every rank.
+
+    Args:
+        network: the network's section.
+        shared: what teacher and student share.
+        field: path of the section, for errors, as "mpl_scale.model.teacher".
+        seed: of the initial weights.
+        group: ranks over which batch norm takes its statistics; None: this process.
+        device: where it is built; "meta" builds shapes only.
+    """
+    builder = find_builder(network.name, field=f"{field}.name")
+    kwargs = dict(network.kwargs)
+    if network.name not in MODELS and network.drop_path:
+        kwargs["drop_path_rate"] = network.drop_path
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        try:
+            model = builder(num_classes=shared.num_classes, **kwargs)
+        except TypeError as error:
+            raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {error}") from error
+        _initialise(model, network)
+    model.passes = passes = Passes()
+    model = convert(model, passes=passes, group=group)
+    for layer in model.modules():
+        if isinstance(layer, BatchNorm):
+            layer.momentum, layer.eps = 1.0 - shared.bn_decay, shared.bn_eps
+    if network.dropout:
+        _add_dropout(model, network.dropout, passes, field=field)
+    if network.drop_path and not any(isinstance(layer, DropPath) for layer in model.modules()):
+        raise ValueError(f"{field}.drop_path = {network.drop_path}: {network.name} has no residual path to drop; set 0")
+    return model.train()
+
+
+def _initialise(model: nn.Module, network: NetworkConfig) -> None:
+    if network.init == "uniform":
+        for parameter in model.parameters():
+            nn.init.uniform_(parameter, -network.init_range, network.init_range)
+    elif network.init == "zero_classifier":
+        for parameter in _classifier(model)[1].parameters():
+            nn.init.zeros_(parameter)
+
+
+def _classifier(model: nn.Module) -> tuple[str, nn.Module]:
+    """The name and the module of the last linear layer: timm's get_classifier, or `classifier`."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else model.classifier
+    return next(name for name, module in model.named_modules() if module is head), head  # type: ignore[return-value]
+
+
+def _add_dropout(model: nn.Module, rate: float, passes: Passes, *, field: str) -> None:
+    name, head = _classifier(model)
+    if not isinstance(head, nn.Linear):
+        raise ValueError(f"{field}.dropout = {rate}: the classifier is a {type(head).__name__}, not a Linear; set 0")
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, DropoutLinear(head, rate, passes))

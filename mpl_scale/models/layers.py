@@ -1,0 +1,172 @@
+"""The layers that must agree over ranks: batch norm over the whole batch, dropout and drop-path by counter.
+
+`convert` swaps them into any module tree without changing a state_dict key. torch's SyncBatchNorm refuses CPU, and
+its BatchNorm refuses bf16 weights with fp32 statistics; torch's dropout depends on how rows lie on ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.models.passes import Passes
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and var over every rank of a group.
+
+    Forward: one all-reduce of 2 C + 1 numbers (sums about `center`, which keeps them accurate in fp32, and the
+    element count). Backward: one of 2 C. The backward of the statistics' all-reduce is a SUM, so that parameters
+    averaged over ranks have the gradient of the mean loss.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, center, eps, group):  # type: ignore[no-untyped-def]
+        dims = (0, *range(2, x.ndim))
+        wide = x.to(center.dtype)
+        local_count = x.numel() // x.shape[1]
+        variance, mean = torch.var_mean(wide, dims, correction=0)
+        offset = mean - center
+        sums = torch.cat([offset, variance + offset * offset, torch.ones_like(offset[:1])]) * local_count
+        dist.all_reduce(sums, group=group)
+        count = sums[-1]
+        offset, square = (sums[:-1] / count).chunk(2)
+        mean, variance = center + offset, square - offset * offset
+        inverse_std = torch.rsqrt(variance + eps)
+        ctx.save_for_backward(x, weight, mean, inverse_std, count)
+        ctx.group, ctx.dims = group, dims
+        scale = inverse_std * weight.to(center.dtype)
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        y = torch.addcmul((bias.to(center.dtype) - mean * scale).view(shape), wide, scale.view(shape)).to(x.dtype)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, dy, *_):  # type: ignore[no-untyped-def]
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        shape = (1, -1) + (1,) * (x.ndim - 2)
+        dy_wide = dy.to(mean.dtype)
+        normalised = (x.to(mean.dtype) - mean.view(shape)) * inverse_std.view(shape)
+        grad_bias, grad_weight = dy_wide.sum(ctx.dims), (dy_wide * normalised).sum(ctx.dims)
+        sums = torch.cat([grad_bias, grad_weight])
+        dist.all_reduce(sums, group=ctx.group)
+        mean_dy, mean_dy_normalised = (sums / count).chunk(2)
+        centred = dy_wide - mean_dy.view(shape) - normalised * mean_dy_normalised.view(shape)
+        dx = (centred * (inverse_std * weight.to(mean.dtype)).view(shape)).to(x.dtype)
+        return dx, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (and an optional activation, as timm's BatchNormAct2d) over all ranks of `group`.
+
+    Statistics are in fp32 (or the buffers' dtype) whatever the input's; the running variance is unbiased by the
+    global count. In a pass with `update_statistics=False` the batch normalises but the moving averages stay.
+    """
+
+    def __init__(self, source: nn.Module, *, passes: Passes, group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(source, name))
+        self.eps, self.momentum = float(source.eps), source.momentum  # type: ignore[arg-type]
+        self.drop = getattr(source, "drop", None)
+        self.act = getattr(source, "act", None)
+        self.passes, self.group = passes, group
+        self.train(source.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, C, ...] -> the same shape and dtype."""
+        x = self._normalise(x)
+        x = x if self.drop is None else self.drop(x)
+        return x if self.act is None else self.act(x)
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        wide = self.running_mean.dtype
+        learn = self.training and (self.passes.current is None or self.passes.current.update_statistics)
+        if learn:
+            self.num_batches_tracked.add_(1)
+        if not self.training or self.group is None:
+            averages = (self.running_mean, self.running_var) if learn or not self.training else (None, None)
+            weight, bias = self.weight.to(wide), self.bias.to(wide)
+            return F.batch_norm(x.to(wide), *averages, weight, bias, self.training, self.momentum, self.eps).to(x.dtype)
+        y, mean, variance, count = _GlobalBatchNorm.apply(
+            x, self.weight, self.bias, self.running_mean, self.eps, self.group
+        )
+        if learn:
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return y
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}, global={self.group is not None}"
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask is a function of (seed, step, site, global row): the same on every layout of ranks."""
+
+    def __init__(self, rate: float, passes: Passes) -> None:
+        super().__init__()
+        self.rate, self.passes, self.site = rate, passes, passes.new_site()
+
+    @property
+    def active(self) -> bool:
+        """Whether this pass drops anything."""
+        return self.training and self.rate > 0.0 and (self.passes.current is None or self.passes.current.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, ...] -> x with elements zeroed with probability `rate`, the rest divided by 1 - rate."""
+        if not self.active:
+            return x
+        keep = self.passes.uniform(self.site, x[0].numel()).view(x.shape) >= self.rate
+        return x * (keep.to(x.dtype) / (1.0 - self.rate))
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"rate={self.rate}"
+
+
+class DropPath(Dropout):
+    """Stochastic depth: the same per sample instead of per element."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, ...] -> x with whole samples zeroed with probability `rate`, the rest divided by 1 - rate."""
+        if not self.active:
+            return x
+        keep = self.passes.uniform(self.site, 1).view(-1, *(1,) * (x.ndim - 1)) >= self.rate
+        return x * (keep.to(x.dtype) / (1.0 - self.rate))
+
+
+class DropoutLinear(nn.Module):
+    """A classifier with dropout before it; keys are those of the linear layer alone."""
+
+    def __init__(self, linear: nn.Linear, rate: float, passes: Passes) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.dropout = Dropout(rate, passes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, features] -> [B, classes]."""
+        return F.linear(self.dropout(x), self.weight, self.bias)
+
+
+def convert(module: nn.Module, *, passes: Passes, group: dist.ProcessGroup | None) -> nn.Module:
+    """Replace batch norm, dropout and drop-path everywhere below `module` (in place); returns the module.
+
+    Raises ValueError for a batch norm this file has no equal of.
+    """
+    if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d) and module.affine and module.track_running_stats:
+        return BatchNorm(module, passes=passes, group=group)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"{module} has no counterpart over ranks: only affine BatchNorm1d/2d with running statistics")
+    if isinstance(module, nn.Dropout):
+        return Dropout(module.p, passes)
+    if type(module).__name__ == "DropPath":  # timm's; not imported here, timm costs seconds
+        return DropPath(float(module.drop_prob), passes)  # type: ignore[arg-type]
+    for name, child in list(module.named_children()):
+        setattr(module, name, convert(child, passes=passes, group=group))
+    return module

@@ -1,0 +1,66 @@
+"""What one forward pass tells the layers inside a model: whose random numbers to draw, and whether BN may learn.
+
+A step runs several passes over the same student (update, feedback) and one over the teacher, on rows that lie on
+different ranks. Layers with randomness or statistics hold the model's `Passes` and read `current` when they run, so
+no model's forward signature changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mpl_scale.philox import uniform
+
+SITES = 1 << 16
+"""Random sites a model may have; a pass's stream is its number times this."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One forward pass in training mode.
+
+    seed: the run's seed. stream: the number of this pass within a step. step: int64 [], on the device.
+    rows: int64 [B], the global rows of the batch. update_statistics: whether BN's moving averages see the batch.
+    dropout: whether dropout and drop-path act.
+    """
+
+    seed: int
+    stream: int
+    step: torch.Tensor
+    rows: torch.Tensor
+    update_statistics: bool = True
+    dropout: bool = True
+
+
+class Passes:
+    """Shared by the layers of one model; counts their random sites."""
+
+    def __init__(self) -> None:
+        self.current: Pass | None = None
+        self._sites = 0
+
+    def new_site(self) -> int:
+        """A number for a layer that draws random numbers, in the order of the module tree."""
+        self._sites += 1
+        return self._sites - 1
+
+    @contextmanager
+    def __call__(self, current: Pass) -> Iterator[None]:
+        previous, self.current = self.current, current
+        try:
+            yield
+        finally:
+            self.current = previous
+
+    def uniform(self, site: int, columns: int) -> torch.Tensor:
+        """float32 [B, columns] in (0, 1) for the rows of the current pass."""
+        if self.current is None:
+            raise ValueError("dropout or drop-path ran in training mode outside `with model.passes(Pass(...))`")
+        now = self.current
+        return uniform(
+            seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=now.rows, columns=columns
+        )

@@ -1,0 +1,44 @@
+"""Models by name: those registered here first, then every timm classifier."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+
+from torch import nn
+
+Builder = Callable[..., nn.Module]
+MODELS: dict[str, Builder] = {}
+
+
+def register_model(name: str) -> Callable[[Builder], Builder]:
+    """Make a builder `(num_classes=..., **kwargs) -> module` available as `mpl_scale.model.<network>.name`."""
+
+    def add(builder: Builder) -> Builder:
+        if name in MODELS:
+            raise ValueError(f"model {name!r} is registered twice")
+        MODELS[name] = builder
+        return builder
+
+    return add
+
+
+def find_builder(name: str, *, field: str) -> Builder:
+    """The builder of a model.
+
+    Args:
+        name: a registered name or a timm architecture ("resnet50", "tf_efficientnet_l2").
+        field: the config field that holds the name, for the error.
+
+    Raises:
+        ValueError: unknown, with the closest names.
+    """
+    if name in MODELS:
+        return MODELS[name]
+    import timm  # seconds, and only needed for its models
+
+    if timm.is_model(name):
+        return lambda **kwargs: timm.create_model(name, **kwargs)
+    close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"use {', '.join(MODELS)} or any name of timm.list_models()"
+    raise ValueError(f"{field} = {name!r} is no known model; {hint}")

@@ -1,0 +1,45 @@
+"""Networks for the embedded data: a CNN for 8x8 digits and the two-moons MLP of section 3.1."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mpl_scale.models.registry import register_model
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+@register_model("digits_cnn")
+class DigitsCNN(nn.Module):
+    """Three 3x3 convolutions with batch norm, then global average pooling and a linear classifier."""
+
+    def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (16, 32, 32)) -> None:
+        super().__init__()
+        inputs = (3, *widths[:-1])
+        strides = (1,) + (2,) * (len(widths) - 1)
+        self.features = nn.Sequential(*(_conv(*shape) for shape in zip(inputs, widths, strides, strict=True)))
+        self.classifier = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, 3, H, W] -> logits [B, num_classes]."""
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
+@register_model("two_moons_mlp")
+class TwoMoonsMLP(nn.Module):
+    """Two hidden layers of 8 units with sigmoids (3.1)."""
+
+    def __init__(self, *, num_classes: int, hidden: int = 8, inputs: int = 2) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.Sigmoid(), nn.Linear(hidden, hidden), nn.Sigmoid()
+        )
+        self.classifier = nn.Linear(hidden, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, inputs] -> logits [B, num_classes]."""
+        return self.classifier(self.features(x))

@@ -1,0 +1,23 @@
+"""Meta Pseudo Labels itself: losses, feedback, the step, and the baselines on the same terms."""
+
+from mpl_scale.mpl import baselines, step
+from mpl_scale.mpl.feedback import FEEDBACK_RULES, register_feedback
+from mpl_scale.mpl.methods import METHODS, Method, register_method
+from mpl_scale.mpl.network import GradientShard, Network
+from mpl_scale.mpl.state import Baseline, MovingAverage, Schedules, State
+
+__all__ = [
+    "FEEDBACK_RULES",
+    "METHODS",
+    "Baseline",
+    "GradientShard",
+    "Method",
+    "MovingAverage",
+    "Network",
+    "Schedules",
+    "State",
+    "baselines",
+    "register_feedback",
+    "register_method",
+    "step",
+]

@@ -1,0 +1,234 @@
+"""The student's feedback to the teacher: rules by registry (equation 12, appendices A and C.3).
+
+A rule looks at the student before and after its update on pseudo labels and returns a `Signal`: the scalar h (the
+cosine of g_u and g_l for most), and the weight of each row's cross-entropy in the teacher's loss. Scalar rules give
+every row the same weight h - b. Directional rules credit each row with its own share of h, which is the same
+expectation at a far smaller variance (FIDELITY 1.4).
+
+Signs. theta' = theta - lr g_u, so CE_old - CE_new = +lr <g_l, g_u> to first order: positive feedback means the pseudo
+labels helped, and descending h CE(y_u, T) makes them more likely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from mpl_scale.mpl.losses import accuracy, cross_entropy
+from mpl_scale.mpl.network import GradientShard, Network
+from mpl_scale.mpl.state import FEEDBACK_PASS, LABELLED_ROWS, State, gradient_dots
+from mpl_scale.types import Batch
+
+FEEDBACK_RULES: dict[str, type[FeedbackRule]] = {}
+
+
+def register_feedback(name: str) -> Callable[[type[FeedbackRule]], type[FeedbackRule]]:
+    """Make a rule available as `mpl_scale.method.feedback.rule`."""
+
+    def add(rule: type[FeedbackRule]) -> type[FeedbackRule]:
+        if name in FEEDBACK_RULES:
+            raise ValueError(f"feedback rule {name!r} is registered twice")
+        FEEDBACK_RULES[name] = rule
+        return rule
+
+    return add
+
+
+@dataclass(frozen=True)
+class StudentUpdate:
+    """What the student's update leaves for a rule.
+
+    targets: labels [U] or distributions [U, K]. gradient: the shard of g_u. lr: float32 []. forward: logits [U, K] of
+    the student's pass on x_s, repeated with the same rows and random numbers, without gradients or BN learning.
+    """
+
+    targets: torch.Tensor
+    gradient: GradientShard
+    lr: torch.Tensor
+    forward: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Signal:
+    """h float64 [], and what weighs the rows' cross-entropies: [] or [U] for labels, [U, K] credits for soft labels."""
+
+    h: torch.Tensor
+    credit: torch.Tensor
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+class FeedbackRule:
+    """Base: the rule `none`'s behaviour (h = 0), and the teacher's loss of scalar and per-row credits."""
+
+    soft_labels = False
+    """Whether the rule is for soft pseudo labels; the others are for hard ones."""
+
+    def before_update(self, state: State, batch: Batch) -> None:
+        """Called after the student's backward pass, before its weights change."""
+
+    def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
+        """Called once the student's weights are theta'."""
+        zero = torch.zeros((), dtype=torch.float64, device=state.step.device)
+        return Signal(h=zero, credit=zero)
+
+    def teacher_loss(self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The fed-back loss: mean over rows of credit * CE(y_u, T(x_u)); logits [U, K], 0-d result."""
+        return (credit.to(logits.dtype) * cross_entropy(logits, targets)).mean()
+
+
+register_feedback("none")(FeedbackRule)
+
+
+@register_feedback("cosine")
+class Cosine(FeedbackRule):
+    """h = cos(g_u, g_l), g_l the gradient on labelled data at theta' (C.3)."""
+
+    def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
+        """One backward pass on x_l whose gradient is measured and dropped."""
+        _, dots, metrics = labelled_gradient(state, batch, update)
+        h = self._scalar(dots, update)
+        return Signal(h=h, credit=h, metrics=metrics)
+
+    def _scalar(self, dots: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
+        return cosine(dots)
+
+
+@register_feedback("flipped")
+class Flipped(Cosine):
+    """-cos(g_u, g_l): the sign error of the popular ports, a control that must do worse."""
+
+    def _scalar(self, dots: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
+        return -cosine(dots)
+
+
+@register_feedback("dot")
+class Dot(Cosine):
+    """h = lr <g_u, g_l>: equation 12 as it stands."""
+
+    def _scalar(self, dots: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
+        return update.lr.double() * dots[0]
+
+
+@register_feedback("loss_difference")
+class LossDifference(FeedbackRule):
+    """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it."""
+
+    def before_update(self, state: State, batch: Batch) -> None:
+        """Measure CE at theta."""
+        with torch.no_grad():
+            self._old = labelled_loss(state, batch)[0]
+
+    def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
+        """Measure CE at theta', on all ranks."""
+        with torch.no_grad():
+            new, logits = labelled_loss(state, batch)
+        h = state.mean_over_ranks((self._old - new).double())
+        metrics = {"student_labelled_loss": new, "student_labelled_accuracy": accuracy(logits, batch.labels)}
+        return Signal(h=h, credit=h, metrics=metrics)
+
+
+class Directional(FeedbackRule):
+    """Base of the rules that credit rows by the derivative of their log-probabilities along g_l.
+
+    D[i, k] = d/de log S_k(x_i; theta + e g_l) at theta, by central difference: two forward passes with shifted
+    weights. h is the cosine; credits are divided by |g_u| |g_l| like it, so their mean over rows is h.
+    """
+
+    relative_step = 1e-3
+    """Length of the shift relative to the weights': the truncation error is its square, rounding 1e-7 over it."""
+
+    def before_update(self, state: State, batch: Batch) -> None:
+        """Keep theta: it is where g_u was taken."""
+        self._weights = [shard.detach().clone() for shard in _student(state).master]
+
+    def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
+        """Three backward-free passes more than `cosine`: g_l, then the two shifted ones."""
+        student = _student(state)
+        gradient, dots, metrics = labelled_gradient(state, batch, update)
+        norms = torch.sqrt(dots[1] * dots[2])
+        squares = gradient_dots(self._weights, gradient, student)
+        step = self.relative_step * torch.sqrt(squares[1] / squares[2])
+        updated = [shard.detach().clone() for shard in student.master]
+        plus, minus = (self._shifted(student, gradient, sign * step, update) for sign in (1.0, -1.0))
+        _overwrite(student, updated)
+        derivative = (plus - minus) / (2.0 * step)
+        return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update.targets), metrics=metrics)
+
+    def _shifted(
+        self, student: Network, direction: GradientShard, step: torch.Tensor, update: StudentUpdate
+    ) -> torch.Tensor:
+        shifted = [w + step.to(w.dtype) * d.to(w.dtype) for w, d in zip(self._weights, direction, strict=True)]
+        _overwrite(student, shifted)
+        return update.forward().double().log_softmax(-1)
+
+    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        raise TypeError(f"{type(self).__name__} must define _credit")
+
+
+@register_feedback("per_sample")
+class PerSample(Directional):
+    """Each row's own share of h: -D[i, y_i] for the sampled label y_i."""
+
+    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return -derivative.gather(1, targets[:, None])[:, 0]
+
+
+@register_feedback("soft_exact")
+class SoftExact(Directional):
+    """The exact gradient of L_l(theta') for soft labels (section 2): mean over rows of sum_k p_ik D[i, k]."""
+
+    soft_labels = True
+
+    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return derivative
+
+    def teacher_loss(self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """credit [U, K]; the gradient flows through the teacher's probabilities. A baseline cancels: they sum to 1."""
+        return (logits.softmax(-1) * credit.to(logits.dtype)).sum(-1).mean()
+
+
+def cosine(dots: torch.Tensor) -> torch.Tensor:
+    """<u, v> / (|u| |v|) from [<u, v>, <u, u>, <v, v>]; 0 where a gradient vanishes."""
+    return dots[0] / torch.sqrt(dots[1] * dots[2]).clamp(min=torch.finfo(dots.dtype).tiny)
+
+
+def labelled_loss(state: State, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """The student's mean CE on this rank's x_l and its logits; BN normalises by this batch and learns nothing."""
+    student = _student(state)
+    rows = batch.labelled_rows + LABELLED_ROWS
+    passes = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
+    with student.module.passes(passes):  # type: ignore[operator]
+        logits = student.forward(batch.labelled)
+    return cross_entropy(logits, batch.labels).mean(), logits
+
+
+def labelled_gradient(
+    state: State, batch: Batch, update: StudentUpdate
+) -> tuple[GradientShard, torch.Tensor, dict[str, torch.Tensor]]:
+    """g_l at theta', its dots with g_u (float64 [3]) and what to log; no gradient is left in the student."""
+    student = _student(state)
+    loss, logits = labelled_loss(state, batch)
+    gradient = student.backward(loss)
+    student.discard()
+    dots = gradient_dots(update.gradient, gradient, student)
+    metrics = {
+        "student_labelled_loss": loss.detach(),
+        "student_labelled_accuracy": accuracy(logits, batch.labels),
+        "cosine": cosine(dots),
+        "student_gradient_norm": torch.sqrt(dots[1]),
+        "labelled_gradient_norm": torch.sqrt(dots[2]),
+    }
+    return gradient, dots, metrics
+
+
+def _student(state: State) -> Network:
+    assert state.student is not None
+    return state.student
+
+
+def _overwrite(network: Network, shards: list[torch.Tensor]) -> None:
+    for shard, value in zip(network.master, shards, strict=True):
+        shard.copy_(value)
+    network.refresh_weights()

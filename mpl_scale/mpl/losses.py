@@ -1,0 +1,63 @@
+"""Cross-entropies of the method. All return one number per row, so that callers weigh and average."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
+    """CE(q, p) of section 2 per row, without the batch average.
+
+    Args:
+        logits: [B, K].
+        targets: labels int64 [B] or distributions [B, K] (no gradient flows unless they carry one).
+        smoothing: mixes the target with the uniform distribution: (1 - s) q + s / K.
+
+    Returns:
+        [B].
+    """
+    log_probabilities = logits.log_softmax(-1)
+    if targets.ndim == 1:
+        likelihood = log_probabilities.gather(1, targets[:, None])[:, 0]
+    else:
+        likelihood = (targets * log_probabilities).sum(-1)
+    if not smoothing:
+        return -likelihood
+    return -(1.0 - smoothing) * likelihood - smoothing * log_probabilities.mean(-1)
+
+
+def uda_loss(weak: torch.Tensor, strong: torch.Tensor, *, temperature: float, threshold: float) -> torch.Tensor:
+    """Consistency loss of UDA per row: CE(stop_grad(softmax(weak / temperature)), strong), 0 below the threshold.
+
+    The released code's rule: the confidence is that of the sharpened distribution, and masked rows count in the
+    average (its denominator is the whole batch).
+
+    Args:
+        weak: teacher logits on the weak view [U, K].
+        strong: teacher logits on the strong view [U, K].
+        temperature: sharpening (Table 7).
+        threshold: least confidence, in [0, 1].
+
+    Returns:
+        [U].
+    """
+    target = (weak.detach() / temperature).softmax(-1)
+    confident = target.amax(-1) >= threshold
+    return cross_entropy(strong, target) * confident
+
+
+def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Share of rows whose largest logit is the target's class (labels [B] or distributions [B, K]); float32 []."""
+    labels = targets if targets.ndim == 1 else targets.argmax(-1)
+    return (logits.argmax(-1) == labels).float().mean()
+
+
+def sample_labels(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Labels int64 [B] drawn from softmax(logits [B, K]) by the Gumbel-max rule.
+
+    Args:
+        logits: [B, K].
+        uniform: independent uniform numbers in (0, 1), [B, K].
+    """
+    return (F.log_softmax(logits, -1) - torch.log(-torch.log(uniform))).argmax(-1)

@@ -1,0 +1,46 @@
+"""Methods by registry: what one step does, and which networks it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpl_scale.mpl.state import State
+from mpl_scale.types import Batch, StepMetrics
+
+Step = Callable[[State, Batch], StepMetrics]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A step and what it needs."""
+
+    name: str
+    step: Step
+    teacher: bool
+    student: bool
+    unlabelled: bool
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register_method(
+    name: str, *, teacher: bool, student: bool, unlabelled: bool = True
+) -> Callable[[Step], Step]:
+    """Make a step available as `mpl_scale.method.name`.
+
+    Args:
+        name: for the config.
+        teacher: whether the state must hold a teacher.
+        student: whether it must hold a student.
+        unlabelled: whether batches carry unlabelled images.
+    """
+
+    def add(step: Step) -> Step:
+        if name in METHODS:
+            raise ValueError(f"method {name!r} is registered twice")
+        METHODS[name] = Method(name=name, step=step, teacher=teacher, student=student, unlabelled=unlabelled)
+        return step
+
+    return add

@@ -1,0 +1,69 @@
+"""What the step asks of a sharded network: the one interface between the method and the ZeRO engines.
+
+The method (mpl/) never sees ranks, stages or buffers. An engine (engine/) owns a module, its fp32 master shard, its
+optimiser shard and its gradient buffers, and implements this protocol. Terms: a *gradient shard* is this rank's
+disjoint share of the gradient averaged over all ranks, as fp32 1-D tensors laid out as `master` (zero in padding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mpl_scale.types import Slice
+
+GradientShard = Sequence[torch.Tensor]
+
+
+class Network(Protocol):
+    """A module under ZeRO. Order of calls in a step: forward+, backward, then exactly one of apply or discard."""
+
+    module: nn.Module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [B, classes] for images [B, ...]. Builds the autograd graph when gradients are enabled."""
+
+    def backward(self, loss: torch.Tensor) -> GradientShard:
+        """Backpropagate a 0-d loss (this rank's mean) and reduce: the shard of the gradient averaged over all ranks.
+
+        The result stays valid, through apply and discard, until the second next backward: engines may alternate
+        two static buffers, as a CUDA graph needs.
+        """
+
+    def apply(self, lr: torch.Tensor) -> None:
+        """Clip (if configured), update the fp32 master shard with the last backward's gradient, gather the weights.
+
+        lr is a 0-d float32 device tensor. Leaves no gradient behind.
+        """
+
+    def discard(self) -> None:
+        """Drop the last backward's gradient: weights, optimiser state and the next backward are untouched by it."""
+
+    @property
+    def dot_group(self) -> dist.ProcessGroup | None:
+        """The group over which gradient shards are disjoint; None where every rank holds the whole gradient."""
+
+    # State, for EMA, checkpoints, evaluation and export. All 1-D fp32 (int64 for counters), live views where noted.
+
+    @property
+    def layout(self) -> Sequence[Slice]:
+        """Which parameter elements the shard tensors hold; padding is in no slice."""
+
+    @property
+    def master(self) -> Sequence[torch.Tensor]:
+        """The fp32 master weights of this rank's shard: live 1-D tensors, one per shard number."""
+
+    @property
+    def optimizer_state(self) -> dict[str, Sequence[torch.Tensor]]:
+        """Optimiser state by name (momentum, square_average, ...): live 1-D tensors laid out as `master`."""
+
+    @property
+    def owns_shard(self) -> bool:
+        """True on the ranks whose shards together cover every parameter exactly once (replicas: False)."""
+
+    def refresh_weights(self) -> None:
+        """Make the module's weights (all ranks) equal to the master shards, after these were loaded or overwritten."""

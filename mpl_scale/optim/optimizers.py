@@ -1,0 +1,145 @@
+"""SGD with Nesterov momentum and TensorFlow's RMSProp, elementwise, so that they update any shard of any parameter.
+
+Under ZeRO an engine replaces a group's parameters by flat fp32 shards; both rules are elementwise, so sharding cannot
+change their result. torch's own SGD and RMSprop call `.item()` on a tensor learning rate, which a CUDA graph forbids:
+here `group["lr"]` is a 0-d device tensor, the state is allocated at construction, and every update is in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpl_scale.config.schema import OptimConfig
+
+OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], ShardOptimizer]] = {}
+
+
+def register_optimizer(name: str) -> Callable[[Any], Any]:
+    """Make a `ShardOptimizer` available as `mpl_scale.optim.<network>.name`."""
+
+    def add(cls: Any) -> Any:
+        if name in OPTIMIZERS:
+            raise ValueError(f"optimizer {name!r} is registered twice")
+        OPTIMIZERS[name] = cls
+        return cls
+
+    return add
+
+
+class ShardOptimizer(torch.optim.Optimizer):
+    """Base: coupled L2 weight decay per group, a tensor learning rate, state made by `init_state`.
+
+    Groups need `params` and `weight_decay`; the engine sets `lr` (float32 []) before each step.
+    """
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
+        self.config = config
+        super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that has none (zeros, see each rule)."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                for name in self.state_names:
+                    if name not in state:
+                        state[name] = self._initial(name, parameter)
+
+    def _initial(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient; gradients are left untouched."""
+        self.init_state()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if not parameters:
+                continue
+            gradients: Iterable[torch.Tensor] = [p.grad for p in parameters]
+            if group["weight_decay"]:
+                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+            states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
+            lr = group["lr"]
+            lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
+            self._update(parameters, list(gradients), states, lr)
+
+    def _update(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        lr: torch.Tensor,
+    ) -> None:
+        raise TypeError(f"{type(self).__name__} must define _update")
+
+
+@register_optimizer("sgd")
+class SGD(ShardOptimizer):
+    """v <- momentum v + g; w <- w - lr (g + momentum v) with Nesterov, else w - lr v. v starts at 0 (C.4)."""
+
+    state_names = ("momentum",)
+
+    def _update(self, parameters, gradients, states, lr):  # type: ignore[no-untyped-def]
+        momentum, velocity = self.config.momentum, states["momentum"]
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, gradients)
+        direction = torch._foreach_add(gradients, velocity, alpha=momentum) if self.config.nesterov else velocity
+        torch._foreach_sub_(parameters, torch._foreach_mul(direction, lr))
+
+
+@register_optimizer("rmsprop")
+class RMSpropTF(ShardOptimizer):
+    """s <- rho s + (1 - rho) g^2; m <- momentum m + lr g / sqrt(s + eps); w <- w - m.
+
+    TensorFlow's rule, as timm's RMSpropTF: s starts at 1, eps is under the root, the learning rate is inside the
+    momentum. EfficientNet-L2's optimiser (C.4).
+    """
+
+    state_names = ("square_average", "momentum")
+
+    def _initial(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
+        initial = super()._initial(name, parameter)
+        return initial.fill_(1.0) if name == "square_average" else initial
+
+    def _update(self, parameters, gradients, states, lr):  # type: ignore[no-untyped-def]
+        square, momentum = states["square_average"], states["momentum"]
+        torch._foreach_mul_(square, self.config.rho)
+        torch._foreach_addcmul_(square, gradients, gradients, value=1.0 - self.config.rho)
+        root = torch._foreach_add(square, self.config.eps)
+        torch._foreach_sqrt_(root)
+        update = torch._foreach_div(gradients, root)
+        torch._foreach_mul_(update, lr)
+        torch._foreach_mul_(momentum, self.config.momentum)
+        torch._foreach_add_(momentum, update)
+        torch._foreach_sub_(parameters, momentum)
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """One or two groups for a module: with weight decay, and without (BN parameters and biases: all 1-D tensors).
+
+    Each group has `params`, `names` and `weight_decay`; empty groups are left out.
+    """
+    decayed: list[tuple[str, nn.Parameter]] = []
+    exempt: list[tuple[str, nn.Parameter]] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            (decayed if config.decay_bn_and_bias or parameter.ndim > 1 else exempt).append((name, parameter))
+    return [
+        {"names": [n for n, _ in members], "params": [p for _, p in members], "weight_decay": weight_decay}
+        for members, weight_decay in ((decayed, config.weight_decay), (exempt, 0.0))
+        if members
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> ShardOptimizer:
+    """The configured optimiser over parameter groups (parameters or flat shards)."""
+    if config.name not in OPTIMIZERS:
+        raise ValueError(f"optimizer {config.name!r} is unknown; registered: {', '.join(sorted(OPTIMIZERS))}")
+    return OPTIMIZERS[config.name](groups, config)

@@ -1,0 +1,45 @@
+"""The values that travel between layers: a batch, the step's metrics, and where a shard's elements come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+StepMetrics = Mapping[str, torch.Tensor]
+"""0-d device tensors by name; read on the host only when a line is logged."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of the global batch of one step.
+
+    Shapes: B labelled and U unlabelled images; images are floating point [*, 3, H, W] (or [*, F] for vectors),
+    normalised, on the run's device. Rows are global positions in the step's batch: they key the counter-based
+    randomness (philox.py), so a row draws the same numbers on every layout of ranks.
+    """
+
+    labelled: torch.Tensor  # [B, 3, H, W]
+    labels: torch.Tensor  # int64 [B]
+    labelled_rows: torch.Tensor  # int64 [B], in [0, global B)
+    weak: torch.Tensor  # [U, 3, H, W], the weakly augmented view x_u
+    strong: torch.Tensor  # [U, 3, H, W], the strongly augmented view of the same images
+    unlabelled_rows: torch.Tensor  # int64 [U], in [0, global U)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a piece of a parameter lies in an engine's local shard tensors.
+
+    Elements [start, start + length) of the flattened parameter `name` are elements [offset, offset + length) of the
+    1-D shard tensor number `shard`. Master weights, optimiser state and EMA all share this layout, which is what
+    lets a checkpoint be written by one layout of ranks and read by another.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    shard: int
+    offset: int

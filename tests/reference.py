@@ -1,0 +1,147 @@
+"""Algorithm 1 in plain PyTorch: one process, the whole global batch, torch's own BatchNorm, SGD and autograd.
+
+Independent of the package but for the counter-based numbers that draw the pseudo labels. Equality of the sharded
+step with this file is what "correct" means in the tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.philox import uniform
+
+
+class OddNet(nn.Module):
+    """A small CNN whose parameter counts divide by nothing, so that shards need padding and cut through tensors."""
+
+    def __init__(self, width: int = 5, classes: int = 7) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width + 1, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width + 1)
+        self.classifier = nn.Linear(2 * width + 1, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        return self.classifier(x.mean((2, 3)))
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 3
+    labelled: int = 8
+    unlabelled: int = 16
+    classes: int = 7
+    size: int = 6
+    lr: float = 0.125  # exact in float32, as the schedules are
+    momentum: float = 0.9
+    weight_decay: float = 1e-3
+    bn_decay: float = 0.9
+    bn_eps: float = 1e-3
+    smoothing: float = 0.1
+    uda_weight: float = 0.5
+    temperature: float = 0.7
+    threshold: float = 0.2
+    baseline_decay: float = 0.9
+    ema_decay: float = 0.9
+    clip: float = 0.0
+    seed: int = 3
+
+
+@dataclass
+class Trace:
+    """What the sharded run must reproduce."""
+
+    teacher: dict[str, torch.Tensor] = field(default_factory=dict)
+    student: dict[str, torch.Tensor] = field(default_factory=dict)
+    average: dict[str, torch.Tensor] = field(default_factory=dict)
+    cosines: list[float] = field(default_factory=list)
+    baseline: float = 0.0
+
+
+def make_batches(s: Settings, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
+    """(x_l, y_l, x_u, x_s) of every step: the global batches."""
+    generator = torch.Generator().manual_seed(s.seed)
+    shape = (3, s.size, s.size)
+    batches = []
+    for _ in range(s.steps):
+        x_l = torch.randn(s.labelled, *shape, generator=generator, dtype=torch.float64)
+        y_l = torch.randint(0, s.classes, (s.labelled,), generator=generator)
+        x_u = torch.randn(s.unlabelled, *shape, generator=generator, dtype=torch.float64)
+        x_s = x_u + 0.3 * torch.randn(s.unlabelled, *shape, generator=generator, dtype=torch.float64)
+        batches.append((x_l.to(dtype), y_l, x_u.to(dtype), x_s.to(dtype)))
+    return batches
+
+
+def make_net(seed: int, dtype: torch.dtype, s: Settings, width: int) -> OddNet:
+    torch.manual_seed(seed)
+    net = OddNet(width, s.classes).to(dtype).train()
+    for layer in (net.bn1, net.bn2):
+        layer.momentum, layer.eps = 1 - s.bn_decay, s.bn_eps
+    return net
+
+
+def frozen_forward(net: OddNet, x: torch.Tensor) -> torch.Tensor:
+    """Training-mode forward that leaves BN's moving averages as they were."""
+    return torch.func.functional_call(net, {k: v.clone() for k, v in net.named_buffers()}, (x,))
+
+
+def flat_gradient(net: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
+
+
+def apply_gradient(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: torch.Tensor, clip: float) -> None:
+    for parameter, piece in zip(net.parameters(), gradient.split([p.numel() for p in net.parameters()]), strict=True):
+        parameter.grad = piece.view_as(parameter).clone()
+    if clip:
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+    optimizer.step()
+
+
+def sgd(net: nn.Module, s: Settings) -> torch.optim.SGD:
+    decayed = [p for p in net.parameters() if p.ndim > 1]
+    exempt = [p for p in net.parameters() if p.ndim == 1]
+    groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum, nesterov=True)
+
+
+def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
+    teacher, student = make_net(1, dtype, s, 6), make_net(2, dtype, s, 5)
+    teacher_sgd, student_sgd = sgd(teacher, s), sgd(student, s)
+    average = {k: v.clone() for k, v in student.state_dict().items()}
+    trace, b = Trace(), 0.0
+    for t, (x_l, y_l, x_u, x_s) in enumerate(make_batches(s, dtype)):
+        z_l, z_u, z_s = teacher(torch.cat([x_l, x_u, x_s])).split([s.labelled, s.unlabelled, s.unlabelled])
+        rows = torch.arange(s.unlabelled) + (1 << 28)
+        u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=rows, columns=s.classes)
+        y_u = (z_u.detach().log_softmax(-1) - torch.log(-torch.log(u))).argmax(-1)
+
+        g_u = flat_gradient(student, F.cross_entropy(student(torch.cat([x_s, x_l]))[: s.unlabelled], y_u))
+        apply_gradient(student, student_sgd, g_u, s.clip)
+        g_l = flat_gradient(student, F.cross_entropy(frozen_forward(student, x_l), y_l))
+        cosine = (torch.dot(g_u.double(), g_l.double()) / g_u.double().norm() / g_l.double().norm()).item()
+        b = s.baseline_decay * b + (1 - s.baseline_decay) * cosine
+        h = cosine - b / (1 - s.baseline_decay ** (t + 1))
+
+        target = (z_u.detach() / s.temperature).softmax(-1)
+        mask = (target.max(-1).values >= s.threshold).to(dtype)
+        uda = (-(target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
+        supervised = F.cross_entropy(z_l, y_l, label_smoothing=s.smoothing)
+        loss = h * F.cross_entropy(z_u, y_u) + supervised + s.uda_weight * uda
+        apply_gradient(teacher, teacher_sgd, flat_gradient(teacher, loss), s.clip)
+
+        rate = min(s.ema_decay, (t + 1) / (t + 10))
+        for name, value in student.state_dict().items():
+            mixed = rate * average[name] + (1 - rate) * value if value.is_floating_point() else value.clone()
+            average[name] = mixed
+        trace.cosines.append(cosine)
+    trace.teacher = {k: v.clone() for k, v in teacher.state_dict().items()}
+    trace.student = {k: v.clone() for k, v in student.state_dict().items()}
+    trace.average, trace.baseline = average, b
+    return trace

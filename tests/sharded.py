@@ -1,0 +1,101 @@
+"""The same run as reference.py through the package: called on every rank of a pool."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from mpl_scale.checkpoint.gather import gather_parameters
+from mpl_scale.config.schema import FeedbackConfig, MethodConfig, OptimConfig, UDAConfig
+from mpl_scale.engine import build_network
+from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.models.layers import convert
+from mpl_scale.models.passes import Passes
+from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
+from mpl_scale.types import Batch
+from tests.reference import Settings, Trace, make_batches, make_net
+
+
+def method_config(s: Settings) -> MethodConfig:
+    return MethodConfig(
+        feedback=FeedbackConfig(baseline_decay=s.baseline_decay),
+        uda=UDAConfig(weight=s.uda_weight, temperature=s.temperature, threshold=s.threshold),
+        label_smoothing=s.smoothing,
+        ema_decay=s.ema_decay,
+    )
+
+
+def make_network(
+    seed: int, s: Settings, dtype: torch.dtype, width: int, engine: str, ds_config: dict[str, Any], mesh: Mesh
+) -> Network:
+    net = make_net(seed, dtype, s, width)
+    net.passes = Passes()
+    convert(net, passes=net.passes, group=mesh.world_group)
+    optim = OptimConfig(lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
+    return build_network(net, engine=engine, optim=optim, ds_config={**ds_config, "gradient_clipping": s.clip}, mesh=mesh)
+
+
+def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, steps: int | None = None) -> State:
+    constant = torch.full((steps or s.steps,), s.lr)
+    return State(
+        method=method_config(s),
+        seed=s.seed,
+        schedules=Schedules(constant, constant, torch.full_like(constant, s.uda_weight), torch.ones_like(constant)),
+        step=torch.zeros((), dtype=torch.int64),
+        teacher=teacher,
+        student=student,
+        student_average=MovingAverage(student, decay=s.ema_decay),
+        baseline=Baseline(decay=s.baseline_decay, bias_correction=True, device=torch.device("cpu")),
+        world_group=mesh.world_group,
+    )
+
+
+def rank_batch(batch: tuple[torch.Tensor, ...], mesh: Mesh) -> Batch:
+    """This rank's rows of a global batch."""
+
+    def rows(n: int) -> torch.Tensor:
+        return torch.arange(n).chunk(mesh.data)[mesh.data_index]
+
+    x_l, y_l, x_u, x_s = batch
+    l_rows, u_rows = rows(len(x_l)), rows(len(x_u))
+    return Batch(x_l[l_rows], y_l[l_rows], l_rows, x_u[u_rows], x_s[u_rows], u_rows)
+
+
+def full_state(network: Network, shards: Any, buffers: dict[str, torch.Tensor], mesh: Mesh) -> dict[str, torch.Tensor]:
+    weights = gather_parameters(network.layout, shards, group=mesh.world_group, owns=network.owns_shard)
+    return {**weights, **{k: v.clone() for k, v in buffers.items()}}
+
+
+def run_sharded(
+    s: Settings, dtype: torch.dtype, engine: str, ds_config: dict[str, Any], shard_size: int | None = None
+) -> Trace:
+    """Every rank returns the whole (gathered) result."""
+    mesh = build_mesh(device=torch.device("cpu"), shard_size=shard_size)
+    teacher = make_network(1, s, dtype, 6, engine, ds_config, mesh)
+    student = make_network(2, s, dtype, 5, engine, ds_config, mesh)
+    state = make_state(s, teacher, student, mesh)
+    trace = Trace()
+    for batch in make_batches(s, dtype):
+        metrics = METHODS["mpl"].step(state, rank_batch(batch, mesh))
+        trace.cosines.append(metrics["cosine"].item())
+    average = state.student_average
+    assert average is not None
+    trace.teacher = full_state(teacher, teacher.master, dict(teacher.module.named_buffers()), mesh)
+    trace.student = full_state(student, student.master, dict(student.module.named_buffers()), mesh)
+    trace.average = full_state(student, average.shards, average.buffers, mesh)
+    trace.baseline = state.baseline.average.item()
+    return trace
+
+
+def differences(ours: Trace, reference: Trace) -> dict[str, float]:
+    """Largest absolute difference by part."""
+    result = {
+        part: max((getattr(ours, part)[k].double() - v.double()).abs().max().item() for k, v in values.items())
+        for part, values in ((f.name, getattr(reference, f.name)) for f in dataclasses.fields(Trace))
+        if isinstance(values, dict)
+    }
+    result["cosine"] = max(abs(a - b) for a, b in zip(ours.cosines, reference.cosines, strict=True))
+    result["baseline"] = abs(ours.baseline - reference.baseline)
+    return result

@@ -1,0 +1,69 @@
+"""The sharded step equals plain PyTorch: every engine and ZeRO stage, 1, 2 and 4 ranks, world or sub-group shards."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import pool
+from tests.reference import Settings, Trace, run_reference
+from tests.sharded import differences, run_sharded
+
+# float32: 3 steps of a tiny net accumulate some hundred roundings of 6e-8. float64: the same at 1e-16.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+reference = functools.cache(run_reference)
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Small buckets and no persistent parameters, so that every bucket and gather path runs."""
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 200,
+            "allgather_bucket_size": 200,
+            "stage3_param_persistence_threshold": 0,
+        }
+    }
+
+
+def assert_equal(world: int, settings: Settings, dtype: torch.dtype, *args: Any) -> None:
+    expected = reference(settings, dtype)
+    if world == 1:
+        traces: list[Trace] = [run_sharded(settings, dtype, *args)]
+    else:
+        traces = pool(world).run(run_sharded, settings, dtype, *args)
+    assert any(abs(c) > 1e-3 for c in expected.cosines)
+    for trace in traces:
+        for part, difference in differences(trace, expected).items():
+            assert difference <= TOLERANCE[dtype], f"{part} differs by {difference:.2e}"
+
+
+@pytest.mark.parametrize(
+    ("world", "shard_size"), [(1, None), (2, None), (2, 1), (4, None), (4, 2)], ids=lambda v: str(v)
+)
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_engine(world: int, shard_size: int | None, clip: float, dtype: torch.dtype) -> None:
+    """Stage 0 is shard_size 1, stages 1 and 2 anything above."""
+    assert_equal(world, Settings(clip=clip), dtype, "flat", {}, shard_size)
+
+
+@pytest.mark.parametrize(("world", "shard_size"), [(2, None), (4, None)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_engine(world: int, shard_size: int | None, stage: int) -> None:
+    assert_equal(world, Settings(), torch.float32, "deepspeed", zero(stage), shard_size)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_deepspeed_engine_shards_over_a_subgroup(stage: int) -> None:
+    """The paper's layout: weights split within a group, replicated over the groups."""
+    assert_equal(4, Settings(), torch.float32, "deepspeed", zero(stage), 2)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_deepspeed_engine_clips(stage: int) -> None:
+    assert_equal(2, Settings(clip=0.5), torch.float32, "deepspeed", zero(stage), None)
