@@ -1,7 +1,11 @@
-"""The parallel mesh: world = data x width, width innermost (DESIGN 3), and the process groups along its axes."""
+"""The parallel mesh: world = data x width, width innermost, its process groups, and the launcher's environment."""
 
 from __future__ import annotations
 
+import datetime
+import os
+import subprocess
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +38,57 @@ class Mesh:
     def is_main(self) -> bool:
         """True on the rank that prints and writes."""
         return self.rank == 0
+
+
+def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
+    """Under plain `srun`, set the variables that torchrun and deepspeed set; theirs win where RANK is set.
+
+    MASTER_ADDR is the job's first host and MASTER_PORT follows from the job id, unless the batch script exports them.
+    """
+    if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_NTASKS" not in environment:
+        return
+    environment["RANK"] = environment["SLURM_PROCID"]
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
+    if "MASTER_ADDR" not in environment:
+        environment["MASTER_ADDR"] = _first_slurm_host(environment)
+    environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _first_slurm_host(environment: MutableMapping[str, str]) -> str:
+    nodes = environment.get("SLURM_JOB_NODELIST", "")
+    if environment.get("SLURM_NNODES", "1") == "1" or not nodes:
+        return "127.0.0.1"
+    try:
+        listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"MASTER_ADDR is not set and `scontrol show hostnames {nodes}` failed: {error}") from error
+    return listed.stdout.split()[0]
+
+
+def choose_device(environment: MutableMapping[str, str]) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
+    if environment.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ValueError(f"LOCAL_RANK = {local}, but this node has {count} GPUs; start at most {count} ranks on it")
+    return torch.device("cuda", local)
+
+
+def start_process_group(device: torch.device, *, timeout_seconds: float) -> None:
+    """Join the ranks: NCCL for GPUs (gloo beside it for host values), gloo for CPUs; one process needs no launcher."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} not set; start with deepspeed, torchrun, srun, or plain python")
+    dist.init_process_group(backend, timeout=timeout)
 
 
 def build_mesh(*, device: torch.device, width: int = 1, shard_size: int | None = None) -> Mesh:

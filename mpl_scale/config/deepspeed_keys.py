@@ -1,4 +1,4 @@
-"""The keys DeepSpeed 0.19.8 reads from a ds_config, as static tables: checking a file must not cost importing DeepSpeed.
+"""The keys DeepSpeed 0.19.8 reads from a ds_config, as static tables: checking a file must not import DeepSpeed.
 
 DeepSpeed ignores unknown top-level keys in silence, so a misspelt `gradient_cliping` trains unclipped: the loader
 compares with these tables. tests/test_deepspeed_engine.py compares the tables with the installed DeepSpeed.
@@ -6,8 +6,12 @@ compares with these tables. tests/test_deepspeed_engine.py compares the tables w
 
 from __future__ import annotations
 
-TOP_LEVEL_KEYS: frozenset[str] = frozenset(
-    """
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+TOP_LEVEL_KEYS: frozenset[str] = _names("""
     activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type compile
     csv_monitor data_efficiency data_parallel_size data_types dataloader_drop_last datastates_ckpt disable_allgather
     disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op
@@ -16,16 +20,13 @@ TOP_LEVEL_KEYS: frozenset[str] = frozenset(
     steps_per_print tensor_parallel tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu
     use_data_before_expert_parallelism vocabulary_size wall_clock_breakdown wandb weight_quantization
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization
-    """.split()
-)
+""")
 """Every key that DeepSpeedConfig or deepspeed.initialize looks up."""
 
-REMOVED_KEYS: frozenset[str] = frozenset(
-    """
+REMOVED_KEYS: frozenset[str] = _names("""
     amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
     quantize_training sparse_attention sparse_gradients
-    """.split()
-)
+""")
 """Keys of older releases, which DeepSpeed 0.19.8 refuses."""
 
 _LANGUAGE_MODELS = "it belongs to language models; remove it"
@@ -36,9 +37,9 @@ REFUSED_KEYS: dict[str, str] = {
     "amp": "DeepSpeed 0.19.8 has removed it; use bf16",
     "optimizer": "teacher and student have one each; use mpl_scale.optim.teacher and mpl_scale.optim.student",
     "scheduler": "teacher and student have one each; use mpl_scale.optim.teacher.schedule and .student.schedule",
-    "fp16": "a step of two coupled networks has no place for loss scaling (a skipped step desynchronises them); use bf16",
+    "fp16": "loss scaling skips steps, and teacher and student must step together; use bf16",
     "bfloat16": "it is the old name of bf16; use bf16",
-    "torch_autocast": "DeepSpeed keeps it in a global that both networks share; use bf16, which has fp32 master weights",
+    "torch_autocast": "DeepSpeed keeps it in a global that both networks share; use bf16 (master weights are fp32)",
     "pipeline": "networks are not cut into pipeline stages; remove it",
     "managed_gradient_accumulation": "the trainer decides when a gradient is applied or discarded; remove it",
     "gradient_allreduce_op": "gradients are averaged over ranks, never summed; remove it",
@@ -57,10 +58,10 @@ REFUSED_KEYS: dict[str, str] = {
     "datastates_ckpt": "checkpoints are written by mpl_scale.checkpoint; use that section",
     "dataloader_drop_last": "the data pipeline is mpl_scale.data; remove it",
 }
-"""Keys that make no sense here: the reason and the fix. A block whose `enabled` is false does nothing: let it through."""
+"""Keys that make no sense here: the reason and the fix. A block whose `enabled` is false is harmless: let it pass."""
 
 BLOCK_KEYS: dict[str, frozenset[str]] = {
-    name: frozenset(keys.split())
+    name: _names(keys)
     for name, keys in {
         "zero_optimization": """
             allgather_bucket_size allgather_partitions allgather_sequential compute_grad_norm contiguous_gradients

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
+from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset
 from mpl_scale.config.schema import Config
 
@@ -115,7 +116,7 @@ def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
         if key in REFUSED_KEYS:
             raise ValueError(f"{path}: {key}: {REFUSED_KEYS[key]}")
         if key not in TOP_LEVEL_KEYS:
-            raise ValueError(f'{path}: unknown key "{key}"; {_suggest(key, [*TOP_LEVEL_KEYS, SECTION])}')
+            raise ValueError(f'{path}: unknown key "{key}"; {suggest(key, [*TOP_LEVEL_KEYS, SECTION])}')
         known = BLOCK_KEYS.get(key)
         if known is None:
             continue
@@ -123,14 +124,14 @@ def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
             raise ValueError(f"{path}: {key} must be a section {{...}}, not {value!r}")
         for inner in value:
             if inner not in known:
-                raise ValueError(f'{path}: unknown key "{key}.{inner}"; {_suggest(inner, known)}')
+                raise ValueError(f'{path}: unknown key "{key}.{inner}"; {suggest(inner, known)}')
 
 
 def _refuse_unknown_fields(section: Mapping[str, Any], model: type[BaseModel], where: str, path: Path) -> None:
     """pydantic would refuse them too, but without a suggestion."""
     for key, value in section.items():
         if key not in model.model_fields:
-            raise ValueError(f'{path}: unknown key "{where}.{key}"; {_suggest(key, model.model_fields)}')
+            raise ValueError(f'{path}: unknown key "{where}.{key}"; {suggest(key, model.model_fields)}')
         inner = _section_type(model.model_fields[key].annotation)
         if inner is not None and isinstance(value, Mapping):
             _refuse_unknown_fields(value, inner, f"{where}.{key}", path)
@@ -141,12 +142,6 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return next((t for a in typing.get_args(annotation) if (t := _section_type(a))), None)
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-
-
-def _suggest(key: str, known: typing.Iterable[str]) -> str:
-    known = sorted(known)
-    close = difflib.get_close_matches(key, known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
 def _first_error(error: ValidationError) -> str:

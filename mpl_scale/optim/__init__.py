@@ -1,6 +1,6 @@
 """Optimisers that never read a device value on the host, and the learning-rate schedules as arrays."""
 
-from mpl_scale.optim.optimizers import SGD, RMSpropTF, ShardOptimizer, build_optimizer, parameter_groups
+from mpl_scale.optim.optimizers import OPTIMIZERS, SGD, RMSpropTF, ShardOptimizer, build_optimizer, parameter_groups
 from mpl_scale.optim.schedules import schedule
 
-__all__ = ["SGD", "RMSpropTF", "ShardOptimizer", "build_optimizer", "parameter_groups", "schedule"]
+__all__ = ["OPTIMIZERS", "SGD", "RMSpropTF", "ShardOptimizer", "build_optimizer", "parameter_groups", "schedule"]

@@ -1,0 +1,38 @@
+# make quickstart: install into .venv, then compare methods on real digits.   make test: install, then all checks.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
+CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
+
+.PHONY: install quickstart test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## show the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+$(BIN)/.installed: setup.py
+	$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed: set PYTHON=") if sys.version_info < (3, 11) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install --quiet 'torch>=2.11' torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[$(CUDA),digits,plots,test,lint,fairscale]'
+	touch $@
+
+install: $(BIN)/.installed  ## install everything into .venv
+
+quickstart: install  ## supervised, UDA, MPL with and without feedback, finetuned: on real digits, two ranks, ZeRO-2
+	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 benchmarks/methods.py \
+		--ds_config ds_configs/digits.json --output runs/quickstart
+
+test: install  ## lint, types, layering, and every test
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
+
+clean:  ## remove the environment and all runs
+	rm -rf $(VENV) runs build *.egg-info

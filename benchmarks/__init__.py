@@ -1,0 +1,1 @@
+"""Measurements: methods side by side, and (with later work) throughput."""

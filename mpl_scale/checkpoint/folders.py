@@ -1,0 +1,113 @@
+"""Names under a checkpoint root, and the file operations that make a save all-or-nothing.
+
+A folder gets its final name by one rename after everything in it is on disk, so a final name means complete. Steps of
+a save that a kill may interrupt leave a name with `.tmp-` in it, which the next save deletes.
+
+    root/latest                      the name of the newest checkpoint, replaced atomically
+    root/step_00000120/              complete
+    root/step_00000120.2/            the same step saved again (after a resume from an earlier one): supersedes it
+    root/step_00000130.tmp-1f2e3d4c/ being written, or left by a killed run
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+from pathlib import Path
+
+LATEST_NAME = "latest"
+_FINAL_NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
+
+
+def find(root: str | os.PathLike[str]) -> list[Path]:
+    """The complete checkpoints under root, newest first; [] where root does not exist."""
+    root = Path(root)
+    if not root.is_dir():
+        return []
+    folders = [path for path in root.iterdir() if _FINAL_NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_step_and_version, reverse=True)
+
+
+def read_latest(root: Path) -> str | None:
+    """The name `latest` holds; None where there is no such file or it holds no checkpoint's name."""
+    try:
+        name = (root / LATEST_NAME).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _FINAL_NAME.fullmatch(name) else None
+
+
+def open_draft(root: Path, step: int) -> Path:
+    """Make the folder a checkpoint is written in, after deleting what killed runs left."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob("step_*.tmp-*"):
+        shutil.rmtree(stale, ignore_errors=True)
+    for stale in root.glob(f"{LATEST_NAME}.tmp-*"):
+        stale.unlink(missing_ok=True)
+    draft = _temporary(root / f"step_{step:08d}")
+    draft.mkdir()
+    return draft
+
+
+def publish_draft(draft: Path, step: int) -> Path:
+    """Give a fully written draft its final name and point `latest` at it."""
+    root = draft.parent
+    sync(draft)
+    folder, version = root / f"step_{step:08d}", 1
+    while folder.exists():
+        version += 1
+        folder = root / f"step_{step:08d}.{version}"
+    os.rename(draft, folder)
+    sync(root)
+    replace_text(root / LATEST_NAME, folder.name + "\n")
+    return folder
+
+
+def prune(root: Path, keep: int) -> None:
+    """Delete all but the `keep` newest steps (the last version of each) and the one `latest` names."""
+    kept = {read_latest(root)}
+    steps: set[int] = set()
+    for folder in find(root):
+        step, _ = _step_and_version(folder)
+        if step not in steps and len(steps) < keep:
+            kept.add(folder.name)
+        steps.add(step)
+        if folder.name not in kept:
+            doomed = _temporary(folder)
+            os.rename(folder, doomed)  # a kill while deleting must not leave half a checkpoint under a final name
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that a kill at any moment leaves the old content or the new."""
+    temporary = _temporary(path)
+    write_text(temporary, text)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and wait until it is on disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def _step_and_version(folder: Path) -> tuple[int, int]:
+    match = _FINAL_NAME.fullmatch(folder.name)
+    assert match is not None
+    return int(match[1]), int(match[2] or 1)

@@ -1,0 +1,5 @@
+"""The command line: `mpl-scale train | check`, and train.py for the launchers."""
+
+from mpl_scale.cli.main import main
+
+__all__ = ["main"]

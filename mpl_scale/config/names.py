@@ -1,0 +1,21 @@
+"""One wording for a name that no registry knows."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def require_known(field: str, name: str, known: Iterable[str]) -> None:
+    """ValueError that names the field, the value and the closest known names, unless `name` is known."""
+    known = list(known)
+    if name in known:
+        return
+    raise ValueError(f"{field} = {name!r} is unknown; {suggest(name, known)}")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "did you mean ..." or, where nothing is close, the known names."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=2)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"

@@ -1,0 +1,170 @@
+"""Training batches: this data rank's rows of the global batch of each step, endlessly (DESIGN 7).
+
+One DALI run per step decodes labelled and unlabelled images together, each file once. The weak view is that decode
+(shifted crop and flip); the strong view is computed from the weak pixels on the device.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Self
+
+import numpy as np
+import torch
+
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data.dali import DecodePipeline, DecodeRequest
+from mpl_scale.data.normalise import Normalise
+from mpl_scale.data.plan import Draws, SamplePlan
+from mpl_scale.data.splits import Splits
+from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.mesh import Mesh
+from mpl_scale.types import Batch
+
+StrongViewFunction = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
+"""(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]"""
+
+
+class TrainLoader:
+    """An endless iterator of `Batch`, from `start_step` on.
+
+    The global batch of a step depends on the configuration, the seed and the step alone: not on the number of ranks,
+    nor on where the run started. The ranks of one width group receive the same rows.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: DataConfig,
+        splits: Splits,
+        image_size: int,
+        labelled_batch: int,
+        unlabelled_batch: int,
+        mesh: Mesh,
+        seed: int,
+        stream: int,
+        start_step: int,
+        strong_view: StrongViewFunction | None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Args:
+        config: the data section.
+        splits: sample ids to draw from.
+        image_size: height and width of the views, pixels.
+        labelled_batch: labelled images of the global batch.
+        unlabelled_batch: unlabelled images of the global batch; 0: none.
+        mesh: this rank's place; the global batches must divide by its data ranks.
+        seed: the run's seed.
+        stream: phases with different streams draw different orders and views; in [0, 2**24).
+        start_step: the first step to yield.
+        strong_view: makes x_s from x_u; None: the weak view itself.
+        dtype: floating type of the images.
+
+        Raises:
+            ValueError: batches that do not divide, or too few images.
+        """
+        _check(config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data)
+        labelled_rows = _rows_of_rank(labelled_batch, mesh)
+        unlabelled_rows = _rows_of_rank(unlabelled_batch, mesh)
+        self._labelled = SamplePlan(
+            splits.labelled,
+            batch=labelled_batch,
+            rows=labelled_rows,
+            weak=config.weak,
+            seed=seed,
+            order_stream=stream_of(Purpose.LABELLED_ORDER, stream),
+            view_stream=stream_of(Purpose.LABELLED_VIEW, stream),
+        )
+        self._unlabelled = SamplePlan(
+            splits.unlabelled,
+            batch=unlabelled_batch,
+            rows=unlabelled_rows,
+            weak=config.weak,
+            seed=seed,
+            order_stream=stream_of(Purpose.UNLABELLED_ORDER, stream),
+            view_stream=stream_of(Purpose.UNLABELLED_VIEW, stream),
+        )
+        self._images = splits.images
+        self._device = mesh.device
+        self._strong_view = strong_view
+        self._normalise = Normalise(config, device=mesh.device, dtype=dtype)
+        self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
+        self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
+        self._in_flight: deque[tuple[Draws, Draws]] = deque()
+        self._decoder = DecodePipeline(
+            self._requests(start_step),
+            batch=len(labelled_rows) + len(unlabelled_rows),
+            image_size=image_size,
+            resize=bool((splits.images.sizes != image_size).any()),
+            fill=config.weak.fill,
+            device=mesh.device,
+            threads=config.threads,
+            prefetch=config.prefetch,
+        )
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next step's batch.
+
+        Raises:
+            ValueError: files that cannot be decoded, with their names.
+        """
+        views = self._decoder.next()
+        labelled, unlabelled = self._in_flight.popleft()
+        labelled_views, weak = views.split([len(labelled.ids), len(unlabelled.ids)])
+        strong = weak
+        if self._strong_view is not None and len(unlabelled.ids):
+            strong = self._strong_view(weak, unlabelled.ids, unlabelled.epochs)
+        labels = torch.from_numpy(self._images.labels[labelled.ids])
+        return Batch(
+            labelled=self._normalise(labelled_views),
+            labels=labels.to(self._device),
+            labelled_rows=self._labelled_rows,
+            weak=self._normalise(weak),
+            strong=self._normalise(strong),
+            unlabelled_rows=self._unlabelled_rows,
+        )
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self._decoder.close()
+
+    def _requests(self, start_step: int) -> Iterator[DecodeRequest]:
+        for step in itertools.count(start_step):
+            labelled, unlabelled = self._labelled.draw(step), self._unlabelled.draw(step)
+            self._in_flight.append((labelled, unlabelled))
+            yield DecodeRequest(
+                paths=self._images.paths[np.concatenate([labelled.ids, unlabelled.ids])],
+                windows=np.concatenate([labelled.windows, unlabelled.windows]),
+                flips=np.concatenate([labelled.flips, unlabelled.flips]),
+            )
+
+
+def _rows_of_rank(batch: int, mesh: Mesh) -> np.ndarray:
+    """The contiguous global rows of a data rank, int64 [batch / data]."""
+    count = batch // mesh.data
+    return np.arange(mesh.data_index * count, (mesh.data_index + 1) * count, dtype=np.int64)
+
+
+def _check(config: DataConfig, splits: Splits, *, labelled_batch: int, unlabelled_batch: int, data_ranks: int) -> None:
+    for kind, batch in (("labelled", labelled_batch), ("unlabelled", unlabelled_batch)):
+        if batch % data_ranks:
+            raise ValueError(
+                f"global {kind} batch {batch} = {data_ranks} data ranks x {batch / data_ranks:g} images per rank, "
+                f"not a whole number; set train_batch_size so that the batch is a multiple of {data_ranks}"
+            )
+    if len(splits.labelled) < data_ranks:
+        raise ValueError(
+            f"mpl_scale.data.labelled_per_class = {config.labelled_per_class} x {len(splits.images.classes)} classes = "
+            f"{len(splits.labelled)} labelled images for {data_ranks} data ranks; raise it, or raise "
+            "mpl_scale.parallel.width so that fewer ranks need their own images"
+        )
+    if unlabelled_batch and not len(splits.unlabelled):
+        raise ValueError(
+            f"mpl_scale.data.unlabelled_from = {config.unlabelled_from!r} leaves no unlabelled images; "
+            "use 'training' or lower labelled_per_class"
+        )

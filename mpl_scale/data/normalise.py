@@ -1,0 +1,28 @@
+"""uint8 pixels to network inputs, on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from mpl_scale.config.schema import DataConfig
+
+
+class Normalise:
+    """(x / 255 - mean) / std per channel, in at least float32, then cast."""
+
+    def __init__(self, config: DataConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Args:
+        config: `mean` and `std` are read.
+        device: where the images are.
+        dtype: floating type of the result.
+        """
+        self._dtype = dtype
+        self._compute = torch.float64 if dtype == torch.float64 else torch.float32
+        mean = torch.tensor(config.mean, dtype=torch.float64).view(1, 3, 1, 1)
+        std = torch.tensor(config.std, dtype=torch.float64).view(1, 3, 1, 1)
+        self._shift = (255 * mean).to(device, self._compute)
+        self._scale = (1 / (255 * std)).to(device, self._compute)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, 3, H, W] to `dtype` [n, 3, H, W]."""
+        return images.to(self._compute).sub_(self._shift).mul_(self._scale).to(self._dtype)

@@ -1,0 +1,78 @@
+"""metrics.jsonl: one JSON object per line, in the order of training, continued exactly where a resumed run continues.
+
+    {"global_step": 130, "phase": "train", "step": 120, "student_loss": 1.25, "h": null}
+
+`global_step` counts steps over all phases and never decreases; `step` counts within the phase. JSON has no NaN and no
+infinity: such a value is written as null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpl_scale.monitor.atomic import replace_text
+
+RESERVED = ("global_step", "phase", "step")
+
+
+class MetricsWriter:
+    """Appends lines; each is handed to the operating system at once, so a killed run loses none."""
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None) -> None:
+        """Open the file at path; its folder is made.
+
+        Args:
+            resume_step: global step of the checkpoint a run resumes from: later lines, which will be written again,
+                and a half-written last line are dropped. None: a new run, which starts an empty file.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = (
+            [] if resume_step is None else [line for line in read_metrics(path) if line["global_step"] <= resume_step]
+        )
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._last = kept[-1]["global_step"] if kept else None
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any], *, phase: str, step: int, global_step: int) -> None:
+        """Append one line. ValueError for a global_step before the last line's or a name of the line's own fields."""
+        if self._last is not None and global_step < self._last:
+            raise ValueError(
+                f"{self.path}: global_step {global_step} comes after {self._last}; count steps over all phases"
+            )
+        if taken := [name for name in RESERVED if name in values]:
+            raise ValueError(f"{self.path}: {taken} name the line's own fields; rename these metrics")
+        line = {"global_step": global_step, "phase": phase, "step": step, **values}
+        self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
+        self._file.flush()
+        self._last = global_step
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file in order; a last line that a kill left half-written is passed over.
+
+    ValueError, with the line's number, for any other line that is not an object with a global_step. Nothing where
+    there is no file.
+    """
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+    for number, text in enumerate(lines[:-1], start=1):  # what follows the last line end is "" or a half-written line
+        try:
+            line = json.loads(text)
+            line["global_step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: {text[:60]!r} is not a line of metrics; delete it") from error
+        yield line
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,55 @@
+"""How fast a phase goes and how long it still takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+
+class Pace:
+    """Steps per second from the times at which steps were reported."""
+
+    def __init__(self, *, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
+        """`done` of `total` steps lie before the clock starts; clock in seconds."""
+        self.total = total
+        self._clock = clock
+        self._previous = self._current = (done, clock())
+        self._first: tuple[int, float] | None = None
+
+    def report(self, step: int) -> None:
+        """Say that `step` steps of the phase are done now.
+
+        The average starts at the first report: compilation and warm-up before it are not the pace.
+        """
+        self._previous, self._current = self._current, (step, self._clock())
+        if self._first is None:
+            self._first = self._current
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Between the last two reports; None where nothing was measured yet."""
+        return _rate(self._previous, self._current)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """At the average pace since the first report (at the last pace before a second one); None: unknown."""
+        average = _rate(self._first, self._current) if self._first else None
+        rate = average or self.steps_per_second
+        return (self.total - self._current[0]) / rate if rate else None
+
+
+def _rate(start: tuple[int, float], end: tuple[int, float]) -> float | None:
+    steps, seconds = end[0] - start[0], end[1] - start[1]
+    return steps / seconds if steps > 0 and seconds > 0 else None
+
+
+def format_seconds(seconds: float) -> str:
+    """5s, 1m20s, 2h05m, 3d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

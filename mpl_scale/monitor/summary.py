@@ -1,0 +1,56 @@
+"""What is left of a run: summary.json, the DONE mark, and what it ran with."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpl_scale.monitor.atomic import replace_text
+
+SUMMARY_NAME = "summary.json"
+DONE_NAME = "DONE"
+PACKAGES = ("torch", "deepspeed", "fairscale", "timm", "numpy")
+DALI_PREFIX = "nvidia-dali-cuda"  # the distribution's name ends in CUDA's version
+
+
+def write_summary(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Path:
+    """Write summary.json atomically, keys sorted. ValueError, naming the file, for what JSON cannot hold (NaN)."""
+    path = Path(folder) / SUMMARY_NAME
+    try:
+        text = json.dumps(data, sort_keys=True, indent=2, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; give finite numbers, strings, None, lists and dicts of them") from error
+    replace_text(path, text + "\n")
+    return path
+
+
+def mark_done(folder: str | os.PathLike[str]) -> Path:
+    """Leave an empty file DONE: the run reached its end, and a restart has nothing to do."""
+    path = Path(folder) / DONE_NAME
+    path.touch()
+    return path
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages results depend on, without importing them; None: not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    installed = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
+    dali = [version for name, version in installed.items() if name.startswith(DALI_PREFIX)]
+    return found | {"nvidia-dali": dali[0] if dali else None}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """12 hex digits of the SHA-256 of the config's JSON, whatever the order of its keys."""
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:12]

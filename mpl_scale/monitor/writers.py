@@ -1,0 +1,49 @@
+"""One call that takes the scalars of a step to every place they are written to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mpl_scale.monitor.metrics import MetricsWriter
+from mpl_scale.monitor.progress import Progress
+
+
+class EventMonitor(Protocol):
+    """What is used of DeepSpeed's MonitorMaster (TensorBoard, W&B, Comet, CSV), which the caller hands in."""
+
+    enabled: bool
+
+    def write_events(self, event_list: Sequence[tuple[str, float, int]]) -> None:
+        """Write (name, value, step) triples."""
+
+
+@dataclass
+class Writers:
+    """The places; None: not there, as on all ranks but 0."""
+
+    metrics: MetricsWriter | None = None
+    progress: Progress | None = None
+    monitor: EventMonitor | None = None
+
+    def write(self, values: Mapping[str, float], *, phase: str, step: int, global_step: int) -> None:
+        """Write host scalars of a step of the phase; the monitor gets them as {phase}/{name} at global_step."""
+        if self.metrics is not None:
+            self.metrics.write(values, phase=phase, step=step, global_step=global_step)
+        if self.progress is not None:
+            self.progress.report(values, step=step)
+        if self.monitor is not None and self.monitor.enabled:
+            self.monitor.write_events([(f"{phase}/{name}", value, global_step) for name, value in values.items()])
+
+    def note(self, line: str) -> None:
+        """A line for people: warnings, what was saved or loaded."""
+        if self.progress is not None:
+            self.progress.note(line)
+
+    def close(self) -> None:
+        """Close the file and the bar."""
+        if self.progress is not None:
+            self.progress.close()
+        if self.metrics is not None:
+            self.metrics.close()

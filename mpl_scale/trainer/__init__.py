@@ -1,0 +1,1 @@
+"""The loop: phases in order, evaluation, checkpoints, and what is written on the way."""

@@ -1,0 +1,72 @@
+"""Top-1, top-5 and loss of whole weights on the test split.
+
+Evaluation runs on modules of its own, never on the trained ones: what a CUDA graph captured stays untouched, and
+ZeRO-3's partitioned weights need no special case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mpl_scale.config import Config
+from mpl_scale.data import Splits, evaluation_batches
+from mpl_scale.mesh import Mesh
+from mpl_scale.models import build_model
+from mpl_scale.mpl.losses import cross_entropy
+from mpl_scale.trainer.phases import Weights
+
+Results = dict[str, float]
+
+
+class Evaluator:
+    """Evaluates networks by name ("teacher"; anything else has the student's architecture)."""
+
+    def __init__(self, config: Config, *, splits: Splits, mesh: Mesh) -> None:
+        self._config, self._splits, self._mesh = config, splits, mesh
+        self._modules: dict[str, nn.Module] = {}
+
+    def evaluate(self, weights: Mapping[str, Weights]) -> dict[str, Results]:
+        """Results by network: top1 and top5 in percent, loss (mean CE), images.
+
+        Every test image counts once, however it is spread over ranks. Collective over the world.
+        """
+        modules = {name: self._loaded(name, values) for name, values in weights.items()}
+        sums = {name: torch.zeros(4, dtype=torch.float64, device=self._mesh.device) for name in modules}
+        batches = evaluation_batches(
+            config=self._config.data,
+            splits=self._splits,
+            image_size=self._config.model.image_size,
+            mesh=self._mesh,
+        )
+        with torch.no_grad():
+            for images, labels, valid in batches:
+                for name, module in modules.items():
+                    sums[name] += _sums(module(images), labels, valid)
+        return {name: self._reduced(total) for name, total in sums.items()}
+
+    def _loaded(self, name: str, weights: Weights) -> nn.Module:
+        if name not in self._modules:
+            kind = "teacher" if name == "teacher" else "student"
+            section = getattr(self._config.model, kind)
+            module = build_model(section, self._config.model, field=f"mpl_scale.model.{kind}", seed=0)
+            self._modules[name] = module.to(self._mesh.device).eval()
+        module = self._modules[name]
+        module.load_state_dict(weights)
+        return module
+
+    def _reduced(self, total: torch.Tensor) -> Results:
+        if self._mesh.world_group is not None:
+            dist.all_reduce(total, group=self._mesh.world_group)
+        top1, top5, loss, images = (total / self._mesh.width).tolist()
+        return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": images}
+
+
+def _sums(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """[rows right at 1, right at 5, summed CE, rows], of the valid rows; float64 [4]."""
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    rows = torch.stack([top[:, 0], top.any(1), cross_entropy(logits, labels), torch.ones_like(labels)])
+    return (rows.double() * valid).sum(1)

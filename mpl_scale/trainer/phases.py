@@ -1,0 +1,162 @@
+"""The phases of a run, and the state (networks under ZeRO, schedules, averages) each one trains.
+
+A phase starts from whole weights by network name and ends with them: engines are built anew, because every phase has
+optimisers of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mpl_scale.checkpoint import gather_parameters
+from mpl_scale.config import Batches, Config, RunConfig
+from mpl_scale.config.checks import uses_flat_engine
+from mpl_scale.config.schema import MethodConfig, NetworkConfig, OptimConfig, OptimsConfig
+from mpl_scale.engine import build_network
+from mpl_scale.mesh import Mesh
+from mpl_scale.models import build_model
+from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
+from mpl_scale.optim import schedule
+
+Weights = Mapping[str, torch.Tensor]
+"""A network's parameters and buffers by name, whole, fp32."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase. Batches are images over all ranks; `index` keys its randomness and data order."""
+
+    name: str
+    index: int
+    method: Method
+    settings: MethodConfig
+    optim: OptimsConfig
+    steps: int
+    labelled: int
+    unlabelled: int
+    start_student_from: str = "student"
+
+
+def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> list[Phase]:
+    """Teacher warm-up, the method's own phase, finetuning; those without steps are left out.
+
+    Args:
+        config: the validated section.
+        batches: the batch arithmetic.
+        max_steps: shortens every phase, schedules included; None: as configured.
+    """
+    method, phases = config.method, config.phases
+    constant = OptimConfig(
+        lr=phases.finetune.lr,
+        momentum=phases.finetune.momentum,
+        nesterov=phases.finetune.nesterov,
+        weight_decay=phases.finetune.weight_decay,
+        schedule="constant",
+    )
+    finetuned = method.model_copy(update={"student_wait_steps": 0, "ema_decay": 0.0})
+    warmed = method.model_copy(update={"student_wait_steps": 0})
+    main = METHODS[method.name]
+    rows = [
+        ("teacher_warmup", METHODS["teacher_warmup"], warmed, config.optim, phases.teacher_warmup.steps, batches.labelled),
+        ("train", main, method, config.optim, phases.train.steps, batches.labelled),
+        (
+            "finetune",
+            METHODS["supervised"],
+            finetuned,
+            config.optim.model_copy(update={"student": constant}),
+            phases.finetune.steps,
+            batches.finetune,
+        ),
+    ]
+    return [
+        Phase(
+            name=name,
+            index=index,
+            method=step,
+            settings=settings,
+            optim=optim,
+            steps=min(steps, max_steps or steps),
+            labelled=labelled,
+            unlabelled=batches.unlabelled if step.unlabelled else 0,
+            start_student_from=phases.finetune.start_from if name == "finetune" else "student",
+        )
+        for index, (name, step, settings, optim, steps, labelled) in enumerate(rows)
+        if steps
+    ]
+
+
+def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[str, Weights]) -> State:
+    """The networks of a phase under their engines, from the weights of the phase before where there are any."""
+    config, settings = run.mpl, phase.settings
+
+    def network(name: str, section: NetworkConfig, optim: OptimConfig, source: str) -> Network:
+        module = build_model(
+            section,
+            config.model,
+            field=f"mpl_scale.model.{name}",
+            seed=initial_seed(config.seed, name),
+            group=mesh.world_group,
+        )
+        if source in weights:
+            module.load_state_dict(weights[source])
+        engine = "flat" if uses_flat_engine(run, cuda=mesh.device.type == "cuda") else "deepspeed"
+        return build_network(module.to(mesh.device), engine=engine, optim=optim, ds_config=run.deepspeed, mesh=mesh)
+
+    teacher = student = average = None
+    if phase.method.teacher:
+        teacher = network("teacher", config.model.teacher, phase.optim.teacher, "teacher")
+    if phase.method.student:
+        student = network("student", config.model.student, phase.optim.student, phase.start_student_from)
+        if settings.ema_decay:
+            average = MovingAverage(student, decay=settings.ema_decay)
+    feedback = settings.feedback
+    return State(
+        method=settings,
+        seed=(config.seed + (phase.index << 24)) & 0xFFFFFFFF,
+        schedules=_schedules(phase, mesh.device),
+        step=torch.zeros((), dtype=torch.int64, device=mesh.device),
+        teacher=teacher,
+        student=student,
+        student_average=average,
+        baseline=Baseline(
+            decay=feedback.baseline_decay, bias_correction=feedback.baseline_bias_correction, device=mesh.device
+        ),
+        world_group=mesh.world_group,
+    )
+
+
+def initial_seed(seed: int, network: str) -> int:
+    """Seed of a network's initial weights: teacher and student differ, and so do runs."""
+    return 2 * seed + (network == "student")
+
+
+def _schedules(phase: Phase, device: torch.device) -> Schedules:
+    steps, settings = phase.steps, phase.settings
+    step = torch.arange(steps, dtype=torch.float32)
+    ramp = (step / settings.uda.ramp_steps).clamp(max=1.0) if settings.uda.ramp_steps else torch.ones(steps)
+    wait = settings.student_wait_steps
+    return Schedules(
+        teacher_lr=schedule(phase.optim.teacher, steps=steps).to(device),
+        student_lr=schedule(phase.optim.student, steps=steps, wait=wait).to(device),
+        uda_weight=(settings.uda.weight * ramp).to(device),
+        feedback_gate=(step >= wait).to(device, torch.float32),
+    )
+
+
+def collect_weights(state: State, *, mesh: Mesh) -> dict[str, Weights]:
+    """Whole weights of "teacher", "student" and the student's "ema", those the state has, on every rank."""
+
+    def whole(network: Network, shards: object, buffers: Mapping[str, torch.Tensor]) -> Weights:
+        parameters = gather_parameters(network.layout, shards, group=mesh.world_group, owns=network.owns_shard)  # type: ignore[arg-type]
+        return {**parameters, **{name: buffer.detach().clone() for name, buffer in buffers.items()}}
+
+    weights: dict[str, Weights] = {}
+    for name, network in (("teacher", state.teacher), ("student", state.student)):
+        if network is not None:
+            weights[name] = whole(network, network.master, dict(network.module.named_buffers()))
+    if state.student_average is not None and state.student is not None:
+        weights["ema"] = whole(state.student, state.student_average.shards, state.student_average.buffers)
+    return weights

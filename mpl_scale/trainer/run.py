@@ -1,0 +1,181 @@
+"""The loop: phase after phase, step after step, with what is logged, evaluated and saved on the way.
+
+A run that is asked to stop saves at a step boundary and leaves; the same command goes on from there, and ends with
+the same weights as a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mpl_scale.augment import StrongView
+from mpl_scale.config import RunConfig
+from mpl_scale.data import Splits, TrainLoader
+from mpl_scale.mesh import Mesh
+from mpl_scale.monitor import Writers
+from mpl_scale.mpl import State
+from mpl_scale.trainer.evaluation import Evaluator, Results
+from mpl_scale.trainer.phases import Phase, Weights, build_state, collect_weights
+from mpl_scale.trainer.snapshots import Snapshot, Snapshots
+from mpl_scale.types import StepMetrics
+
+
+@dataclass
+class Trainer:
+    """A run, ready to start.
+
+    stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together.
+    results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
+    """
+
+    run: RunConfig
+    splits: Splits
+    phases: list[Phase]
+    mesh: Mesh
+    writers: Writers
+    snapshots: Snapshots
+    stop_requested: Callable[[], bool]
+    results: dict[str, Results] = field(default_factory=dict)
+    seconds: float = 0.0
+    global_step: int = 0
+
+    def train(self, snapshot: Snapshot | None) -> bool:
+        """Run the phases that are left after a snapshot. True at the end, False if asked to stop (state saved)."""
+        self._began = time.monotonic()
+        self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh)
+        weights: Mapping[str, Weights] = {}
+        first = 0
+        if snapshot is not None:
+            names = [phase.name for phase in self.phases]
+            if snapshot.phase not in names:
+                raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out")
+            first = names.index(snapshot.phase)
+            self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
+        for phase in self.phases[first:]:
+            state = build_state(phase, self.run, mesh=self.mesh, weights=weights)
+            step = 0
+            if snapshot is not None:
+                self.snapshots.restore(snapshot, state)
+                step, snapshot = snapshot.step, None
+            if not self._train_phase(phase, state, step):
+                return False
+            weights = collect_weights(state, mesh=self.mesh)
+        return True
+
+    def elapsed(self) -> float:
+        """Seconds of training, over all restarts."""
+        return self.seconds + time.monotonic() - self._began
+
+    def _train_phase(self, phase: Phase, state: State, step: int) -> bool:
+        config = self.run.mpl
+        before = sum(other.steps for other in self.phases[: self.phases.index(phase)])
+        self.global_step = before + step
+        if step >= phase.steps:  # a checkpoint of the phase's end
+            return True
+        loader = TrainLoader(
+            config=config.data,
+            splits=self.splits,
+            image_size=config.model.image_size,
+            labelled_batch=phase.labelled,
+            unlabelled_batch=phase.unlabelled,
+            mesh=self.mesh,
+            seed=config.seed,
+            stream=phase.index,
+            start_step=step,
+            strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
+        )
+        images = phase.labelled + phase.unlabelled
+        if self.writers.progress is not None:
+            self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
+        every, clock = config.logging.every, _Clock()
+        try:
+            while step < phase.steps:
+                with clock.waiting():
+                    batch = next(loader)
+                metrics = phase.method.step(state, batch)
+                step += 1
+                self.global_step += 1
+                clock.steps += 1
+                if step % every == 0 or step == phase.steps:
+                    values = {**self._averages(metrics), **clock.rates(images)}
+                    self.writers.write(values, phase=phase.name, step=step, global_step=self.global_step)
+                done = self._end_of_step(phase, state, step)
+                if done is not None:
+                    return done
+        finally:
+            loader.close()
+        return True
+
+    def _end_of_step(self, phase: Phase, state: State, step: int) -> bool | None:
+        """Evaluate, save, agree to stop. None: go on; True: the phase is over; False: stop."""
+        config, last = self.run.mpl, step == phase.steps
+        every = config.phases.train.evaluate_every if phase.name == "train" else 0
+        if last or (every and step % every == 0):
+            self._evaluate(phase, state, step)
+        stop = self._agreed_to_stop(step)
+        if last or stop or (config.checkpoint.every and self.global_step % config.checkpoint.every == 0):
+            metadata = {"results": self.results, "seconds": self.elapsed(), "config": self.run.resolved()}
+            self.snapshots.save(phase, state, step=step, global_step=self.global_step, metadata=metadata)
+        if stop and not (last and phase is self.phases[-1]):
+            self.writers.note(f"stopped as asked after step {step} of {phase.name}; the same command goes on from there")
+            return False
+        return True if last else None
+
+    def _evaluate(self, phase: Phase, state: State, step: int) -> None:
+        """Measure every network of the state; the finetuned student is a result of its own."""
+        found = self._evaluator.evaluate(collect_weights(state, mesh=self.mesh))
+        if phase.name == "finetune":
+            found = {"finetuned": found["student"]}
+        self.results |= found
+        values = {f"{name}_{key}": value for name, result in found.items() for key, value in result.items()}
+        self.writers.write(values, phase=phase.name, step=step, global_step=self.global_step)
+
+    def _averages(self, metrics: StepMetrics) -> dict[str, float]:
+        """The step's metrics, averaged over ranks: the one place where device values are read."""
+        stacked = torch.stack([value.detach().double() for value in metrics.values()])
+        if self.mesh.world_group is not None:
+            dist.all_reduce(stacked, group=self.mesh.world_group)
+        return dict(zip(metrics, (stacked / self.mesh.world).tolist(), strict=True))
+
+    def _agreed_to_stop(self, step: int) -> bool:
+        """Whether any rank was asked to. On GPUs only now and then, because the answer waits for the device."""
+        if self.mesh.device.type == "cuda" and step % self.run.mpl.logging.every:
+            return False
+        if self.mesh.world_group is None:
+            return self.stop_requested()
+        asked = torch.tensor(float(self.stop_requested()), device=self.mesh.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return bool(asked.item())
+
+
+class _Clock:
+    """Wall time and the share of it spent waiting for data, since the last line."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self.steps = time.perf_counter(), 0.0, 0
+
+    def waiting(self) -> _Clock:
+        """A context that counts as waiting."""
+        return self
+
+    def __enter__(self) -> None:
+        self._entered = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._waited += time.perf_counter() - self._entered
+
+    def rates(self, images: int) -> dict[str, Any]:
+        """images_per_second over all ranks and data_wait_share, then start anew."""
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        rates = {"images_per_second": self.steps * images / seconds, "data_wait_share": self._waited / seconds}
+        self._restart()
+        return rates

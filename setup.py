@@ -1,0 +1,39 @@
+"""Metadata and dependencies of mpl_scale."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DALI = "2.4"
+
+setup(
+    name="mpl_scale",
+    version="0.1.0",
+    description="Meta Pseudo Labels as a large-model training system: ZeRO, spatial partition, DALI, one fused step",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["mpl_scale", "mpl_scale.*"]),
+    package_data={"mpl_scale": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
+        "timm>=1.0.31",
+        "numpy",
+        "pydantic>=2",
+        "safetensors",
+        "tqdm",
+    ],
+    extras_require={
+        # fairscale builds from source against an installed torch: pip install --no-build-isolation (see the Makefile).
+        "fairscale": ["fairscale>=0.4.13"],
+        "cuda130": [f"nvidia-dali-cuda130>={DALI}"],
+        "cuda120": [f"nvidia-dali-cuda120>={DALI}"],
+        "digits": ["scikit-learn", "pillow"],
+        "plots": ["matplotlib", "tensorboard"],
+        "test": ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"],
+        "lint": ["ruff", "mypy", "import-linter"],
+    },
+    entry_points={"console_scripts": ["mpl-scale=mpl_scale.cli:main"]},
+)

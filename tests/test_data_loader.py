@@ -1,0 +1,260 @@
+"""Batches: the right pixels, the same global batch on any layout of ranks and after any restart."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from mpl_scale.augment import StrongView
+from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
+from mpl_scale.data import Splits, TrainLoader, evaluation_batches, load_images, make_splits
+from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.types import Batch
+from tests.test_data_sources import write_folder
+
+PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def mesh(data: int = 1, index: int = 0, width: int = 1) -> Mesh:
+    single = build_mesh(device=torch.device("cpu"))
+    world, rank = data * width, index * width
+    return dataclasses.replace(single, data=data, data_index=index, width=width, world=world, rank=rank)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    """Written once for the module."""
+    root = str(tmp_path_factory.mktemp("data") / "digits")
+    config = DataConfig(root=root, weak=WeakConfig(pad=1, fill=7, flip=True), strong=StrongConfig(cutout=3))
+    load_images(config)
+    return config
+
+
+def splits_of(config: DataConfig) -> Splits:
+    return make_splits(load_images(config), config=config, seed=0)
+
+
+def batches(config: DataConfig, place: Mesh, *, steps: int, start: int = 0, **changes: object) -> list[Batch]:
+    options = {
+        "image_size": 8,
+        "labelled_batch": 8,
+        "unlabelled_batch": 16,
+        "seed": 0,
+        "stream": 1,
+        "strong_view": StrongView(config.strong, seed=0, stream=1),
+    } | changes
+    loader = TrainLoader(config=config, splits=splits_of(config), mesh=place, start_step=start, **options)
+    taken = list(itertools.islice(loader, steps))
+    loader.close()
+    return taken
+
+
+def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
+    """The global batch from the parts of all data ranks."""
+    names = [field.name for field in dataclasses.fields(Batch)]
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+
+
+@pytest.mark.parametrize("data", [2, 4])
+def test_global_batches_do_not_depend_on_the_data_ranks(digits: DataConfig, data: int) -> None:
+    single = batches(digits, mesh(), steps=6)
+    ranks = [batches(digits, mesh(data, index), steps=6) for index in range(data)]
+    for step in range(6):
+        expected, actual = joined([single[step]]), joined([rank[step] for rank in ranks])
+        for name, value in expected.items():
+            assert torch.equal(value, actual[name]), (step, name)
+        assert expected["labelled_rows"].tolist() == list(range(8))
+        assert expected["unlabelled_rows"].tolist() == list(range(16))
+    assert not torch.equal(single[0].weak, single[1].weak)
+
+
+def test_a_run_started_at_step_3_continues_bit_for_bit(digits: DataConfig) -> None:
+    whole, rest = batches(digits, mesh(), steps=6), batches(digits, mesh(), steps=3, start=3)
+    for expected, actual in zip(whole[3:], rest, strict=True):
+        for name, value in joined([expected]).items():
+            assert torch.equal(value, joined([actual])[name]), name
+
+
+def test_ranks_of_a_width_group_get_the_same_rows(digits: DataConfig) -> None:
+    first = mesh(2, 1, width=2)
+    second = dataclasses.replace(first, rank=first.rank + 1, width_index=1)
+    for one, other in zip(batches(digits, first, steps=2), batches(digits, second, steps=2), strict=True):
+        assert one.labelled_rows.tolist() == [4, 5, 6, 7]
+        assert torch.equal(one.strong, other.strong)
+
+
+def test_streams_and_seeds_draw_different_batches(digits: DataConfig) -> None:
+    reference = batches(digits, mesh(), steps=1)[0]
+    for change in ({"stream": 2}, {"seed": 1}):
+        assert not torch.equal(reference.weak, batches(digits, mesh(), steps=1, **change)[0].weak)
+
+
+def test_labels_and_pixels_are_those_of_scikit_learn(digits: DataConfig) -> None:
+    """Undo nothing: without weak view and normalisation DALI must return the data set's own values."""
+    config = digits.model_copy(update=PLAIN | {"weak": WeakConfig()})
+    grey, labels = load_digits(return_X_y=True)
+    known = {
+        np.round(image * 255 / 16).astype(np.uint8).tobytes(): label for image, label in zip(grey, labels, strict=True)
+    }
+    assert len(known) == 1797  # no two digits are alike
+    for batch in batches(config, mesh(), steps=6, labelled_batch=40, dtype=torch.float64):
+        pixels = (batch.labelled * 255).round().to(torch.uint8)
+        assert torch.equal(pixels[:, :1].expand(-1, 3, -1, -1), pixels)
+        assert [known[image[0].numpy().tobytes()] for image in pixels] == batch.labels.tolist()
+
+
+def test_weak_view_is_a_padded_crop_then_a_flip(digits: DataConfig) -> None:
+    config = digits.model_copy(update=PLAIN)
+    splits = splits_of(config)
+    allowed: dict[bytes, int] = {}
+    for sample in splits.labelled:
+        image = np.asarray(Image.open(splits.images.paths[sample]))
+        padded = np.pad(image, 1, constant_values=7)
+        for top, left in itertools.product(range(3), repeat=2):
+            window = padded[top : top + 8, left : left + 8]
+            allowed[window.tobytes()] = allowed[window[:, ::-1].tobytes()] = splits.images.labels[sample]
+    seen = set()
+    for batch in batches(config, mesh(), steps=10, labelled_batch=40, dtype=torch.float64):
+        views = (batch.labelled[:, 0] * 255).round().to(torch.uint8).numpy()
+        assert [allowed[view.tobytes()] for view in views] == batch.labels.tolist()
+        seen |= {view.tobytes() for view in views}
+    assert len(seen) > 200  # 400 draws among 40 images x 18 views
+
+
+def test_normalisation_and_strong_view(digits: DataConfig) -> None:
+    raw = batches(digits.model_copy(update=PLAIN), mesh(), steps=1, dtype=torch.float64)[0]
+    batch = batches(digits, mesh(), steps=1, dtype=torch.float64)[0]
+    mean, std = (torch.tensor(value, dtype=torch.float64).view(3, 1, 1) for value in (digits.mean, digits.std))
+    for name in ("labelled", "weak", "strong"):
+        expected = (getattr(raw, name) - mean) / std
+        torch.testing.assert_close(getattr(batch, name), expected, rtol=0, atol=1e-12)  # float64, values below 10
+    half = batches(digits, mesh(), steps=1, dtype=torch.bfloat16)[0]
+    assert half.weak.dtype == torch.bfloat16
+    same = batches(digits, mesh(), steps=1, strong_view=None)[0]
+    assert torch.equal(same.strong, same.weak)
+    assert not torch.equal(batch.strong, batch.weak)
+
+
+def test_no_unlabelled_images(digits: DataConfig) -> None:
+    batch = batches(digits, mesh(), steps=1, unlabelled_batch=0)[0]
+    assert batch.labelled.shape == (8, 3, 8, 8)
+    assert batch.weak.shape == batch.strong.shape == (0, 3, 8, 8)
+
+
+def test_nothing_trains_on_the_test_split(digits: DataConfig) -> None:
+    splits = splits_of(digits)
+    assert abs(len(splits.test) - 1797 / 3) <= 5  # rounded once per class
+    assert len(splits.labelled) == 40
+    loader = TrainLoader(
+        config=digits,
+        splits=splits,
+        image_size=8,
+        labelled_batch=100,
+        unlabelled_batch=600,
+        mesh=mesh(),
+        seed=0,
+        stream=0,
+        start_step=0,
+        strong_view=None,
+    )
+    used = set()
+    for request in itertools.islice(loader._requests(0), 5):
+        used |= set(request.paths)
+    loader.close()
+    assert used == set(splits.images.paths[splits.unlabelled])
+    assert not used & set(splits.images.paths[splits.test])
+
+
+@pytest.mark.parametrize(("data", "per_rank"), [(1, 256), (2, 100), (3, 7), (4, 1000)])
+def test_evaluation_covers_each_test_image_once(digits: DataConfig, data: int, per_rank: int) -> None:
+    config = digits.model_copy(update=PLAIN | {"evaluation_batch": per_rank})
+    splits = splits_of(config)
+    expected = sorted(np.asarray(Image.open(path)).tobytes() for path in splits.images.paths[splits.test])
+    seen, shapes = [], set()
+    for index in range(data):
+        taken = list(evaluation_batches(config=config, splits=splits, image_size=8, mesh=mesh(data, index)))
+        assert all(len(batch.images) <= per_rank for batch in taken)
+        shapes.add((len(taken), *{batch.images.shape for batch in taken}))
+        for images, labels, valid in taken:
+            pixels = (images[valid][:, 0] * 255).round().to(torch.uint8).numpy()
+            seen += [(image.tobytes(), int(label)) for image, label in zip(pixels, labels[valid], strict=True)]
+    assert len(shapes) == 1  # every rank: as many batches, of one size
+    assert sorted(image for image, _ in seen) == expected
+    assert np.bincount([label for _, label in seen]).tolist() == np.bincount(splits.images.labels[splits.test]).tolist()
+
+
+def test_other_sizes_are_resized(tmp_path: Path) -> None:
+    write_folder(tmp_path / "root", images=12, side=20)
+    config = DataConfig(source="folder", root=str(tmp_path / "root"), **PLAIN)
+    (batch,) = evaluation_batches(config=config, splits=splits_of(config), image_size=10, mesh=mesh())
+    path = splits_of(config).images.paths[splits_of(config).test[0]]
+    expected = np.asarray(Image.open(path).resize((10, 10), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    difference = ((batch.images[0] * 255).round().numpy() - expected)[:, 1:-1, 1:-1]
+    assert np.abs(difference).max() <= 1  # the same antialiased filter; rounding and the rule at the border differ
+
+
+def corrupt_body(path: Path) -> None:
+    """Flip a bit of the compressed pixels: header and trailer stay good, and only a decode can tell."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 20] ^= 0xFF
+    path.write_bytes(data)
+
+
+SPOIL = {
+    "corrupt": (corrupt_body, "DALI cannot decode it"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated"),
+    "deleted": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
+}
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_file_that_goes_bad_while_training_is_named(tmp_path: Path, kind: str) -> None:
+    spoil, reason = SPOIL[kind]
+    root = write_folder(tmp_path / "root", images=20)
+    config = DataConfig(source="folder", root=str(root))
+    splits = splits_of(config)
+    path = Path(splits.images.paths[splits.unlabelled[3]])
+    spoil(path)
+    loader = TrainLoader(
+        config=config,
+        splits=splits,
+        image_size=8,
+        labelled_batch=2,
+        unlabelled_batch=4,
+        mesh=mesh(),
+        seed=0,
+        stream=0,
+        start_step=0,
+        strong_view=None,
+    )
+    with pytest.raises(ValueError, match=r"1 unreadable image.*delete or replace") as caught:
+        list(itertools.islice(loader, 20))
+    loader.close()
+    assert f"{path}: {reason}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "changes", "message"),
+    [
+        (4, {"labelled_batch": 10}, r"labelled batch 10 = 4 data ranks x 2\.5 images per rank, not a whole number"),
+        (4, {"unlabelled_batch": 6}, r"unlabelled batch 6 = 4 data ranks x 1\.5 images per rank"),
+        (64, {"labelled_batch": 64, "unlabelled_batch": 0}, r"= 4 x 10 classes = 40 labelled images for 64 data ranks"),
+    ],
+)
+def test_impossible_layouts_are_refused(digits: DataConfig, data: int, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batches(digits, mesh(data), steps=1, **changes)
+
+
+def test_no_image_left_without_a_label_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path / "root", images=6)
+    config = DataConfig(source="folder", root=str(tmp_path / "root"), unlabelled_from="rest", labelled_per_class=4)
+    with pytest.raises(ValueError, match=r"unlabelled_from = 'rest' leaves no unlabelled images"):
+        batches(config, mesh(), steps=1)
