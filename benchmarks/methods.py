@@ -35,4 +35,55 @@ METHODS = {
     "mpl_per_sample": ["mpl_scale.method.feedback.rule=per_sample"],
     "mpl_soft_exact": ["mpl_scale.method.feedback.rule=soft_exact", "mpl_scale.method.pseudo_labels=soft"],
 }
-COLUMNS = ("student", "ema", "teacher", "finetuned")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", required=True)
+    parser.add_argument("--output", type=Path, default=Path("runs/methods"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS)[:5], metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--set", action="append", default=[], help="as train.py's, for every method")
+    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    options = parser.parse_args()
+
+    adopt_slurm_environment(os.environ)
+    main_rank = os.environ.get("RANK", "0") == "0"
+    start_process_group(choose_device(os.environ), timeout_seconds=600)
+    rows = []
+    for seed in options.seeds:
+        for method in options.methods:
+            config = load_config(
+                options.ds_config, overrides=[*METHODS[method], *options.set, f"mpl_scale.seed={seed}"]
+            )
+            folder = options.output / method / f"seed_{seed}"
+            if main_rank:
+                print(f"== {method}, seed {seed}: {folder}", flush=True)
+            summary = train(config, Options(folder, "auto", options.max_steps))
+            assert summary is not None  # no stop request can come
+            rows += [{"method": label, **values} for label, values in _rows(method, summary["results"])]
+    if main_rank:
+        table = format_table(rows, by=["method"], columns=dict.fromkeys(("top-1", "EMA top-1"), ".2f"))
+        (options.output / "table.md").write_text(table + "\n")
+        (options.output / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+        print(
+            f"\n{table}\n\nAccuracy on the held-out third, percent. Files of each run: {options.output}/METHOD/seed_N"
+        )
+    dist.destroy_process_group()
+    return 0
+
+
+def _rows(method: str, results: dict[str, dict[str, float]]) -> list[tuple[str, dict[str, float]]]:
+    """One table row for the trained network, one for its finetuned version."""
+    values = {"top-1": results["student"]["top1"]}
+    if "ema" in results:
+        values["EMA top-1"] = results["ema"]["top1"]
+    rows = [(method, values)]
+    if "finetuned" in results:
+        rows.append((f"{method}+finetune", {"top-1": results["finetuned"]["top1"]}))
+    return rows
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import MutableMapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,9 +105,11 @@ def build_mesh(*, device: torch.device, width: int = 1, shard_size: int | None =
     shard_size = shard_size or world
     for name, size in (("width", width), ("shard_size", shard_size)):
         if world % size:
-            raise ValueError(f"mpl_scale.parallel.{name} = {size} does not divide the {world} ranks; use a divisor of {world}")
+            raise ValueError(
+                f"mpl_scale.parallel.{name} = {size} does not divide the {world} ranks; use a divisor of {world}"
+            )
 
-    def group(members: list[list[int]]) -> dist.ProcessGroup | None:
+    def group(members: list[list[int]]) -> Any:
         """The group of this rank among disjoint member lists; None for groups of one."""
         if not distributed or len(members[0]) == 1:
             return None

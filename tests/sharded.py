@@ -34,7 +34,9 @@ def make_network(
     net.passes = Passes()
     convert(net, passes=net.passes, group=mesh.world_group)
     optim = OptimConfig(lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
-    return build_network(net, engine=engine, optim=optim, ds_config={**ds_config, "gradient_clipping": s.clip}, mesh=mesh)
+    return build_network(
+        net, engine=engine, optim=optim, ds_config={**ds_config, "gradient_clipping": s.clip}, mesh=mesh
+    )
 
 
 def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, steps: int | None = None) -> State:

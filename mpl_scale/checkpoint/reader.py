@@ -33,9 +33,7 @@ from mpl_scale.mesh import Mesh
 NAMES_SHOWN = 3
 
 
-def load(
-    path: str | os.PathLike[str], entries: Sequence[Entry], *, mesh: Mesh, index: Index | None = None
-) -> Index:
+def load(path: str | os.PathLike[str], entries: Sequence[Entry], *, mesh: Mesh, index: Index | None = None) -> Index:
     """Fill each entry's tensor in place. Collective over the world; the ranks' entries together are the whole model.
 
     index: what `newest_good` returned with the path, whose files are then not verified again.

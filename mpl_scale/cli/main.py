@@ -86,7 +86,10 @@ def _train(options: argparse.Namespace) -> int:
     run = _load(options)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    from mpl_scale.trainer.prepare import Options, train  # torch, DALI, deepspeed: seconds, after the config is known good
+    from mpl_scale.trainer.prepare import (
+        Options,
+        train,
+    )  # torch, DALI, deepspeed: seconds, after the config is known good
 
     output = options.output or Path("runs") / Path(options.ds_config).stem
     summary = train(run, Options(output, options.resume, options.max_steps), stop_requested=stop)

@@ -87,15 +87,17 @@ def _check_method(config: RunConfig) -> None:
     soft, rule = method.pseudo_labels == "soft", method.feedback.rule
     if method.name == "mpl" and soft and rule not in ("none", "soft_exact"):
         raise ValueError(
-            f"mpl_scale.method.feedback.rule = {rule} with pseudo_labels = soft: a scalar times CE of soft labels has no "
-            "gradient towards better ones; use soft_exact or none, or pseudo_labels = sampled"
+            f"mpl_scale.method.feedback.rule = {rule} with pseudo_labels = soft: a scalar times CE of soft labels has "
+            "no gradient towards better ones; use soft_exact or none, or pseudo_labels = sampled"
         )
     if method.name == "mpl" and not soft and rule == "soft_exact":
         raise ValueError(
             "mpl_scale.method.feedback.rule = soft_exact needs pseudo_labels = soft; for sampled labels use per_sample"
         )
     if method.name == "mpl" and rule == "per_sample" and method.feedback.target != "pseudo_labels":
-        raise ValueError("mpl_scale.method.feedback.rule = per_sample credits the pseudo labels; set target = pseudo_labels")
+        raise ValueError(
+            "mpl_scale.method.feedback.rule = per_sample credits the pseudo labels; set target = pseudo_labels"
+        )
     bf16 = config.deepspeed.get("bf16", {}).get("enabled", False)
     if rule in ("per_sample", "soft_exact") and bf16:
         raise ValueError(
@@ -132,13 +134,13 @@ def _batches(config: RunConfig, *, world: int) -> Batches:
     total, micro, accumulation = given.values()
     if accumulation not in (None, 1):
         raise ValueError(
-            f"gradient_accumulation_steps = {accumulation}: a Meta Pseudo Labels step is one batch, because the feedback "
-            "needs the student's whole update; set 1 and use more ranks"
+            f"gradient_accumulation_steps = {accumulation}: a Meta Pseudo Labels step is one batch, because the "
+            "feedback needs the student's whole update; set 1 and use more ranks"
         )
     if total is None and micro is None:
         raise ValueError("train_batch_size is missing: give the labelled images per step over all ranks")
     if total is None:
-        total = micro * ranks
+        total = (micro or 1) * ranks
     if micro is None:
         micro = total // ranks
     if micro * ranks != total:

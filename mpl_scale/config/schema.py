@@ -43,7 +43,9 @@ class ModelConfig(Section):
     student: NetworkConfig
     num_classes: Annotated[int, Field(ge=2)]
     image_size: Count = Field(description="Height and width of the images fed to the networks, pixels.")
-    bn_decay: Probability = Field(0.99, description="Decay of BN's moving averages (Tables 6-8); torch momentum is 1 - decay.")
+    bn_decay: Probability = Field(
+        0.99, description="Decay of BN's moving averages (Tables 6-8); torch momentum is 1 - decay."
+    )
     bn_eps: Positive = 1e-3
 
 
@@ -58,13 +60,19 @@ class WeakConfig(Section):
 class StrongConfig(Section):
     """The strong view: `num_ops` operations drawn uniformly (RandAugment), then cutout, on top of the weak view."""
 
-    ops: list[str] = Field(default_factory=list, description="Names registered in mpl_scale.augment; empty: the default set.")
+    ops: list[str] = Field(
+        default_factory=list, description="Names registered in mpl_scale.augment; empty: the default set."
+    )
     num_ops: CountOrZero = 2
     magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(9.0, description="M of RandAugment, 0 to 10.")
-    random_magnitude: bool = Field(True, description="Draw each magnitude from U(0, magnitude) instead of using it as is.")
+    random_magnitude: bool = Field(
+        True, description="Draw each magnitude from U(0, magnitude) instead of using it as is."
+    )
     probability: Probability = Field(1.0, description="Of applying each drawn operation.")
     cutout: CountOrZero = Field(0, description="Side of the square set to `fill`, pixels; 0: none.")
-    fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels that come from outside the image.")
+    fill: Annotated[int, Field(ge=0, le=255)] = Field(
+        0, description="Value of pixels that come from outside the image."
+    )
 
 
 class DataConfig(Section):
@@ -73,10 +81,13 @@ class DataConfig(Section):
     source: str = Field("digits", description="A registered source: digits, folder.")
     root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
     labelled_per_class: Count = Field(4, description="Labelled training images per class.")
-    test_fraction: Fraction = Field(0.3333, description="Share held out for evaluation, stratified; nothing trains on it.")
+    test_fraction: Fraction = Field(
+        0.3333, description="Share held out for evaluation, stratified; nothing trains on it."
+    )
     split_seed: int | None = Field(None, description="Seed of the split; null: the run's seed.")
     unlabelled_from: Literal["training", "rest", "labelled"] = Field(
-        "training", description="Unlabelled images: all training images, those without a label, or the labelled ones (D.2)."
+        "training",
+        description="Unlabelled images: all training images, those without a label, or the labelled ones (D.2).",
     )
     unlabelled_ratio: Count = Field(1, description="mu: unlabelled images per labelled image in a step.")
     weak: WeakConfig = WeakConfig()
@@ -97,7 +108,8 @@ class FeedbackConfig(Section):
     weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
     target: Literal["pseudo_labels", "strong_argmax"] = Field(
-        "pseudo_labels", description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port."
+        "pseudo_labels",
+        description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port.",
     )
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
     baseline_decay: Probability = 0.99
@@ -123,12 +135,16 @@ class MethodConfig(Section):
     pseudo_labels: Literal["sampled", "argmax", "soft"] = "sampled"
     pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
     pseudo_label_temperature: Positive = 1.0
-    pseudo_label_threshold: Probability = Field(0.95, description="Method pseudo_label: least teacher confidence (Table 6).")
+    pseudo_label_threshold: Probability = Field(
+        0.95, description="Method pseudo_label: least teacher confidence (Table 6)."
+    )
     feedback: FeedbackConfig = FeedbackConfig()
     supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
     uda: UDAConfig = UDAConfig()
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Smooths the pseudo labels.")
+    student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Smooths the pseudo labels."
+    )
     student_sees_labelled: bool = Field(True, description="The student's pass includes x_l, for BN statistics only.")
     student_wait_steps: CountOrZero = Field(0, description="Steps with student learning rate 0 and feedback 0.")
     ema_decay: Probability = Field(0.999, description="Student EMA: rate min(decay, (t+1)/(t+10)); 0: none.")
@@ -207,7 +223,9 @@ class LoggingConfig(Section):
     """What is written while training."""
 
     every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
-    progress: Literal["auto", "bar", "lines", "off"] = Field("auto", description="auto: a bar on a terminal, else lines.")
+    progress: Literal["auto", "bar", "lines", "off"] = Field(
+        "auto", description="auto: a bar on a terminal, else lines."
+    )
 
 
 class CheckpointConfig(Section):

@@ -101,7 +101,7 @@ class FlatNetwork:
     @torch.no_grad()
     def apply(self, lr: torch.Tensor) -> None:
         """Clip, update the master shard, gather the weights."""
-        shards = self._shards[self._turn]
+        shards: Sequence[torch.Tensor] = self._shards[self._turn]
         if self._clip:
             shards = self._clipped_by_global_norm(shards)
         for master, shard, group in zip(self._master, shards, self._optimizer.param_groups, strict=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -42,7 +44,8 @@ def build_model(
         except TypeError as error:
             raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {error}") from error
         _initialise(model, network)
-    model.passes = passes = Passes()
+    passes = Passes()
+    model.passes = passes  # type: ignore[assignment]
     model = convert(model, passes=passes, group=group)
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
@@ -65,8 +68,9 @@ def _initialise(model: nn.Module, network: NetworkConfig) -> None:
 
 def _classifier(model: nn.Module) -> tuple[str, nn.Module]:
     """The name and the module of the last linear layer: timm's get_classifier, or `classifier`."""
-    head = model.get_classifier() if hasattr(model, "get_classifier") else model.classifier
-    return next(name for name, module in model.named_modules() if module is head), head  # type: ignore[return-value]
+    find: Any = getattr(model, "get_classifier", None)
+    head = find() if find else model.get_submodule("classifier")
+    return next(name for name, module in model.named_modules() if module is head), head
 
 
 def _add_dropout(model: nn.Module, rate: float, passes: Passes, *, field: str) -> None:

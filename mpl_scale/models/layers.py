@@ -67,12 +67,16 @@ class BatchNorm(nn.Module):
     global count. In a pass with `update_statistics=False` the batch normalises but the moving averages stay.
     """
 
-    def __init__(self, source: nn.Module, *, passes: Passes, group: dist.ProcessGroup | None) -> None:
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def __init__(self, source: Any, *, passes: Passes, group: dist.ProcessGroup | None) -> None:
         super().__init__()
         self.weight, self.bias = source.weight, source.bias
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             self.register_buffer(name, getattr(source, name))
-        self.eps, self.momentum = float(source.eps), source.momentum  # type: ignore[arg-type]
+        self.eps, self.momentum = source.eps, source.momentum
         self.drop = getattr(source, "drop", None)
         self.act = getattr(source, "act", None)
         self.passes, self.group = passes, group
@@ -90,9 +94,10 @@ class BatchNorm(nn.Module):
         if learn:
             self.num_batches_tracked.add_(1)
         if not self.training or self.group is None:
-            averages = (self.running_mean, self.running_var) if learn or not self.training else (None, None)
+            mean, var = (self.running_mean, self.running_var) if learn or not self.training else (None, None)
             weight, bias = self.weight.to(wide), self.bias.to(wide)
-            return F.batch_norm(x.to(wide), *averages, weight, bias, self.training, self.momentum, self.eps).to(x.dtype)
+            y = F.batch_norm(x.to(wide), mean, var, weight, bias, self.training, self.momentum, self.eps)
+            return y.to(x.dtype)
         y, mean, variance, count = _GlobalBatchNorm.apply(
             x, self.weight, self.bias, self.running_mean, self.eps, self.group
         )

@@ -61,6 +61,4 @@ class Passes:
         if self.current is None:
             raise ValueError("dropout or drop-path ran in training mode outside `with model.passes(Pass(...))`")
         now = self.current
-        return uniform(
-            seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=now.rows, columns=columns
-        )
+        return uniform(seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=now.rows, columns=columns)

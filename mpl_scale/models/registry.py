@@ -40,5 +40,7 @@ def find_builder(name: str, *, field: str) -> Builder:
     if timm.is_model(name):
         return lambda **kwargs: timm.create_model(name, **kwargs)
     close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"use {', '.join(MODELS)} or any name of timm.list_models()"
+    hint = (
+        f"did you mean {' or '.join(close)}?" if close else f"use {', '.join(MODELS)} or any name of timm.list_models()"
+    )
     raise ValueError(f"{field} = {name!r} is no known model; {hint}")

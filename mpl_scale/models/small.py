@@ -35,9 +35,7 @@ class TwoMoonsMLP(nn.Module):
 
     def __init__(self, *, num_classes: int, hidden: int = 8, inputs: int = 2) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Linear(inputs, hidden), nn.Sigmoid(), nn.Linear(hidden, hidden), nn.Sigmoid()
-        )
+        self.features = nn.Sequential(nn.Linear(inputs, hidden), nn.Sigmoid(), nn.Linear(hidden, hidden), nn.Sigmoid())
         self.classifier = nn.Linear(hidden, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,7 @@ class Method:
 METHODS: dict[str, Method] = {}
 
 
-def register_method(
-    name: str, *, teacher: bool, student: bool, unlabelled: bool = True
-) -> Callable[[Step], Step]:
+def register_method(name: str, *, teacher: bool, student: bool, unlabelled: bool = True) -> Callable[[Step], Step]:
     """Make a step available as `mpl_scale.method.name`.
 
     Args:

@@ -96,9 +96,7 @@ class State:
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:
         """The context of one forward pass on global rows (int64 [B]) at this step."""
-        return Pass(
-            seed=self.seed, stream=number, step=self.step, rows=rows, update_statistics=learn, dropout=dropout
-        )
+        return Pass(seed=self.seed, stream=number, step=self.step, rows=rows, update_statistics=learn, dropout=dropout)
 
     def mean_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         """The average of a tensor that each rank measured on its own rows."""

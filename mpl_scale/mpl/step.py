@@ -103,9 +103,7 @@ def _pseudo_labels(state: State, batch: Batch, logits: torch.Tensor) -> torch.Te
     if state.method.pseudo_labels == "argmax":
         return logits.argmax(-1)
     rows = batch.unlabelled_rows + WEAK_ROWS
-    numbers = uniform(
-        seed=state.seed, stream=LABEL_SAMPLING << 16, step=state.step, rows=rows, columns=logits.shape[1]
-    )
+    numbers = uniform(seed=state.seed, stream=LABEL_SAMPLING << 16, step=state.step, rows=rows, columns=logits.shape[1])
     return sample_labels(logits, numbers)
 
 

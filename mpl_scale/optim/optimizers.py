@@ -7,7 +7,7 @@ here `group["lr"]` is a 0-d device tensor, the state is allocated at constructio
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,13 +62,13 @@ class ShardOptimizer(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients: Iterable[torch.Tensor] = [p.grad for p in parameters]
+            gradients = [p.grad for p in parameters]
             if group["weight_decay"]:
-                gradients = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+                gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
             states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
             lr = group["lr"]
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
-            self._update(parameters, list(gradients), states, lr)
+            self._update(parameters, gradients, states, lr)
 
     def _update(
         self,

@@ -60,7 +60,14 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
     warmed = method.model_copy(update={"student_wait_steps": 0})
     main = METHODS[method.name]
     rows = [
-        ("teacher_warmup", METHODS["teacher_warmup"], warmed, config.optim, phases.teacher_warmup.steps, batches.labelled),
+        (
+            "teacher_warmup",
+            METHODS["teacher_warmup"],
+            warmed,
+            config.optim,
+            phases.teacher_warmup.steps,
+            batches.labelled,
+        ),
         ("train", main, method, config.optim, phases.train.steps, batches.labelled),
         (
             "finetune",
@@ -102,8 +109,14 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         )
         if source in weights:
             module.load_state_dict(weights[source])
-        engine = "flat" if uses_flat_engine(run, cuda=mesh.device.type == "cuda") else "deepspeed"
-        return build_network(module.to(mesh.device), engine=engine, optim=optim, ds_config=run.deepspeed, mesh=mesh)
+        flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
+        return build_network(
+            module.to(mesh.device),
+            engine="flat" if flat else "deepspeed",
+            optim=optim,
+            ds_config=run.deepspeed,
+            mesh=mesh,
+        )
 
     teacher = student = average = None
     if phase.method.teacher:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from mpl_scale.trainer.phases import initial_seed, plan_phases
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshots
 
-SHOWN = ("student_loss", "teacher_supervised_loss", "cosine", "h", "student_top1", "teacher_top1", "ema_top1", "finetuned_top1")
+SHOWN = (
+    "student_loss",
+    "teacher_supervised_loss",
+    "cosine",
+    "h",
+    "student_top1",
+    "teacher_top1",
+    "ema_top1",
+    "finetuned_top1",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,9 @@ class Options:
     max_steps: int | None = None
 
 
-def train(run: RunConfig, options: Options, *, stop_requested: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+def train(
+    run: RunConfig, options: Options, *, stop_requested: Callable[[], bool] = lambda: False
+) -> dict[str, Any] | None:
     """Run a configuration on the ranks the launcher started.
 
     Returns the summary, or None if it was asked to stop; the same call then goes on from the saved state.
@@ -53,7 +64,7 @@ def train(run: RunConfig, options: Options, *, stop_requested: Callable[[], bool
     splits = _load_splits(run)
     _check_models(run)
     _check_output(options.output)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    _share_cores(os.environ)
     owns_group = not dist.is_initialized()
     if owns_group:
         start_process_group(device, timeout_seconds=run.mpl.parallel.timeout_seconds)
@@ -127,6 +138,13 @@ def _run(
         return summary
     finally:
         writers.close()
+
+
+def _share_cores(environment: Mapping[str, str]) -> None:
+    """Divide the node's cores over its ranks, unless OMP_NUM_THREADS has decided."""
+    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or environment.get("WORLD_SIZE", "1")
+    if "OMP_NUM_THREADS" not in environment:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
 
 
 def _mesh(run: RunConfig, device: torch.device) -> Mesh:

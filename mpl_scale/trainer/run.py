@@ -54,7 +54,9 @@ class Trainer:
         if snapshot is not None:
             names = [phase.name for phase in self.phases]
             if snapshot.phase not in names:
-                raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out")
+                raise ValueError(
+                    f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out"
+                )
             first = names.index(snapshot.phase)
             self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
         for phase in self.phases[first:]:
@@ -123,7 +125,9 @@ class Trainer:
             metadata = {"results": self.results, "seconds": self.elapsed(), "config": self.run.resolved()}
             self.snapshots.save(phase, state, step=step, global_step=self.global_step, metadata=metadata)
         if stop and not (last and phase is self.phases[-1]):
-            self.writers.note(f"stopped as asked after step {step} of {phase.name}; the same command goes on from there")
+            self.writers.note(
+                f"stopped as asked after step {step} of {phase.name}; the same command goes on from there"
+            )
             return False
         return True if last else None
 

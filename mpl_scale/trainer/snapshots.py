@@ -78,13 +78,15 @@ class Snapshots:
         if resume == "never":
             if self.root.is_dir() and any(self.root.glob("step_*")):
                 raise CheckpointError(
-                    f"--resume never: {self.root} holds an earlier run's checkpoints; use --resume auto, another --output, "
-                    "or delete them"
+                    f"--resume never: {self.root} holds an earlier run's checkpoints; use --resume auto, another "
+                    "--output, or delete them"
                 )
             return None
         folder = Path(resume)
         if not (folder / "index.json").is_file():
-            raise CheckpointError(f"--resume {resume}: no checkpoint there; give a folder step_... that has an index.json")
+            raise CheckpointError(
+                f"--resume {resume}: no checkpoint there; give a folder step_... that has an index.json"
+            )
         found = newest_good(folder.parent, mesh=self.mesh, warn=self.warn, only=folder.name)
         assert found is not None
         return Snapshot(*found)

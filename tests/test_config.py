@@ -1,0 +1,135 @@
+"""Wrong configurations: one line that names the field and the fix, before anything expensive."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from mpl_scale.config import check, load_config
+from mpl_scale.config.presets import PRESETS
+from mpl_scale.config.schema import Config, MethodConfig
+from tests.configs import DIGITS, tiny, write
+
+
+def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_level: Any) -> None:
+    check(load_config(write(tmp_path, tiny(**top_level)), overrides=overrides), world=world, cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["gradient_clipp1ng=1"], r'unknown key "gradient_clipp1ng"; did you mean gradient_clipping'),
+        (["zero_optimization.stagee=1"], r'unknown key "zero_optimization.stagee"; did you mean stage'),
+        (["mpl_scale.methood.name=mpl"], r'unknown key "mpl_scale.methood"; did you mean method'),
+        (["mpl_scale.method.uda.temprature=1"], r'"mpl_scale.method.uda.temprature"; did you mean temperature'),
+        (['mpl_scale.seed="one"'], r"mpl_scale.seed = 'one': input should be a valid integer"),
+        (["mpl_scale.optim.student.lr=-1"], r"mpl_scale.optim.student.lr = -1: input should be greater than"),
+        (["mpl_scale.optim.student.momentum=true"], r"momentum = True: input should be a valid number"),
+        (["mpl_scale.method.pseudo_labels=hardd"], r"pseudo_labels = 'hardd': input should be 'sampled', 'argmax'"),
+        (["optimizer.type=Adam"], r"optimizer: .*mpl_scale.optim"),
+        (["fp16.enabled=true"], r"fp16: .*bf16"),
+        (["train_batch_size=41"], r"batch equation broken: train_batch_size 41 != .* x data ranks 2"),
+        (["train_micro_batch_size_per_gpu=7"], r"40 != train_micro_batch_size_per_gpu 7 x data ranks 2"),
+        (["train_batch_size=0"], r"train_batch_size = 0: must be a whole number"),
+        (["gradient_accumulation_steps=2"], r"gradient_accumulation_steps = 2: .*set 1"),
+        (["mpl_scale.parallel.width=3"], r"width = 3 does not divide the 2 ranks"),
+        (["mpl_scale.parallel.shard_size=4"], r"shard_size = 4 does not divide the 2 ranks"),
+        (
+            ["zero_optimization.stage=3", "mpl_scale.parallel.graph=required"],
+            r"graph = required.*stage = 3.*use stage 2",
+        ),
+        (["zero_optimization.stage=3", "mpl_scale.parallel.engine=flat"], r"engine = flat with .*stage = 3"),
+        (["mpl_scale.method.pseudo_labels=soft"], r"feedback.rule = cosine with pseudo_labels = soft.*soft_exact"),
+        (["mpl_scale.method.feedback.rule=soft_exact"], r"soft_exact needs pseudo_labels = soft"),
+        (["mpl_scale.method.feedback.rule=per_sample", "bf16.enabled=true"], r"per_sample with bf16"),
+        (
+            ["mpl_scale.method.name=pseudo_label", "mpl_scale.phases.teacher_warmup.steps=0"],
+            r"pseudo_label needs a trained teacher",
+        ),
+        (["mpl_scale.method.student_wait_steps=8"], r"student_wait_steps = 8 leaves the student no step"),
+        (["mpl_scale.phases.finetune.batch_size=7"], r"finetune.batch_size = 7 does not divide over 2 .*use 8"),
+        (["mpl_scale.data.std=[0.5, 0, 0.5]"], r"mpl_scale.data.std = .*above 0"),
+        (["mpl_scale.phases.train.steps"], r"--set mpl_scale.phases.train.steps: write it as"),
+        (["train_batch_size.x=1"], r"--set train_batch_size.x=1: train_batch_size is a value, not a section"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_one_clear_line(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        load_and_check(tmp_path, overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"run.json:1:2: not JSON"),
+        ("[]", r"top level must be a JSON object"),
+        ('{"train_batch_size": 8, "train_batch_size": 9}', r'key "train_batch_size" stands twice'),
+        ('{"train_batch_size": 8}', r'there is no "mpl_scale" section'),
+        ('{"mpl_scale": {}}', r"mpl_scale.model is missing"),
+        ("\x00", r"not JSON"),
+    ],
+)
+def test_broken_files(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(path)
+
+
+def test_a_missing_file_suggests_a_near_one(tmp_path: Path) -> None:
+    write(tmp_path, tiny(), "digits.json")
+    with pytest.raises(ValueError, match=r"no such file; did you mean .*digits.json"):
+        load_config(tmp_path / "digit.json")
+
+
+def test_batch_arithmetic_uses_data_ranks(tmp_path: Path) -> None:
+    batches = check(load_config(write(tmp_path, tiny())), world=4, cuda=False)
+    assert (batches.labelled, batches.labelled_per_rank, batches.unlabelled, batches.data_ranks) == (40, 10, 40, 4)
+    assert "40 = train_micro_batch_size_per_gpu 10 x data ranks 4" in batches.equation()
+
+
+def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
+    first = load_config(DIGITS, overrides=["mpl_scale.method.uda.weight=3"])
+    path = tmp_path / "resolved.json"
+    path.write_text(json.dumps(first.resolved()))
+    second = load_config(path)
+    assert second.mpl == first.mpl
+    assert second.deepspeed == first.deepspeed
+    assert second.mpl.method.uda.weight == 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_give_way_to_what_is_written(tmp_path: Path, name: str) -> None:
+    raw = tiny()
+    raw["mpl_scale"]["method"] = {"preset": name, "student_wait_steps": 0, "uda": {"weight": 0.25}}
+    method = load_config(write(tmp_path, raw)).mpl.method
+    assert method.uda.weight == 0.25
+    assert method.pseudo_labels == PRESETS[name]["pseudo_labels"]
+    assert method.feedback.rule == PRESETS[name]["feedback"]["rule"]
+    assert MethodConfig.model_validate(PRESETS[name])
+
+
+def test_every_field_with_a_description_or_a_docstring_is_closed() -> None:
+    """Frozen and closed to unknown keys, all the way down."""
+
+    def visit(model: type[BaseModel]) -> None:
+        assert model.model_config["extra"] == "forbid"
+        assert model.model_config["frozen"]
+        for info in model.model_fields.values():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                visit(info.annotation)
+
+    visit(Config)
+
+
+def test_all_shipped_configs_load() -> None:
+    paths = sorted(DIGITS.parent.glob("*.json"))
+    assert paths
+    for path in paths:
+        load_config(path)

@@ -1,0 +1,332 @@
+"""What must hold of the method whatever the implementation: tiny MLP, float64, no batch norm (FIDELITY 5)."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.config.schema import FeedbackConfig, MethodConfig, OptimConfig, UDAConfig
+from mpl_scale.engine.flat_engine import FlatNetwork
+from mpl_scale.mesh import build_mesh
+from mpl_scale.models.passes import Passes
+from mpl_scale.mpl import FEEDBACK_RULES, METHODS, Baseline, Schedules, State
+from mpl_scale.mpl.feedback import Cosine, cosine, labelled_gradient
+from mpl_scale.mpl.losses import cross_entropy, sample_labels
+from mpl_scale.mpl.state import gradient_dots
+from mpl_scale.philox import uniform
+from mpl_scale.types import Batch
+from tests.ranks import pool
+
+CLASSES, FEATURES = 3, 4
+CPU = torch.device("cpu")
+
+
+def mlp(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    module = nn.Sequential(nn.Linear(FEATURES, 6), nn.Tanh(), nn.Linear(6, CLASSES)).double()
+    module.passes = Passes()
+    return module
+
+
+def network(seed: int) -> FlatNetwork:
+    """Plain gradient descent: theta' = theta - lr g, as appendix A derives."""
+    optim = OptimConfig(lr=1.0, momentum=0.0, nesterov=False)
+    return FlatNetwork(mlp(seed), optim=optim, mesh=build_mesh(device=CPU))
+
+
+def make_batch(labelled: int = 5, unlabelled: int = 4, seed: int = 0) -> Batch:
+    g = torch.Generator().manual_seed(seed)
+    x_l, x_u = (torch.randn(n, FEATURES, generator=g, dtype=torch.float64) for n in (labelled, unlabelled))
+    y_l = torch.randint(0, CLASSES, (labelled,), generator=g)
+    return Batch(x_l, y_l, torch.arange(labelled), x_u, x_u, torch.arange(unlabelled))
+
+
+def make_state(rule: str, *, lr: float = 0.1, teacher_lr: float = 0.0, **method: object) -> State:
+    """Feedback only: no supervised or UDA loss, no baseline, unless asked for."""
+    settings = {
+        "feedback": FeedbackConfig(rule=rule, baseline=False),
+        "supervised_weight": 0.0,
+        "uda": UDAConfig(weight=0.0),
+        "student_sees_labelled": False,
+        **method,
+    }
+    one = torch.ones(1000)
+    return State(
+        method=MethodConfig(**settings),
+        seed=0,
+        schedules=Schedules(teacher_lr * one, lr * one, 0 * one, one),
+        step=torch.zeros((), dtype=torch.int64),
+        teacher=network(1),
+        student=network(2),
+        student_average=None,
+        baseline=Baseline(decay=0.99, bias_correction=True, device=CPU),
+    )
+
+
+def flat(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()]).clone()
+
+
+def gradient(module: nn.Module, loss: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+
+
+def teacher_gradient(state: State, batch: Batch) -> torch.Tensor:
+    """What one step moves the teacher by, per unit of its learning rate."""
+    state.schedules.teacher_lr.fill_(1.0)
+    before = flat(state.teacher.module)
+    METHODS["mpl"].step(state, batch)
+    return before - flat(state.teacher.module)
+
+
+def sampled(state: State, batch: Batch) -> torch.Tensor:
+    """The labels the next step will draw."""
+    with torch.no_grad():
+        logits = state.teacher.module(batch.weak)
+    numbers = uniform(seed=0, stream=3 << 16, step=state.step, rows=batch.unlabelled_rows + (1 << 28), columns=CLASSES)
+    return sample_labels(logits, numbers)
+
+
+def unrolled(teacher: nn.Module, student: nn.Module, batch: Batch, lr: float) -> torch.Tensor:
+    """L_l(theta_S - lr grad CE(T(x_u), S(x_u))) of equation 3, differentiable in the teacher."""
+    weights = dict(student.named_parameters())
+    logits = torch.func.functional_call(student, weights, (batch.weak,))
+    loss = -(teacher(batch.weak).softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+    stepped = {name: w - lr * g for (name, w), g in zip(weights.items(), grads, strict=True)}
+    return F.cross_entropy(torch.func.functional_call(student, stepped, (batch.labelled,)), batch.labels)
+
+
+def test_property_1_loss_difference_is_lr_times_the_dot_product_to_first_order() -> None:
+    errors = []
+    for lr in (1e-1, 1e-2, 1e-3, 1e-4):
+        state, batch = make_state("loss_difference", lr=lr), make_batch()
+        module = state.student.module
+        labels = sampled(state, batch)
+        g_u = gradient(module, F.cross_entropy(module(batch.weak), labels))
+        g_l = gradient(module, F.cross_entropy(module(batch.labelled), batch.labels))
+        h = METHODS["mpl"].step(state, batch)["feedback"]
+        errors.append(abs(h / (lr * torch.dot(g_l, g_u)) - 1).item())
+    assert errors[0] < 0.5
+    assert all(later < earlier / 5 for earlier, later in itertools.pairwise(errors)), errors  # O(lr)
+
+
+def test_property_2_soft_exact_is_autograd_through_the_unrolled_step() -> None:
+    lr, batch = 0.1, make_batch()
+    state = make_state("soft_exact", lr=lr, pseudo_labels="soft")
+    teacher, student = mlp(1), mlp(2)
+    exact = gradient(teacher, unrolled(teacher, student, batch, lr))
+    g_u = gradient(student, cross_entropy(student(batch.weak), teacher(batch.weak).softmax(-1).detach()).mean())
+    ours = teacher_gradient(state, batch)
+    with torch.no_grad():
+        for p, w in zip(student.parameters(), state.student.module.parameters(), strict=True):
+            p.copy_(w)
+    g_l = gradient(student, F.cross_entropy(student(batch.labelled), batch.labels))
+    scaled = lr * g_u.norm() * g_l.norm() * ours  # the rule divides by both norms, as the cosine does
+    # A central difference with a relative step of 1e-3 is off by its square.
+    torch.testing.assert_close(scaled, exact, rtol=1e-4, atol=1e-6 * exact.abs().max().item())
+
+
+def expected_teacher_gradient(
+    state: State, batch: Batch, offset: float, lr: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum over all K**U label vectors of P * (h - offset) * grad CE(y, T), and the same without h (offset 1)."""
+    teacher, student = state.teacher.module, state.student.module
+    weights = list(student.parameters())
+    log_probabilities = teacher(batch.weak).log_softmax(-1)
+    g_l = gradient(student, F.cross_entropy(student(batch.labelled), batch.labels))
+    logits = student(batch.weak)
+
+    def label_gradient(row: int, label: int) -> torch.Tensor:
+        loss = -logits.log_softmax(-1)[row, label]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights, retain_graph=True)])
+
+    per_label = [[label_gradient(i, k) for k in range(CLASSES)] for i in range(len(batch.weak))]
+    total = torch.zeros_like(flat(teacher))
+    for labels in itertools.product(range(CLASSES), repeat=len(batch.weak)):
+        g_u = sum(per_label[i][k] for i, k in enumerate(labels)) / len(labels)
+        h = lr * torch.dot(g_l, g_u)
+        ce = -sum(log_probabilities[i, k] for i, k in enumerate(labels)) / len(labels)
+        probability = sum(log_probabilities[i, k] for i, k in enumerate(labels)).exp().detach()
+        total += (
+            probability
+            * (h - offset)
+            * torch.cat([g.flatten() for g in torch.autograd.grad(ce, list(teacher.parameters()), retain_graph=True)])
+        )
+    return total, g_l
+
+
+def test_properties_3_and_5_the_expectation_over_labels_is_the_exact_gradient_and_ignores_a_baseline() -> None:
+    """With the batch-MEAN CE the expectation is exactly 1 / U of the gradient at theta (first order in lr)."""
+    lr, batch = 1.0, make_batch(unlabelled=3)
+    state = make_state("dot", lr=lr)
+    teacher, student = state.teacher.module, state.student.module
+    summed, g_l = expected_teacher_gradient(state, batch, 0.0, lr)
+    probabilities = teacher(batch.weak).softmax(-1)
+    soft = cross_entropy(student(batch.weak), probabilities).mean()
+    g_u = torch.cat([g.flatten() for g in torch.autograd.grad(soft, list(student.parameters()), create_graph=True)])
+    exact = gradient(teacher, -lr * torch.dot(g_l, g_u))  # d/d theta_T of L_l to first order
+    torch.testing.assert_close(summed * len(batch.weak), exact, rtol=1e-10, atol=1e-12)
+    with_baseline, _ = expected_teacher_gradient(state, batch, 0.37, lr)
+    torch.testing.assert_close(with_baseline, summed, rtol=1e-10, atol=1e-12)
+    # argmax labels are no expectation: there a baseline changes the gradient
+    labels = probabilities.argmax(-1)
+    shift = gradient(teacher, 0.37 * F.cross_entropy(teacher(batch.weak), labels))
+    assert shift.norm() > 0.01 * summed.norm()
+
+
+def test_property_3_sampling_follows_the_teacher() -> None:
+    """Frequencies of sampled labels are the teacher's probabilities: 5 standard deviations of 20,000 draws."""
+    logits = torch.tensor([[0.3, -1.0, 1.2]]).expand(20000, 3)
+    draws = uniform(seed=1, stream=2, step=torch.tensor(7), rows=torch.arange(20000), columns=3)
+    frequency = torch.bincount(sample_labels(logits, draws), minlength=3) / 20000
+    expected = logits[0].softmax(-1)
+    assert ((frequency - expected).abs() < 5 * (expected * (1 - expected) / 20000).sqrt()).all()
+
+
+def test_property_4_h_at_the_sampled_update_is_biased_by_order_lr() -> None:
+    relative = []
+    for lr in (0.5, 0.05, 0.005):
+        state, batch = make_state("dot", lr=lr), make_batch()
+        module = state.student.module
+        labels = sampled(state, batch)
+        g_u = gradient(module, F.cross_entropy(module(batch.weak), labels))
+        at_theta = lr * torch.dot(gradient(module, F.cross_entropy(module(batch.labelled), batch.labels)), g_u)
+        h = METHODS["mpl"].step(state, batch)["feedback"]
+        relative.append(abs(h / at_theta - 1).item())
+    assert relative[0] > 1e-3
+    assert relative[1] < relative[0] / 5
+    assert relative[2] < relative[1] / 5
+
+
+def test_property_6_per_sample_credits_average_to_the_cosine() -> None:
+    """With everything at theta (student rate 0), mean of the credits is cos(g_u, g_l)."""
+    state, batch = make_state("per_sample", lr=0.0), make_batch()
+    captured = {}
+
+    class Recorder(FEEDBACK_RULES["per_sample"]):  # type: ignore[misc]
+        def after_update(self, *args: object) -> object:
+            captured["signal"] = super().after_update(*args)
+            return captured["signal"]
+
+    FEEDBACK_RULES["recorder"] = Recorder
+    try:
+        feedback = FeedbackConfig(rule="recorder", baseline=False)
+        state.method = state.method.model_copy(update={"feedback": feedback})
+        h = METHODS["mpl"].step(state, batch)["feedback"]
+    finally:
+        del FEEDBACK_RULES["recorder"]
+    credit = captured["signal"].credit
+    assert credit.std() > 1e-3
+    torch.testing.assert_close(credit.mean(), h, rtol=1e-5, atol=1e-8)
+
+
+def test_property_7_cosine_has_the_sign_of_the_dot_is_bounded_and_ignores_scale() -> None:
+    values = {}
+    for rule in ("cosine", "dot", "flipped"):
+        values[rule] = METHODS["mpl"].step(make_state(rule), make_batch())["feedback"].item()
+    assert abs(values["cosine"]) <= 1
+    assert values["cosine"] * values["dot"] > 0
+    assert values["flipped"] == -values["cosine"]
+    u, v = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
+    student = network(2)
+    first = cosine(gradient_dots([u], [v], student))
+    torch.testing.assert_close(cosine(gradient_dots([1e-6 * u], [1e5 * v], student)), first, rtol=1e-12, atol=0)
+    assert cosine(gradient_dots([0 * u], [v], student)) == 0
+
+
+def test_property_8_a_small_teacher_step_lowers_the_unrolled_objective_by_its_squared_gradient() -> None:
+    lr, batch = 0.1, make_batch()
+    state = make_state("soft_exact", lr=lr, pseudo_labels="soft")
+    direction = teacher_gradient(state, batch)
+    teacher, student = mlp(1), mlp(2)
+    loss = unrolled(teacher, student, batch, lr)
+    exact = gradient(teacher, loss)
+    size = 1e-4 / direction.norm()
+    parameters = list(teacher.parameters())
+    pieces = direction.split([p.numel() for p in parameters])
+    with torch.no_grad():
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter -= size * piece.view_as(parameter)
+    drop = loss - unrolled(teacher, student, batch, lr)
+    torch.testing.assert_close(drop, size * torch.dot(exact, direction), rtol=1e-3, atol=0)
+    cosine_similarity = torch.dot(exact, direction) / exact.norm() / direction.norm()
+    assert cosine_similarity > 1 - 1e-6
+
+
+def test_property_9_a_student_that_does_not_move_gives_no_loss_difference() -> None:
+    assert METHODS["mpl"].step(make_state("loss_difference", lr=0.0), make_batch())["feedback"] == 0
+
+
+def sharded_cosine() -> float:
+    """The cosine over ranks that hold four rows each and half of every gradient."""
+    mesh = build_mesh(device=CPU)
+    student = FlatNetwork(mlp(2), optim=OptimConfig(lr=1.0, momentum=0.0, nesterov=False), mesh=mesh)
+    batch = make_batch(labelled=8, unlabelled=8)
+    mine = slice(mesh.data_index * 4, mesh.data_index * 4 + 4)
+    u = [s.clone() for s in student.backward(F.cross_entropy(student.forward(batch.weak[mine]), batch.labels[mine]))]
+    student.discard()
+    v = student.backward(F.cross_entropy(student.forward(batch.labelled[mine]), batch.labels[mine]))
+    return float(cosine(gradient_dots(u, v, student)))
+
+
+def plain_cosine(rows: slice) -> float:
+    module, batch = mlp(2), make_batch(labelled=8, unlabelled=8)
+    u = gradient(module, F.cross_entropy(module(batch.weak[rows]), batch.labels[rows]))
+    v = gradient(module, F.cross_entropy(module(batch.labelled[rows]), batch.labels[rows]))
+    return (torch.dot(u, v) / u.norm() / v.norm()).item()
+
+
+def test_property_10_the_sharded_cosine_is_that_of_the_whole_batch_and_not_the_mean_of_local_ones() -> None:
+    whole = plain_cosine(slice(0, 8))
+    for value in pool(2).run(sharded_cosine):
+        assert abs(value - whole) < 1e-12
+    assert abs((plain_cosine(slice(0, 4)) + plain_cosine(slice(4, 8))) / 2 - whole) > 1e-3
+
+
+def test_property_11_soft_labels_do_reach_the_teacher() -> None:
+    """The released code's MPL term had no gradient at all."""
+    assert teacher_gradient(make_state("soft_exact", pseudo_labels="soft"), make_batch()).norm() > 1e-4
+
+
+@pytest.mark.parametrize("rule", ["cosine", "per_sample"])
+def test_feedback_leaves_no_gradient_and_does_not_move_the_student(rule: str) -> None:
+    """The next update is that of a student that never computed feedback."""
+    with_feedback, without = make_state(rule), make_state("none")
+    for step in range(3):
+        for state in (with_feedback, without):
+            METHODS["mpl"].step(state, make_batch(seed=step))
+    assert torch.equal(flat(with_feedback.student.module), flat(without.student.module))
+
+
+def test_labelled_gradient_is_taken_at_the_updated_student() -> None:
+    state, batch = make_state("cosine", lr=0.3), make_batch()
+    seen = {}
+
+    class Spy(Cosine):
+        def after_update(self, state: State, batch: Batch, update: object) -> object:
+            gradient_shard, _, _ = labelled_gradient(state, batch, update)  # type: ignore[arg-type]
+            seen["g_l"] = torch.cat(list(gradient_shard)).clone()
+            seen["weights"] = [p.detach().clone() for p in state.student.module.parameters()]
+            return super().after_update(state, batch, update)  # type: ignore[arg-type]
+
+    FEEDBACK_RULES["spy"] = Spy
+    try:
+        state.method = state.method.model_copy(update={"feedback": FeedbackConfig(rule="spy", baseline=False)})
+        METHODS["mpl"].step(state, batch)
+    finally:
+        del FEEDBACK_RULES["spy"]
+    module = mlp(2)
+    assert not torch.equal(flat(module), torch.cat([w.flatten() for w in seen["weights"]]))
+    with torch.no_grad():
+        for p, w in zip(module.parameters(), seen["weights"], strict=True):
+            p.copy_(w)
+    expected = gradient(module, F.cross_entropy(module(batch.labelled), batch.labels))
+    pieces = list(zip(module.parameters(), expected.split([p.numel() for p in module.parameters()]), strict=True))
+    decayed_first = [g for p, g in pieces if p.ndim > 1] + [g for p, g in pieces if p.ndim == 1]  # the engine's layout
+    expected = torch.cat(decayed_first)
+    torch.testing.assert_close(seen["g_l"], expected, rtol=1e-12, atol=1e-14)
