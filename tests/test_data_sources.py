@@ -143,9 +143,7 @@ def test_folder_errors(tmp_path: Path, root: str | None, message: str) -> None:
 
 
 def test_unknown_source_suggests_the_closest() -> None:
-    with pytest.raises(
-        ValueError, match=r"mpl_scale\.data\.source = 'digit' is no known source; did you mean digits\?"
-    ):
+    with pytest.raises(ValueError, match=r"mpl_scale\.data\.source = 'digit' is unknown; did you mean digits\?"):
         load_images(DataConfig(source="digit"))
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+
+from mpl_scale.config.names import require_known
 
 Operation = Callable[..., torch.Tensor]
 """`(images, strength, *, fill) -> images`
@@ -57,10 +58,7 @@ def find_ops(names: Sequence[str]) -> list[Operation]:
         ValueError: an unknown name, with the closest one.
     """
     for name in names:
-        if name not in OPS:
-            close = difflib.get_close_matches(name, OPS, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"use some of {', '.join(OPS)}"
-            raise ValueError(f"mpl_scale.data.strong.ops holds {name!r}, which is no known augmentation; {hint}")
+        require_known("mpl_scale.data.strong.ops", name, OPS)
     return [OPS[name] for name in names or TABLE_5]
 
 

@@ -46,8 +46,11 @@ def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
 
 
 def zero_stage(config: RunConfig) -> int:
-    """zero_optimization.stage, DeepSpeed's default 0."""
-    return int(config.deepspeed.get("zero_optimization", {}).get("stage", 0))
+    """zero_optimization.stage, DeepSpeed's default 0. ValueError unless 0 to 3."""
+    stage = config.deepspeed.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ValueError(f"zero_optimization.stage = {stage!r}: must be 0, 1, 2 or 3")
+    return int(stage)
 
 
 def uses_flat_engine(config: RunConfig, *, cuda: bool) -> bool:

@@ -1,7 +1,7 @@
 """The keys DeepSpeed 0.19.8 reads from a ds_config, as static tables: checking a file must not import DeepSpeed.
 
 DeepSpeed ignores unknown top-level keys in silence, so a misspelt `gradient_cliping` trains unclipped: the loader
-compares with these tables. tests/test_deepspeed_engine.py compares the tables with the installed DeepSpeed.
+compares with these tables. tests/test_deepspeed_config.py compares the tables with the installed DeepSpeed.
 """
 
 from __future__ import annotations

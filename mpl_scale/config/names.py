@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 40
+"""Names listed where none is close."""
+
 
 def require_known(field: str, name: str, known: Iterable[str]) -> None:
     """ValueError that names the field, the value and the closest known names, unless `name` is known."""
@@ -18,4 +21,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
     """ "did you mean ..." or, where nothing is close, the known names."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
-    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+    if close:
+        return f"did you mean {' or '.join(close)}?"
+    return f"known: {', '.join(known[:SHOWN])}{', ...' if len(known) > SHOWN else ''}"

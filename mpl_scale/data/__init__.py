@@ -2,7 +2,7 @@
 
 from mpl_scale.data import digits, folder
 from mpl_scale.data.evaluation import EvaluationBatch, evaluation_batches
-from mpl_scale.data.loader import StrongViewFunction, TrainLoader
+from mpl_scale.data.loader import StrongViewFunction, TrainLoader, check_batches
 from mpl_scale.data.registry import SOURCES, ImageSet, load_images, register_source
 from mpl_scale.data.splits import Splits, make_splits
 
@@ -13,6 +13,7 @@ __all__ = [
     "Splits",
     "StrongViewFunction",
     "TrainLoader",
+    "check_batches",
     "digits",
     "evaluation_batches",
     "folder",

@@ -65,7 +65,9 @@ class TrainLoader:
         Raises:
             ValueError: batches that do not divide, or too few images.
         """
-        _check(config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data)
+        check_batches(
+            config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data
+        )
         labelled_rows = _rows_of_rank(labelled_batch, mesh)
         unlabelled_rows = _rows_of_rank(unlabelled_batch, mesh)
         self._labelled = SamplePlan(
@@ -150,7 +152,10 @@ def _rows_of_rank(batch: int, mesh: Mesh) -> np.ndarray:
     return np.arange(mesh.data_index * count, (mesh.data_index + 1) * count, dtype=np.int64)
 
 
-def _check(config: DataConfig, splits: Splits, *, labelled_batch: int, unlabelled_batch: int, data_ranks: int) -> None:
+def check_batches(
+    config: DataConfig, splits: Splits, *, labelled_batch: int, unlabelled_batch: int, data_ranks: int
+) -> None:
+    """ValueError unless the global batches divide over the data ranks and there are images for each of these."""
     for kind, batch in (("labelled", labelled_batch), ("unlabelled", unlabelled_batch)):
         if batch % data_ranks:
             raise ValueError(

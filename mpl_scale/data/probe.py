@@ -98,8 +98,7 @@ def unreadable_error(reasons: Mapping[str, str]) -> ValueError:
     listed = [f"{path}: {reason}" for path, reason in list(reasons.items())[:5]]
     if len(reasons) > len(listed):
         listed.append(f"and {len(reasons) - len(listed)} more")
-    files = "\n  ".join(listed)
-    return ValueError(f"{len(reasons)} unreadable image(s); delete or replace each:\n  {files}")
+    return ValueError(f"{len(reasons)} unreadable image(s), delete or replace each: {'; '.join(listed)}")
 
 
 def _png_size(head: bytes) -> tuple[int, int]:

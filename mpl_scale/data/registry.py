@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mpl_scale.config.names import require_known
 from mpl_scale.config.schema import DataConfig
 
 
@@ -47,8 +47,5 @@ def load_images(config: DataConfig) -> ImageSet:
     Raises:
         ValueError: unknown source, missing root, or an unreadable image; each says how to mend it.
     """
-    if config.source not in SOURCES:
-        close = difflib.get_close_matches(config.source, SOURCES, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"use {' or '.join(sorted(SOURCES))}"
-        raise ValueError(f"mpl_scale.data.source = {config.source!r} is no known source; {hint}")
+    require_known("mpl_scale.data.source", config.source, SOURCES)
     return SOURCES[config.source](None if config.root is None else Path(config.root).expanduser())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 
 from torch import nn
+
+from mpl_scale.config.names import require_known
 
 Builder = Callable[..., nn.Module]
 MODELS: dict[str, Builder] = {}
@@ -39,8 +40,5 @@ def find_builder(name: str, *, field: str) -> Builder:
 
     if timm.is_model(name):
         return lambda **kwargs: timm.create_model(name, **kwargs)
-    close = difflib.get_close_matches(name, [*MODELS, *timm.list_models()], n=3)
-    hint = (
-        f"did you mean {' or '.join(close)}?" if close else f"use {', '.join(MODELS)} or any name of timm.list_models()"
-    )
-    raise ValueError(f"{field} = {name!r} is no known model; {hint}")
+    require_known(field, name, [*MODELS, *timm.list_models()])
+    raise AssertionError(f"timm lists {name} but does not know it")

@@ -41,7 +41,7 @@ class Phase:
 
 
 def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> list[Phase]:
-    """Teacher warm-up, the method's own phase, finetuning; those without steps are left out.
+    """Teacher warm-up, the method's own phase, finetuning; without those of no steps, or of a teacher nobody uses.
 
     Args:
         config: the validated section.
@@ -91,7 +91,7 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
             start_student_from=phases.finetune.start_from if name == "finetune" else "student",
         )
         for index, (name, step, settings, optim, steps, labelled) in enumerate(rows)
-        if steps
+        if steps and not (name == "teacher_warmup" and not main.teacher)
     ]
 
 

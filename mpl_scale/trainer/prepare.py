@@ -16,7 +16,7 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
 from mpl_scale.config.names import require_known
-from mpl_scale.data import Splits, load_images, make_splits
+from mpl_scale.data import Splits, check_batches, load_images, make_splits
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.models import build_model
 from mpl_scale.monitor import MetricsWriter, Progress, Writers, config_hash, mark_done, versions, write_summary
@@ -61,7 +61,18 @@ def train(
     device = choose_device(os.environ)
     batches = check(run, world=int(os.environ.get("WORLD_SIZE", "1")), cuda=device.type == "cuda")
     _check_names(run)
+    if not uses_flat_engine(run, cuda=device.type == "cuda"):
+        from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
+
+        validate_ds_blocks(run.deepspeed, device_type=device.type)
     splits = _load_splits(run)
+    check_batches(
+        run.mpl.data,
+        splits,
+        labelled_batch=batches.labelled,
+        unlabelled_batch=batches.unlabelled,
+        data_ranks=batches.data_ranks,
+    )
     _check_models(run)
     _check_output(options.output)
     _share_cores(os.environ)
@@ -92,6 +103,8 @@ def _run(
     progress = Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None
     writers = Writers(progress=progress)
     writers.note(batches.equation())
+    if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
+        writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
     snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint.keep, mesh, warn=writers.note)
     snapshot = snapshots.find(options.resume)
     if mesh.is_main:

@@ -1,0 +1,97 @@
+"""Bad input through the command line: one line on standard error, exit status 2, nothing started, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpl_scale.cli import main
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data import load_images
+from tests.configs import DIGITS, tiny, write
+
+
+def arguments(tmp_path: Path, *overrides: str) -> list[str]:
+    config = write(tmp_path, tiny())
+    settings = [part for override in overrides for part in ("--set", override)]
+    return ["train", "--ds_config", config, "--output", str(tmp_path / "out"), *settings]
+
+
+def error_line(capfd: pytest.CaptureFixture[str], command: list[str]) -> str:
+    assert main(command) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("mpl-scale: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("gradient_clipp1ng=1", 'unknown key "gradient_clipp1ng"; did you mean gradient_clipping'),
+        ("mpl_scale.data.sauce=digits", 'unknown key "mpl_scale.data.sauce"; did you mean source'),
+        ("mpl_scale.model.image_size=big", "mpl_scale.model.image_size = 'big': input should be a valid integer"),
+        ("zero_optimization.stage=two", "zero_optimization.stage"),
+        ("zero_optimization.reduce_bucket_size=large", "zero_optimization.reduce_bucket_size"),
+        ("train_micro_batch_size_per_gpu=3", "batch equation broken"),
+        ("mpl_scale.model.teacher.name=resnet5O", "mpl_scale.model.teacher.name = 'resnet5O' is unknown; did you mean"),
+        ("mpl_scale.model.student.kwargs.depth=3", "mpl_scale.model.student.kwargs: digits_cnn cannot be built with"),
+        ("mpl_scale.model.student.drop_path=0.1", "mpl_scale.model.student.drop_path = 0.1"),
+        ("mpl_scale.model.num_classes=7", "mpl_scale.model.num_classes = 7, but the data set has 10 classes"),
+        ("mpl_scale.data.source=digit", "mpl_scale.data.source = 'digit' is unknown; did you mean digits"),
+        ("mpl_scale.data.strong.ops=['rotat']", "mpl_scale.data.strong.ops"),
+        ('mpl_scale.data.strong.ops=["rotat"]', "mpl_scale.data.strong.ops = 'rotat' is unknown; did you mean rotate"),
+        ("mpl_scale.data.labelled_per_class=500", "mpl_scale.data.labelled_per_class = 500, but class"),
+        ("mpl_scale.method.name=mlp", "mpl_scale.method.name = 'mlp' is unknown; did you mean mpl"),
+        ("mpl_scale.method.feedback.rule=cosin", "mpl_scale.method.feedback.rule = 'cosin' is unknown; did you mean"),
+        ("mpl_scale.optim.student.name=sdg", "mpl_scale.optim.student.name = 'sdg' is unknown; did you mean sgd"),
+    ],
+)
+def test_wrong_setting(tmp_path: Path, capfd: pytest.CaptureFixture[str], override: str, message: str) -> None:
+    assert message in error_line(capfd, arguments(tmp_path, override))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_data_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "absent"
+    command = arguments(tmp_path, "mpl_scale.data.source=folder", f"mpl_scale.data.root={root}")
+    assert str(root) in error_line(capfd, command)
+
+
+def test_unreadable_image(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    images = load_images(DataConfig(source="digits"))
+    root = tmp_path / "images"
+    shutil.copytree(Path(str(images.paths[0])).parents[1], root)
+    victim = sorted(root.glob("3/*.png"))[5]
+    victim.write_bytes(victim.read_bytes()[:40])
+    line = error_line(capfd, arguments(tmp_path, "mpl_scale.data.source=folder", f"mpl_scale.data.root={root}"))
+    assert str(victim) in line
+
+
+def test_more_ranks_than_images(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "80")
+    monkeypatch.setenv("RANK", "0")
+    line = error_line(capfd, arguments(tmp_path, "train_batch_size=80"))
+    assert "40 labelled images for 80 data ranks" in line
+
+
+def test_output_that_cannot_be_written(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert "--output" in error_line(capfd, arguments(tmp_path))
+    assert (tmp_path / "out").read_text() == "a file"
+
+
+def test_the_launched_script_exits_with_2_and_no_traceback(tmp_path: Path) -> None:
+    script = DIGITS.parents[1] / "train.py"
+    command = [sys.executable, str(script), "--ds_config", write(tmp_path, tiny()), "--set", "train_batch_sise=4"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ}, check=False)
+    assert ended.returncode == 2
+    assert 'unknown key "train_batch_sise"; did you mean train_batch_size' in ended.stderr
+    assert "Traceback" not in ended.stderr

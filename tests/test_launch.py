@@ -1,0 +1,141 @@
+"""The same train.py under every launcher, killed and resumed: real processes, as a user starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpl_scale.mesh import adopt_slurm_environment
+from tests.configs import DIGITS, tiny, write
+
+ROOT = DIGITS.parents[1]
+BIN = Path(sys.executable).parent
+SECONDS = 240
+
+
+def environment(**extra: str) -> dict[str, str]:
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {
+        **os.environ,
+        "PATH": path,
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        **extra,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def command(launcher: str, config: str, output: Path, *more: str) -> list[str]:
+    start = {
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())],
+        "python": [sys.executable],
+    }[launcher]
+    return [*start, str(ROOT / "train.py"), "--ds_config", config, "--output", str(output), *more]
+
+
+def make_config(tmp_path: Path, engine: str, steps: int = 8) -> str:
+    raw = tiny()
+    raw["mpl_scale"]["parallel"] = {"engine": engine}
+    raw["mpl_scale"]["phases"]["train"]["steps"] = steps
+    raw["mpl_scale"]["logging"]["progress"] = "lines"
+    return write(tmp_path, raw)
+
+
+def summary(output: Path) -> dict[str, Any]:
+    assert (output / "DONE").exists()
+    return json.loads((output / "summary.json").read_text())
+
+
+def finish(arguments: list[str]) -> None:
+    ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+
+
+def kill_after(arguments: list[str], output: Path, line: str, number: signal.Signals) -> int:
+    """Start in a session of its own, wait until the metrics hold `line`, signal every process, return the status."""
+    with (output.parent / "log").open("w") as log:
+        process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    metrics, deadline = output / "metrics.jsonl", time.monotonic() + SECONDS
+    while not (metrics.exists() and line in metrics.read_text()):
+        assert process.poll() is None, (output.parent / "log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)  # the launcher passes it on to the ranks
+    return process.wait(timeout=SECONDS)
+
+
+def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
+    """SIGKILL of every process in the main phase, then SIGTERM to the launcher, then to the end."""
+    config = make_config(tmp_path, "deepspeed", steps=60)
+    finish(command("deepspeed", config, tmp_path / "whole"))
+    output = tmp_path / "killed"
+    assert kill_after(command("deepspeed", config, output), output, '"step": 8', signal.SIGKILL) != 0
+    kill_after(command("deepspeed", config, output), output, '"step": 30', signal.SIGTERM)
+    assert not (output / "DONE").exists()
+    finish(command("deepspeed", config, output, "--resume", "auto"))
+    assert summary(output)["results"] == summary(tmp_path / "whole")["results"]
+    assert summary(output)["engine"] == "deepspeed"
+
+
+def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_path: Path) -> None:
+    """The global batch, the pseudo labels and the dropout masks do not depend on the number of ranks."""
+    config = make_config(tmp_path, "flat")
+    finish(command("python", config, tmp_path / "one"))
+    finish(command("torchrun", config, tmp_path / "two"))
+    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    assert (one["ranks"], two["ranks"]) == (1, 2)
+    for network, result in one["results"].items():
+        # float32 sums in another order, over 16 steps
+        assert result["loss"] == pytest.approx(two["results"][network]["loss"], rel=1e-3)
+
+
+def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
+    """What srun sets for each task, without Slurm itself."""
+    config, output = make_config(tmp_path, "flat"), tmp_path / "out"
+    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "MASTER_PORT": str(free_port())}
+    tasks = [
+        subprocess.Popen(
+            command("python", config, output),
+            env=environment(**job, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    for task in tasks:
+        said, _ = task.communicate(timeout=SECONDS)
+        assert task.returncode == 0, said
+    assert summary(output)["ranks"] == 2
+
+
+def test_slurm_variables_give_way_to_a_launchers() -> None:
+    variables = {"RANK": "5", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    before = dict(variables)
+    adopt_slurm_environment(variables)
+    assert variables == before
+    variables = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7"}
+    adopt_slurm_environment(variables)
+    assert variables["RANK"] == "1"
+    assert variables["WORLD_SIZE"] == "2"
+    assert variables["LOCAL_RANK"] == "0"
+    assert (variables["MASTER_ADDR"], variables["MASTER_PORT"]) == ("127.0.0.1", "20007")

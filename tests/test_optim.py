@@ -1,0 +1,75 @@
+"""Optimisers against torch's and timm's, schedules against their formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mpl_scale.config.schema import OptimConfig
+from mpl_scale.optim import build_optimizer, parameter_groups, schedule
+
+
+def two_copies() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).double()
+    second = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 2)).double()
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+def train(module: nn.Module, optimizer: torch.optim.Optimizer, lrs: list[float], *, tensor_lr: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for lr in lrs:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(lr, dtype=torch.float64) if tensor_lr else lr
+        optimizer.zero_grad()
+        x = torch.randn(8, 3, 4, 4, generator=generator, dtype=torch.float64)
+        module(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("decay_all", [True, False])
+def test_sgd_is_torchs(nesterov: bool, decay_all: bool) -> None:
+    config = OptimConfig(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01, decay_bn_and_bias=decay_all)
+    ours, theirs = two_copies()
+    decayed = [p for p in theirs.parameters() if decay_all or p.ndim > 1]
+    exempt = [p for p in theirs.parameters() if not (decay_all or p.ndim > 1)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, *([{"params": exempt, "weight_decay": 0.0}] if exempt else [])]
+    reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov)
+    lrs = [0.1, 0.05, 0.2]
+    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
+    train(theirs, reference, lrs, tensor_lr=False)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+
+def test_rmsprop_is_timms_tensorflow_variant() -> None:
+    from timm.optim import RMSpropTF
+
+    config = OptimConfig(name="rmsprop", lr=0.01, momentum=0.9, rho=0.9, eps=1e-3, weight_decay=0.01)
+    ours, theirs = two_copies()
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    reference = RMSpropTF(groups, lr=0.01, alpha=0.9, eps=1e-3, momentum=0.9, lr_in_momentum=True)
+    lrs = [0.01, 0.02, 0.005]
+    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
+    train(theirs, reference, lrs, tensor_lr=False)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_schedules() -> None:
+    """0 while waiting, then linear warm-up, then the decay: the released code's rule."""
+    cosine = schedule(OptimConfig(lr=0.4, warmup_steps=10), steps=110, wait=20).tolist()
+    assert cosine[:20] == [0.0] * 20
+    assert cosine[20:30] == pytest.approx([0.4 * (s + 1) / 10 for s in range(10)])
+    assert cosine[30:] == pytest.approx([0.2 * (1 + math.cos(math.pi * s / 80)) for s in range(80)])
+    config = OptimConfig(lr=0.1, schedule="exponential", decay_rate=0.97, decay_steps=3)
+    assert schedule(config, steps=9).tolist() == pytest.approx([0.1 * 0.97 ** (s // 3) for s in range(9)])
+    assert schedule(OptimConfig(lr=1e-5, schedule="constant"), steps=4).tolist() == pytest.approx([1e-5] * 4)
