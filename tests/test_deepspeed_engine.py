@@ -1,0 +1,411 @@
+"""DeepSpeedNetwork under ZeRO 0-3 is plain PyTorch on the global batch, and its state can be moved out and in."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.config.schema import OptimConfig
+from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork
+from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.optim import build_optimizer, parameter_groups
+from tests.ranks import pool
+
+CPU = torch.device("cpu")
+ROWS = 8
+"""Rows of the global batch."""
+SGD = OptimConfig(name="sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=1e-2)
+RMSPROP = OptimConfig(name="rmsprop", lr=0.01, momentum=0.9, weight_decay=1e-2)
+
+FP32_TOLERANCE = 1e-6
+"""Sums over rows and ranks in another order: a few units of 2^-24 on values of order 1."""
+BF16_TOLERANCE = 1e-2
+"""Gradients are rounded to bf16 per rank and again as a sum, 2^-8 relative each: dot products, relative to the norms,
+differ by up to 2 * 2^-8; weights by lr times that per unit of gradient. Largest seen: 5e-3, 1.6e-3 (momentum)."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of an engine."""
+
+    stage: int
+    bf16: bool = False
+    clip: float = 0.0
+    optim: OptimConfig = SGD
+    shard_size: int | None = None
+    zero: Mapping[str, Any] = field(default_factory=dict)
+    top: Mapping[str, Any] = field(default_factory=dict)
+
+    def ds_config(self) -> dict[str, Any]:
+        """Small buckets and no persistent parameters, so that every collective of a big network happens."""
+        zero = {
+            "stage": self.stage,
+            "reduce_bucket_size": 100,
+            "allgather_bucket_size": 100,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 100,
+        }
+        return {
+            "train_batch_size": ROWS,
+            "gradient_clipping": self.clip,
+            "bf16": {"enabled": self.bf16},
+            "zero_optimization": {**zero, **self.zero},
+            **self.top,
+        }
+
+
+class Net(nn.Module):
+    """Odd sizes, so that every shard needs padding, and a running statistic in a buffer."""
+
+    def __init__(self, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.stem = nn.Conv2d(3, width, 3, padding=1)
+            self.norm = nn.GroupNorm(1, width)
+            self.conv = nn.Conv2d(width, 7, 3, stride=2, bias=False)
+            self.head = nn.Linear(7, 5)
+        self.register_buffer("mean", torch.zeros(width))
+        self.use_norm = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        if self.training and torch.is_grad_enabled():
+            self.mean.lerp_(x.detach().float().mean((0, 2, 3)), 0.1)
+        x = self.norm(x) if self.use_norm else x
+        return self.head(F.relu(self.conv(F.relu(x))).mean((2, 3)))
+
+
+class Reference:
+    """mpl_scale.mpl.Network in plain PyTorch, one process, fp32 master weights."""
+
+    dot_group = None
+
+    def __init__(self, module: Net, case: Case) -> None:
+        self.weights = copy.deepcopy(module)
+        self.module = copy.deepcopy(module)
+        if case.bf16:
+            for parameter in self.module.parameters():
+                parameter.data = parameter.data.bfloat16()
+        self.case = case
+        self.optimizer = build_optimizer(parameter_groups(self.weights, case.optim), case.optim)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.module(images.to(self.module.stem.weight.dtype)).float()
+
+    def backward(self, loss: torch.Tensor) -> list[torch.Tensor]:
+        self.module.zero_grad()
+        loss.backward()
+        for master, parameter in zip(self.weights.parameters(), self.module.parameters(), strict=True):
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+        return [master.grad.flatten().clone() for master in self.weights.parameters()]
+
+    def apply(self, lr: torch.Tensor) -> None:
+        if self.case.clip:
+            nn.utils.clip_grad_norm_(self.weights.parameters(), self.case.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        for master, parameter in zip(self.weights.parameters(), self.module.parameters(), strict=True):
+            parameter.data.copy_(master.data)
+
+    def discard(self) -> None:
+        self.module.zero_grad()
+
+    def refresh_weights(self) -> None:
+        """The weights are never out of date."""
+
+    def full(self, name: str | None = None) -> dict[str, torch.Tensor]:
+        """The master weights, or one optimiser state, by parameter."""
+        named = self.weights.named_parameters()
+        return {k: (p.detach() if name is None else self.optimizer.state[p][name]).flatten() for k, p in named}
+
+
+def make_case(case: Case, seed: int = 0) -> tuple[Mesh, DeepSpeedNetwork, DeepSpeedNetwork]:
+    """Mesh, teacher and student of this rank. Ranks start from different weights: rank 0's must win."""
+    mesh = build_mesh(device=CPU, shard_size=case.shard_size)
+    teacher, student = (
+        DeepSpeedNetwork(Net(width, seed + number + mesh.rank), optim=case.optim, ds_config=case.ds_config(), mesh=mesh)
+        for width, number in ((5, 0), (3, 100))
+    )
+    return mesh, teacher, student
+
+
+def mpl_step(teacher: Any, student: Any, *, step: int, rows: slice, lr: float) -> torch.Tensor:
+    """The calls of one MPL step, with a teacher graph alive over the student's, and passes without a backward.
+
+    Returns g_u.g_l, g_u.g_u, g_l.g_l, float64 [3].
+    """
+    draw = torch.Generator().manual_seed(step)
+    images, others = torch.randn(2, ROWS, 3, 6, 6, generator=draw)
+    labels = torch.randint(5, (ROWS,), generator=draw)[rows]
+    images, others = images[rows], others[rows]
+    rate = torch.tensor(lr / (1 + step))
+
+    logits = teacher.forward(images)
+    with torch.no_grad():
+        teacher.forward(others)
+    first = student.backward(F.cross_entropy(student.forward(images), logits.detach().softmax(-1)))
+    student.apply(rate)
+    with torch.no_grad():
+        student.module.eval()
+        student.forward(others)
+        student.module.train()
+    second = student.backward(3 * F.cross_entropy(student.forward(others), labels))
+    student.discard()
+    student.refresh_weights()  # changes nothing, in the middle of a step either
+    dots = torch.zeros(3, dtype=torch.float64)
+    for a, b in zip(first, second, strict=True):
+        a, b = a.double(), b.double()
+        dots += torch.stack([a @ b, a @ a, b @ b])
+    if student.dot_group is not None:
+        dist.all_reduce(dots, group=student.dot_group)
+    feedback = (dots[0] / (dots[1] * dots[2]).sqrt()).float()
+    hard = logits.detach().argmax(-1)
+    teacher.backward(feedback * F.cross_entropy(logits, hard) + F.cross_entropy(logits, labels))
+    teacher.apply(rate)
+    return dots
+
+
+def gather(network: DeepSpeedNetwork, name: str | None = None) -> dict[str, torch.Tensor]:
+    """The full fp32 parameters, or one optimiser state, put together from the owners' slices, each element once."""
+    shards = network.master if name is None else network.optimizer_state[name]
+    mine = [
+        (piece, shards[piece.shard][piece.offset : piece.offset + piece.length].clone()) for piece in network.layout
+    ]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine if network.owns_shard else [])
+    full: dict[str, torch.Tensor] = {}
+    covered: dict[str, torch.Tensor] = {}
+    for piece, values in itertools.chain.from_iterable(everyone):
+        elements = torch.Size(piece.shape).numel()
+        part = slice(piece.start, piece.start + piece.length)
+        full.setdefault(piece.name, torch.full((elements,), torch.nan))[part] = values
+        covered.setdefault(piece.name, torch.zeros(elements))[part] += 1
+    assert all(bool((count == 1).all()) for count in covered.values())
+    return full
+
+
+def distance(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> float:
+    """Largest absolute difference; both hold the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def local_rows(mesh: Mesh) -> slice:
+    """This rank's rows of the global batch."""
+    return slice(mesh.rank * ROWS // mesh.world, (mesh.rank + 1) * ROWS // mesh.world)
+
+
+def compare_with_reference(case: Case) -> dict[str, float]:
+    """On each rank: three MPL steps against the reference on the global batch; the largest differences."""
+    mesh, teacher, student = make_case(case)
+    references = [Reference(Net(5, 0), case), Reference(Net(3, 100), case)]
+    dots, expected = [], []
+    for step in range(3):
+        dots.append(mpl_step(teacher, student, step=step, rows=local_rows(mesh), lr=case.optim.lr))
+        expected.append(mpl_step(*references, step=step, rows=slice(None), lr=case.optim.lr))
+    _, u_u, l_l = torch.stack(expected).T
+    scale = torch.stack([(u_u * l_l).sqrt(), u_u, l_l], 1)
+    differences = {"dots": float(((torch.stack(dots) - torch.stack(expected)) / scale).abs().max())}
+    probe = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(9))
+    for label, network, reference in zip(("teacher", "student"), (teacher, student), references, strict=True):
+        differences[label] = distance(gather(network), reference.full())
+        for name in network.optimizer_state:
+            differences[f"{label} {name}"] = distance(gather(network, name), reference.full(name))
+        with torch.no_grad():
+            logits = network.forward(probe)
+            differences[f"{label} logits"] = float((logits - reference.forward(probe)).abs().max())
+        everyone: list[Any] = [None] * mesh.world
+        dist.all_gather_object(everyone, ([shard.clone() for shard in network.master], logits))
+        copies = everyone[mesh.shard_index :: mesh.shard_size]
+        identical = all(torch.equal(a, b) for shards, _ in copies for a, b in zip(shards, copies[0][0], strict=True))
+        differences[f"{label} replicas"] = float(not identical or any(not torch.equal(c[1], logits) for c in copies))
+        assert network.module.mean.dtype == torch.float32
+        assert next(network.module.parameters()).dtype == (torch.bfloat16 if case.bf16 else torch.float32)
+        assert network.forward(probe).dtype == torch.float32
+    return differences
+
+
+def check(case: Case, world: int = 2) -> None:
+    for differences in pool(world).run(compare_with_reference, case):
+        tolerance = BF16_TOLERANCE if case.bf16 else FP32_TOLERANCE
+        excess = {name: value for name, value in differences.items() if not value <= tolerance}
+        assert not excess, (excess, tolerance)
+
+
+STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+
+
+@STAGES
+@PRECISIONS
+def test_steps_equal_plain_pytorch(stage: int, bf16: bool) -> None:
+    check(Case(stage, bf16))
+
+
+@STAGES
+def test_clipped_steps_equal_plain_pytorch(stage: int) -> None:
+    check(Case(stage, clip=0.1))
+
+
+@STAGES
+def test_rmsprop_equals_plain_pytorch(stage: int) -> None:
+    check(Case(stage, optim=RMSPROP))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@PRECISIONS
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_replicated_shards(stage: int, bf16: bool, clip: float) -> None:
+    """4 ranks, 2 copies of the state, each over 2 ranks: equal to the reference, copies bitwise equal."""
+    check(Case(stage, bf16, clip=clip, shard_size=2), world=4)
+
+
+ACCUMULATE_FP32 = {"data_types": {"grad_accum_dtype": "fp32"}}
+VARIANTS = {
+    "unsharded-replicas": (Case(1, shard_size=1), 2),
+    "bf16-optimizer": (Case(1, bf16=True, top=ACCUMULATE_FP32), 2),
+    "bf16-optimizer-clipped-replicas": (Case(1, bf16=True, clip=0.1, shard_size=2, top=ACCUMULATE_FP32), 4),
+    "compact-gradients": (Case(2, bf16=True, top=ACCUMULATE_FP32), 2),
+    "stage-3-fp32-gradients": (Case(3, bf16=True, top=ACCUMULATE_FP32), 2),
+    "fp32-communication": (Case(2, bf16=True, top={"communication_data_type": "fp32"}), 2),
+    "persistent-parameters": (Case(3, zero={"stage3_param_persistence_threshold": 8}), 2),
+    "sub-groups": (Case(3, zero={"sub_group_size": 50}), 2),
+    "round-robin": (Case(2, zero={"round_robin_gradients": True}), 2),
+    "aligned": (Case(1, zero={"parameter_alignment": True}), 2),
+    "overlapped": (Case(2, zero={"overlap_comm": True}), 2),
+    "scattered-gradients": (Case(2, zero={"contiguous_gradients": False}), 2),
+    "all-reduce": (Case(3, zero={"reduce_scatter": False}), 2),
+    "offload-1": (Case(1, clip=0.1, zero={"offload_optimizer": {"device": "cpu"}}), 2),
+    "offload-2": (Case(2, zero={"offload_optimizer": {"device": "cpu"}}), 2),
+    "offload-3": (Case(3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}), 2),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_deepspeed_options(name: str) -> None:
+    check(*VARIANTS[name])
+
+
+def restore(network: DeepSpeedNetwork, saved: tuple[list, dict[str, list], dict[str, torch.Tensor]]) -> None:
+    """Write a copied state into an engine, as a checkpoint does."""
+    master, state, buffers = saved
+    for live, copies in [(network.master, master), *((network.optimizer_state[name], state[name]) for name in state)]:
+        for shard, values in zip(live, copies, strict=True):
+            shard.copy_(values)
+    for name, buffer in network.module.named_buffers():
+        buffer.copy_(buffers[name])
+    network.refresh_weights()
+
+
+def resume(case: Case) -> bool:
+    """On each rank: two steps, copy the state out, two more; these again from the copy, in used and fresh engines."""
+    mesh, *networks = make_case(case)
+    rows, lr = local_rows(mesh), case.optim.lr
+    first = [mpl_step(*networks, step=step, rows=rows, lr=lr) for step in (0, 1)]
+    saved = [
+        (
+            [shard.clone() for shard in network.master],
+            {name: [shard.clone() for shard in shards] for name, shards in network.optimizer_state.items()},
+            {name: buffer.clone() for name, buffer in network.module.named_buffers()},
+        )
+        for network in networks
+    ]
+    runs = []
+    for engines in (networks, networks, make_case(case, seed=1000)[1:]):
+        for network, copies in zip(engines, saved, strict=True):
+            if runs:
+                restore(network, copies)
+        dots = [mpl_step(*engines, step=step, rows=rows, lr=lr) for step in (2, 3)]
+        shards = [shard.clone() for network in engines for shard in network.master]
+        runs.append([*first, *dots, *shards, *(network.module.mean.clone() for network in engines)])
+    return all(torch.equal(a, b) for run in runs for a, b in zip(runs[0], run, strict=True))
+
+
+@STAGES
+@PRECISIONS
+def test_resume_is_bitwise(stage: int, bf16: bool) -> None:
+    assert all(pool(2).run(resume, Case(stage, bf16, optim=RMSPROP)))
+
+
+@pytest.mark.parametrize("name", ["bf16-optimizer", "persistent-parameters", "sub-groups", "round-robin", "offload-3"])
+def test_resume_is_bitwise_with_options(name: str) -> None:
+    case, world = VARIANTS[name]
+    assert all(pool(world).run(resume, case))
+
+
+def two_forwards(case: Case) -> float:
+    """On each rank: losses over two forward passes, the first discarded, one without a gradient for the norm."""
+    mesh, network, _ = make_case(case)
+    reference = Reference(Net(5, 0), case)
+    images = torch.randn(2, ROWS, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    for step, kept in enumerate((False, True, True, True, True)):
+        for subject, rows in ((network, local_rows(mesh)), (reference, slice(None))):
+            subject.module.use_norm = step != 3
+            first, second = subject.forward(images[0, rows]), subject.forward(images[1, rows])
+            subject.backward(first.square().mean() + (2 + kept) * second.sin().mean())
+            subject.apply(torch.tensor(0.1)) if kept else subject.discard()
+    return distance(gather(network), reference.full())
+
+
+@STAGES
+def test_one_loss_over_two_forwards_and_unused_parameters(stage: int) -> None:
+    assert max(pool(2).run(two_forwards, Case(stage))) <= FP32_TOLERANCE
+
+
+def skip_non_finite(case: Case) -> float:
+    """On each rank: a step, an update by a gradient with a NaN on one rank, a step."""
+    mesh, network, _ = make_case(case)
+    reference = Reference(Net(5, 0), case)
+    images = torch.randn(ROWS, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    for factor in (1.0, torch.nan, 1.0):
+        for subject, rows in ((network, local_rows(mesh)), (reference, slice(None))):
+            loss = subject.forward(images[rows]).square().mean()
+            if factor == factor:
+                subject.backward(loss)
+                subject.apply(torch.tensor(0.1))
+            elif subject is network:
+                subject.backward(loss * (factor if mesh.rank == 1 else 1.0))
+                subject.apply(torch.tensor(0.1))
+    return distance(gather(network), reference.full())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_non_finite_gradients_are_skipped(stage: int) -> None:
+    assert max(pool(2).run(skip_non_finite, Case(stage))) <= FP32_TOLERANCE
+
+
+def bf16_starts_unrounded(stage: int) -> float:
+    """On each rank: how far masters and optimiser state of a new engine are from their definition."""
+    _, network, _ = make_case(Case(stage, bf16=True, optim=RMSPROP))
+    expected = {name: p.detach().flatten() for name, p in Net(5, 0).named_parameters()}
+    ones = {name: torch.ones_like(p) for name, p in expected.items()}
+    zeros = {name: torch.zeros_like(p) for name, p in expected.items()}
+    return max(
+        distance(gather(network), expected),
+        distance(gather(network, "square_average"), ones),
+        distance(gather(network, "momentum"), zeros),
+    )
+
+
+@STAGES
+def test_bf16_starts_unrounded(stage: int) -> None:
+    assert max(pool(2).run(bf16_starts_unrounded, stage)) == 0
+
+
+def test_single_process_needs_no_launcher() -> None:
+    network = DeepSpeedNetwork(Net(5, 0), optim=SGD, ds_config=Case(2).ds_config(), mesh=build_mesh(device=CPU))
+    network.backward(network.forward(torch.randn(2, 3, 6, 6)).square().mean())
+    network.apply(torch.tensor(0.1))
+    assert network.owns_shard
+    assert network.dot_group is None
