@@ -24,6 +24,13 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
     [
         (["gradient_clipp1ng=1"], r'unknown key "gradient_clipp1ng"; did you mean gradient_clipping'),
         (["zero_optimization.stagee=1"], r'unknown key "zero_optimization.stagee"; did you mean stage'),
+        (
+            ["zero_optimization.offload_optimizer.devise=cpu"],
+            r'"zero_optimization.offload_optimizer.devise"; did you mean',
+        ),
+        (["csv_monitor.path=x"], r'unknown key "csv_monitor.path"'),
+        (["activation_checkpointing.number_checkpoint=2"], r"did you mean number_checkpoints"),
+        (["zero_optimization=true"], r"zero_optimization must be a section"),
         (["mpl_scale.methood.name=mpl"], r'unknown key "mpl_scale.methood"; did you mean method'),
         (["mpl_scale.method.uda.temprature=1"], r'"mpl_scale.method.uda.temprature"; did you mean temperature'),
         (['mpl_scale.seed="one"'], r"mpl_scale.seed = 'one': input should be a valid integer"),

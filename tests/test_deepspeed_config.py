@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, REMOVED_KEYS, TOP_LEVEL_KEYS
-from mpl_scale.engine.deepspeed_engine import monitor_master, validate_ds_blocks
-from mpl_scale.engine.deepspeed_setup import ds_models, engine_config, import_deepspeed, refuse_unsupported
+from mpl_scale.engine.deepspeed_setup import (
+    ds_models,
+    engine_config,
+    import_deepspeed,
+    monitor_master,
+    refuse_unsupported,
+    validate_ds_blocks,
+)
 from mpl_scale.mesh import Mesh, build_mesh
 
 CPU = torch.device("cpu")
@@ -47,16 +53,12 @@ def test_what_is_off_or_plain_is_not_refused() -> None:
     ("config", "message"),
     [
         ({"zero_optimization": {"stage": 7}}, r"zero_optimization\.stage = 7"),
-        ({"zero_optimization": {"sub_group_sise": 7}}, "sub_group_size"),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
             r"offload_optimizer\.device = 'gpu'",
         ),
         ({"bf16": {"enabled": "maybe"}}, r"bf16\.enabled = 'maybe'"),
-        ({"csv_monitor": {"enabled": True, "path": "x"}}, r"csv_monitor\.path"),
-        ({"activation_checkpointing": {"number_checkpoint": 2}}, "number_checkpoints"),
         ({"timers": {"throughput": {"enabled": 3}}}, r"timers\.throughput\.enabled"),
-        ({"zero_optimization": True}, "must be an object"),
     ],
 )
 def test_block_errors_name_the_field_on_one_line(config: dict[str, Any], message: str) -> None:

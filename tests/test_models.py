@@ -93,7 +93,7 @@ def test_dropout_is_a_function_of_step_and_global_row(name: str, settings: dict[
 
 
 def test_dropout_needs_a_pass() -> None:
-    with pytest.raises(ValueError, match="outside `with model.passes"):
+    with pytest.raises(ValueError, match=r"outside `with model\.passes"):
         build("digits_cnn", dropout=0.5)(torch.randn(2, 3, 8, 8))
 
 

@@ -113,18 +113,22 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
 
 def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
     for key, value in raw.items():
-        if key in REFUSED_KEYS:
+        disabled = isinstance(value, Mapping) and value.get("enabled") is False
+        if key in REFUSED_KEYS and not disabled:
             raise ValueError(f"{path}: {key}: {REFUSED_KEYS[key]}")
-        if key not in TOP_LEVEL_KEYS:
+        if key not in TOP_LEVEL_KEYS | REFUSED_KEYS.keys():
             raise ValueError(f'{path}: unknown key "{key}"; {suggest(key, [*TOP_LEVEL_KEYS, SECTION])}')
-        known = BLOCK_KEYS.get(key)
-        if known is None:
+    for block_path, known in BLOCK_KEYS.items():
+        block: Any = raw
+        for part in block_path.split("."):
+            block = block.get(part) if isinstance(block, Mapping) else None
+        if block is None:
             continue
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{path}: {key} must be a section {{...}}, not {value!r}")
-        for inner in value:
-            if inner not in known:
-                raise ValueError(f'{path}: unknown key "{key}.{inner}"; {suggest(inner, known)}')
+        if not isinstance(block, Mapping):
+            raise ValueError(f"{path}: {block_path} must be a section {{...}}, not {block!r}")
+        for key in block:
+            if key not in known:
+                raise ValueError(f'{path}: unknown key "{block_path}.{key}"; {suggest(key, known)}')
 
 
 def _refuse_unknown_fields(section: Mapping[str, Any], model: type[BaseModel], where: str, path: Path) -> None:

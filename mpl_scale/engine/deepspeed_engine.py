@@ -18,20 +18,12 @@ import torch.distributed as dist
 from torch import nn
 
 from mpl_scale.config.schema import OptimConfig
-from mpl_scale.engine.deepspeed_setup import (
-    connect,
-    engine_config,
-    monitor_master,
-    refuse_unsupported,
-    validate_ds_blocks,
-)
+from mpl_scale.engine.deepspeed_setup import connect, engine_config, refuse_unsupported
 from mpl_scale.engine.deepspeed_shards import open_shards
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
-
-__all__ = ["DeepSpeedNetwork", "monitor_master", "validate_ds_blocks"]
 
 logger = logging.getLogger(__name__)
 
