@@ -108,9 +108,10 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before_and_says_so(
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     config, output = make_config(tmp_path, "flat", 2), tmp_path / "out"
     assert run(config, str(output), stop_after=6) is None
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
     with pytest.raises(ValueError, match=r"of another model: .*shape of"):
         run(config, str(output), overrides=('mpl_scale.model.student.kwargs={"widths": [4, 8]}',))
-    assert find(output / "checkpoints")
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
 
 def test_resume_never_does_not_overwrite_an_earlier_run(tmp_path: Path) -> None:

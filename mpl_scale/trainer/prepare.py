@@ -106,19 +106,6 @@ def _run(
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
     snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint.keep, mesh, warn=writers.note)
-    snapshot = snapshots.find(options.resume)
-    if mesh.is_main:
-        options.output.mkdir(parents=True, exist_ok=True)
-        (options.output / "DONE").unlink(missing_ok=True)
-        (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
-        global_step = None
-        if snapshot is not None:
-            names = [phase.name for phase in phases]
-            before = phases[: names.index(snapshot.phase)] if snapshot.phase in names else []
-            global_step = sum(phase.steps for phase in before) + snapshot.step
-            writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
-        writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=global_step)
-        writers.monitor = _deepspeed_monitor(run, options.output)
     trainer = Trainer(
         run=run,
         splits=splits,
@@ -128,8 +115,19 @@ def _run(
         snapshots=snapshots,
         stop_requested=stop_requested,
     )
+    snapshot = snapshots.find(options.resume)
+    if snapshot is not None:
+        trainer.restore(snapshot)
+        writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
+    if mesh.is_main:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "DONE").unlink(missing_ok=True)
+        (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
+        resume_step = None if snapshot is None else trainer.global_step
+        writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
+        writers.monitor = _deepspeed_monitor(run, options.output)
     try:
-        if not trainer.train(snapshot):
+        if not trainer.train():
             return None
         summary = {
             "config": str(run.path),

@@ -44,30 +44,33 @@ class Trainer:
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
     global_step: int = 0
+    _first: int = 0
+    _step: int = 0
+    _state: State | None = None
 
-    def train(self, snapshot: Snapshot | None) -> bool:
-        """Run the phases that are left after a snapshot. True at the end, False if asked to stop (state saved)."""
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on after a snapshot. Nothing is written before; ValueError where it is of another model or phase."""
+        names = [phase.name for phase in self.phases]
+        if snapshot.phase not in names:
+            raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out")
+        self._first, self._step = names.index(snapshot.phase), snapshot.step
+        self._state = build_state(self.phases[self._first], self.run, mesh=self.mesh, weights={})
+        self.snapshots.restore(snapshot, self._state)
+        self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
+        self.global_step = sum(phase.steps for phase in self.phases[: self._first]) + self._step
+
+    def train(self) -> bool:
+        """Run the phases that are left. True at the end, False if asked to stop (state saved)."""
         self._began = time.monotonic()
         self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh)
         weights: Mapping[str, Weights] = {}
-        first = 0
-        if snapshot is not None:
-            names = [phase.name for phase in self.phases]
-            if snapshot.phase not in names:
-                raise ValueError(
-                    f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out"
-                )
-            first = names.index(snapshot.phase)
-            self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
-        for phase in self.phases[first:]:
-            state = build_state(phase, self.run, mesh=self.mesh, weights=weights)
-            step = 0
-            if snapshot is not None:
-                self.snapshots.restore(snapshot, state)
-                step, snapshot = snapshot.step, None
+        state, step, self._state = self._state, self._step, None  # each phase's state is freed before the next's
+        for phase in self.phases[self._first :]:
+            state = state or build_state(phase, self.run, mesh=self.mesh, weights=weights)
             if not self._train_phase(phase, state, step):
                 return False
             weights = collect_weights(state, mesh=self.mesh)
+            state, step = None, 0
         return True
 
     def elapsed(self) -> float:
@@ -76,8 +79,6 @@ class Trainer:
 
     def _train_phase(self, phase: Phase, state: State, step: int) -> bool:
         config = self.run.mpl
-        before = sum(other.steps for other in self.phases[: self.phases.index(phase)])
-        self.global_step = before + step
         if step >= phase.steps:  # a checkpoint of the phase's end
             return True
         loader = TrainLoader(
