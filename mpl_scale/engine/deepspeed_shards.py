@@ -12,6 +12,7 @@ Every class presents the state as numbered flat fp32 shards, and a gradient laid
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from mpl_scale.types import Slice
 Pieces = Sequence[Sequence[torch.Tensor]]
 
 
-class Shards:
+class Shards(ABC):
     """Base. Subclasses fill `wrapper`, `base`, `masters` and `layout` and say where gradients are."""
 
     def __init__(self, engine: Any) -> None:
@@ -41,9 +42,9 @@ class Shards:
         """One optimiser state, live, one 1-D tensor per shard."""
         return [self.base.state[master][name].view(-1) for master in self.masters]
 
+    @abstractmethod
     def pieces(self) -> Pieces:
         """The reduced gradient where `step` will read it: for each shard the tensors that make it up, in order."""
-        raise NotImplementedError
 
     def gradient(self) -> list[torch.Tensor]:
         """A copy of the reduced gradient, fp32, one 1-D tensor per shard (zero in the padding)."""

@@ -11,6 +11,7 @@ labels helped, and descending h CE(y_u, T) makes them more likely.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -129,7 +130,7 @@ class LossDifference(FeedbackRule):
         return Signal(h=h, credit=h, metrics=metrics)
 
 
-class Directional(FeedbackRule):
+class Directional(FeedbackRule, ABC):
     """Base of the rules that credit rows by the derivative of their log-probabilities along g_l.
 
     D[i, k] = d/de log S_k(x_i; theta + e g_l) at theta, by central difference: two forward passes with shifted
@@ -163,8 +164,9 @@ class Directional(FeedbackRule):
         _overwrite(student, shifted)
         return update.forward().double().log_softmax(-1)
 
+    @abstractmethod
     def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        raise TypeError(f"{type(self).__name__} must define _credit")
+        """What weighs the teacher's loss, from D / (|g_u| |g_l|) [U, K]."""
 
 
 @register_feedback("per_sample")

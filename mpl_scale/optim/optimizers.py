@@ -7,6 +7,7 @@ here `group["lr"]` is a 0-d device tensor, the state is allocated at constructio
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ def register_optimizer(name: str) -> Callable[[Any], Any]:
     return add
 
 
-class ShardOptimizer(torch.optim.Optimizer):
+class ShardOptimizer(torch.optim.Optimizer, ABC):
     """Base: coupled L2 weight decay per group, a tensor learning rate, state made by `init_state`.
 
     Groups need `params` and `weight_decay`; the engine sets `lr` (float32 []) before each step.
@@ -70,6 +71,7 @@ class ShardOptimizer(torch.optim.Optimizer):
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
             self._update(parameters, gradients, states, lr)
 
+    @abstractmethod
     def _update(
         self,
         parameters: list[torch.Tensor],
@@ -77,7 +79,7 @@ class ShardOptimizer(torch.optim.Optimizer):
         states: dict[str, list[torch.Tensor]],
         lr: torch.Tensor,
     ) -> None:
-        raise TypeError(f"{type(self).__name__} must define _update")
+        """Move the parameters and their states in place; weight decay is in the gradients already."""
 
 
 @register_optimizer("sgd")

@@ -52,7 +52,7 @@ class Trainer:
         """Go on after a snapshot. Nothing is written before; ValueError where it is of another model or phase."""
         names = [phase.name for phase in self.phases]
         if snapshot.phase not in names:
-            raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config leaves out")
+            raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config has not")
         self._first, self._step = names.index(snapshot.phase), snapshot.step
         self._state = build_state(self.phases[self._first], self.run, mesh=self.mesh, weights={})
         self.snapshots.restore(snapshot, self._state)
