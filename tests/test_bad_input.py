@@ -26,7 +26,7 @@ def error_line(capfd: pytest.CaptureFixture[str], command: list[str]) -> str:
     assert main(command) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
-    assert lines[0].startswith("mpl-scale: error: ")
+    assert lines[0].startswith("mpl-scale: error")
     return lines[0]
 
 
@@ -95,3 +95,22 @@ def test_the_launched_script_exits_with_2_and_no_traceback(tmp_path: Path) -> No
     assert ended.returncode == 2
     assert 'unknown key "train_batch_sise"; did you mean train_batch_size' in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_an_error_of_one_rank_says_which(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A file that has a good header and a good end, and pixels that cannot be decoded: found while training."""
+    images = load_images(DataConfig(source="digits"))
+    root = tmp_path / "images"
+    shutil.copytree(Path(str(images.paths[0])).parents[1], root)
+    for victim in sorted(root.glob("*/*.png"))[::3]:
+        encoded = bytearray(victim.read_bytes())
+        start = encoded.index(b"IDAT") + 6
+        encoded[start : start + 20] = b"\xff" * 20
+        victim.write_bytes(encoded)
+    command = arguments(
+        tmp_path, "mpl_scale.data.source=folder", f"mpl_scale.data.root={root}", "mpl_scale.parallel.engine=flat"
+    )
+    assert main(command) == 2
+    line = capfd.readouterr().err.splitlines()[-1]  # libpng has its say before
+    assert line.startswith("mpl-scale: error (rank 0): ")
+    assert "delete or replace each" in line

@@ -25,11 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _check(options) if options.command == "check" else _train(options)
     except (ValueError, OSError) as error:
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
         if options.debug:
             raise
-        if rank == "0" or not getattr(error, "on_every_rank", True):
-            print(f"mpl-scale: error: {error}", file=sys.stderr, flush=True)
+        where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        if rank == "0" or where:  # what every rank finds wrong is said once
+            print(f"mpl-scale: error{where}: {error}", file=sys.stderr, flush=True)
         return 2
 
 

@@ -90,17 +90,20 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         wide = self.running_mean.dtype
-        learn = self.training and (self.passes.current is None or self.passes.current.update_statistics)
+        learn = self.training and self.passes.learns
         if learn:
             self.num_batches_tracked.add_(1)
         if not self.training or self.group is None:
-            mean, var = (self.running_mean, self.running_var) if learn or not self.training else (None, None)
+            # Copies, because autograd keeps what it is given: a later pass may move the averages, a repeated one not.
+            mean, var = self.running_mean.clone(), self.running_var.clone()
             weight, bias = self.weight.to(wide), self.bias.to(wide)
             y = F.batch_norm(x.to(wide), mean, var, weight, bias, self.training, self.momentum, self.eps)
+            if learn:
+                self.running_mean.copy_(mean)
+                self.running_var.copy_(var)
             return y.to(x.dtype)
-        y, mean, variance, count = _GlobalBatchNorm.apply(
-            x, self.weight, self.bias, self.running_mean, self.eps, self.group
-        )
+        center = self.passes.remember(self, self.running_mean)
+        y, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, center, self.eps, self.group)
         if learn:
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)

@@ -8,8 +8,8 @@ no model's forward signature changes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ class Pass:
 
     seed: the run's seed. stream: the number of this pass within a step. step: int64 [], on the device.
     rows: int64 [B], the global rows of the batch. update_statistics: whether BN's moving averages see the batch.
-    dropout: whether dropout and drop-path act.
+    dropout: whether dropout and drop-path act. remembered: see Passes.remember.
     """
 
     seed: int
@@ -34,6 +34,7 @@ class Pass:
     rows: torch.Tensor
     update_statistics: bool = True
     dropout: bool = True
+    remembered: dict[object, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Passes:
@@ -42,6 +43,7 @@ class Passes:
     def __init__(self) -> None:
         self.current: Pass | None = None
         self._sites = 0
+        self._repeating = False
 
     def new_site(self) -> int:
         """A number for a layer that draws random numbers, in the order of the module tree."""
@@ -55,6 +57,32 @@ class Passes:
             yield
         finally:
             self.current = previous
+
+    @property
+    def learns(self) -> bool:
+        """Whether BN's moving averages see this pass: not when it is repeated for a backward pass."""
+        return not self._repeating and (self.current is None or self.current.update_statistics)
+
+    def repetition(self) -> AbstractContextManager[None]:
+        """A context to run the pass of now again later: the same random numbers, and BN learns nothing."""
+        return self._again(self.current)
+
+    @contextmanager
+    def _again(self, current: Pass | None) -> Iterator[None]:
+        before = self.current, self._repeating
+        self.current, self._repeating = current, True
+        try:
+            yield
+        finally:
+            self.current, self._repeating = before
+
+    def remember(self, layer: object, value: torch.Tensor) -> torch.Tensor:
+        """A copy of a layer's value as it was in this pass: a repetition of the pass gets the first run's."""
+        if self.current is None:
+            return value.clone()
+        if layer not in self.current.remembered:
+            self.current.remembered[layer] = value.clone()
+        return self.current.remembered[layer]
 
     def uniform(self, site: int, columns: int) -> torch.Tensor:
         """float32 [B, columns] in (0, 1) for the rows of the current pass."""

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mpl_scale.augment import StrongView
+from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
 from mpl_scale.config.names import require_known
@@ -81,6 +82,11 @@ def train(
         start_process_group(device, timeout_seconds=run.mpl.parallel.timeout_seconds)
     try:
         return _run(run, options, batches, splits, device, stop_requested)
+    except CheckpointError:  # the same on every rank
+        raise
+    except ValueError as error:
+        error.add_note(f"rank {dist.get_rank()}")
+        raise
     finally:
         if owns_group:
             dist.destroy_process_group()
