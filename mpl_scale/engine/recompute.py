@@ -43,8 +43,8 @@ def apply_recompute(model: nn.Module, policy: Policy) -> nn.Module:
     blocks = list(find_blocks(model))
     if not blocks:
         raise ValueError(
-            f"mpl_scale.parallel.recompute = {policy}: {type(model).__name__} has no blocks (modules in a Sequential that "
-            "hold a convolution and a batch norm); set none"
+            f"mpl_scale.parallel.recompute = {policy}: {type(model).__name__} has no blocks (modules in a Sequential "
+            "that hold a convolution and a batch norm); set none"
         )
     for block in blocks:
         if policy == "bn_act":

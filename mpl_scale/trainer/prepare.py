@@ -18,6 +18,7 @@ from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
 from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, check_batches, load_images, make_splits
+from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.models import build_model
 from mpl_scale.monitor import MetricsWriter, Progress, Writers, config_hash, mark_done, versions, write_summary
@@ -100,6 +101,9 @@ def _run(
     device: torch.device,
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any] | None:
+    eager_because = why_not_captured(
+        graph=run.mpl.parallel.graph, device=device, flat_engine=uses_flat_engine(run, cuda=device.type == "cuda")
+    )
     mesh = _mesh(run, device)
     phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
     fingerprint = config_hash({**run.resolved(), "max_steps": options.max_steps})
@@ -109,6 +113,8 @@ def _run(
     progress = Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None
     writers = Writers(progress=progress)
     writers.note(batches.equation())
+    if eager_because is not None and device.type == "cuda":
+        writers.note(f"the step is not captured as a CUDA graph: {eager_because}")
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
     snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint.keep, mesh, warn=writers.note)
@@ -120,6 +126,7 @@ def _run(
         writers=writers,
         snapshots=snapshots,
         stop_requested=stop_requested,
+        capture=eager_because is None,
     )
     snapshot = snapshots.find(options.resume)
     if snapshot is not None:

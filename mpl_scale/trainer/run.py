@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Splits, TrainLoader
+from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import Writers
 from mpl_scale.mpl import State
@@ -31,6 +32,7 @@ class Trainer:
     """A run, ready to start.
 
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together.
+    capture: replay the step as a CUDA graph.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -41,6 +43,7 @@ class Trainer:
     writers: Writers
     snapshots: Snapshots
     stop_requested: Callable[[], bool]
+    capture: bool
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
     global_step: int = 0
@@ -96,12 +99,14 @@ class Trainer:
         images = phase.labelled + phase.unlabelled
         if self.writers.progress is not None:
             self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
+        fall_back = None if config.parallel.graph == "required" else self.writers.note
+        run_step = StepRunner(phase.method.step, state, capture=self.capture, fall_back=fall_back)
         every, clock = config.logging.every, _Clock()
         try:
             while step < phase.steps:
                 with clock.waiting():
                     batch = next(loader)
-                metrics = phase.method.step(state, batch)
+                metrics = run_step(batch)
                 step += 1
                 self.global_step += 1
                 clock.steps += 1
