@@ -49,7 +49,7 @@ def apply_recompute(model: nn.Module, policy: Policy) -> nn.Module:
     for block in blocks:
         if policy == "bn_act":
             _keep_activations_out_of_place(block)
-        block.__class__ = _recomputed(type(block))
+        block.__class__ = _recomputed(type(block))  # type: ignore[arg-type]
         block._recompute = (model.passes, policy)  # type: ignore[assignment]
     return model
 
