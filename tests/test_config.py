@@ -44,6 +44,11 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
         (["train_batch_size=0"], r"train_batch_size = 0: must be a whole number"),
         (["gradient_accumulation_steps=2"], r"gradient_accumulation_steps = 2: .*set 1"),
         (["mpl_scale.parallel.width=3"], r"width = 3 does not divide the 2 ranks"),
+        (
+            ["mpl_scale.parallel.width=2", "mpl_scale.model.image_size=1"],
+            r"parallel.width = 2 ranks for mpl_scale.model.image_size = 1 columns",
+        ),
+        (["mpl_scale.parallel.halo=wide"], r"mpl_scale.parallel.halo = 'wide': input should be 'plain' or"),
         (["mpl_scale.parallel.shard_size=4"], r"shard_size = 4 does not divide the 2 ranks"),
         (
             ["zero_optimization.stage=3", "mpl_scale.parallel.graph=required"],

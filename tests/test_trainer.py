@@ -89,6 +89,15 @@ def test_every_preset_runs(tmp_path: Path, preset: str) -> None:
     assert rows[0]["h"] == 0
 
 
+def test_recomputation_trains_the_same_networks(tmp_path: Path) -> None:
+    """Bitwise, at width 1: the same sums in the same order."""
+    config, results = config_with(tmp_path), []
+    for policy in ("none", "bn_act", "block"):
+        overrides = (f"mpl_scale.parallel.recompute={policy}",)
+        results.append(pool(2).run(run, config, str(tmp_path / policy), overrides)[0]["results"])
+    assert results[0] == results[1] == results[2]
+
+
 def test_both_engines_train_the_same_networks(tmp_path: Path) -> None:
     """Sixteen steps in three phases: float32 sums in another order, nothing else."""
     config = config_with(tmp_path)

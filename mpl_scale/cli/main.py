@@ -16,14 +16,15 @@ EXAMPLES = """examples:
   torchrun --nproc_per_node 2 train.py --ds_config ds_configs/digits.json --output runs/a
   python train.py --ds_config ds_configs/digits.json --set mpl_scale.method.feedback.rule=none --seed 3
   mpl-scale check --ds_config ds_configs/digits.json --world 2
+  mpl-scale split --model tf_efficientnet_l2 --size 512 --width 16
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done or stopped with its state saved, 2 bad input."""
+    """Run a command; returns the exit status: 0 done or stopped with its state saved, 1 unequal, 2 bad input."""
     options = _parser().parse_args(arguments)
     try:
-        return _check(options) if options.command == "check" else _train(options)
+        return {"train": _train, "check": _check, "split": _split}[options.command](options)
     except (ValueError, OSError) as error:
         if options.debug:
             raise
@@ -59,8 +60,24 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     train.add_argument("--max_steps", type=_positive, metavar="N", help="shorten every phase to N steps")
     train.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+    split_command = commands.add_parser("split", help="show, and --verify, how a model is split by width")
+    _add_split_options(split_command)
     check_command.add_argument("--world", type=_positive, default=1, metavar="N", help="number of ranks")
     return parser
+
+
+def _add_split_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", required=True, metavar="NAME", help="a registered model or any timm classifier")
+    command.add_argument(
+        "--size", type=_positive, required=True, metavar="S", help="height and width of the images, pixels"
+    )
+    command.add_argument("--width", type=_positive, required=True, metavar="N", help="ranks that share one image")
+    command.add_argument("--classes", type=_positive, default=1000)
+    command.add_argument("--switch_at", default="never", metavar="auto|never|PATH", help="default: never")
+    command.add_argument("--halo", default="plain", choices=("plain", "block_input"))
+    command.add_argument("--verify", action="store_true", help="run split and whole on N local processes and compare")
+    command.add_argument("--batch", type=_positive, default=2, help="images of --verify")
+    command.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def _positive(text: str) -> int:
@@ -80,6 +97,12 @@ def _load(options: argparse.Namespace) -> RunConfig:
 def _check(options: argparse.Namespace) -> int:
     print(check(_load(options), world=options.world, cuda=False).equation())
     return 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    from mpl_scale.cli.split import split  # torch: seconds
+
+    return split(options)
 
 
 def _train(options: argparse.Namespace) -> int:

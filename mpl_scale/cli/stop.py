@@ -1,16 +1,19 @@
-"""Ask a run to stop: SIGTERM and SIGUSR1 set a flag that the trainer reads at step boundaries."""
+"""Ask a run to stop: SIGTERM, SIGUSR1, or the death of the launcher; the trainer reads it at step boundaries."""
 
 from __future__ import annotations
 
+import os
 import signal
+from pathlib import Path
 from types import FrameType
 
 
 class StopRequest:
-    """Call it to learn whether a signal came. Install before heavy imports, which a signal would otherwise kill."""
+    """Call it to learn whether to stop. Install before heavy imports, which a signal would otherwise kill."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
+        self._launcher = _deepspeed_launcher()
 
     def install(self) -> StopRequest:
         """Take SIGTERM and SIGUSR1 over; a second SIGTERM ends the process as usual."""
@@ -19,8 +22,24 @@ class StopRequest:
         return self
 
     def __call__(self) -> bool:
-        return self._signal is not None
+        orphaned = self._launcher is not None and self._launcher != _deepspeed_launcher()
+        return self._signal is not None or orphaned
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self._signal = number
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _deepspeed_launcher() -> tuple[int, int] | None:
+    """The process ids of `deepspeed.launcher.launch`, if it started this process, and of what started it in turn.
+
+    `deepspeed` starts launch.py, which starts the ranks; killed by SIGTERM, it tells neither, and the ranks would train
+    on unseen. Then launch.py has another parent. None under other launchers, or where there is no /proc.
+    """
+    parent = os.getppid()
+    try:
+        if b"deepspeed.launcher.launch" not in Path(f"/proc/{parent}/cmdline").read_bytes():
+            return None
+        return parent, int(Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError, ValueError):
+        return None

@@ -66,8 +66,12 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
             raise ValueError(
                 f"mpl_scale.parallel.{name} = {size} does not divide the {world} ranks; use a divisor of {world}"
             )
-    if parallel.width > 1:
-        raise ValueError(f"mpl_scale.parallel.width = {parallel.width}: no model has a width partition yet; set 1")
+    if parallel.width > config.mpl.model.image_size:
+        raise ValueError(
+            f"mpl_scale.parallel.width = {parallel.width} ranks for mpl_scale.model.image_size = "
+            f"{config.mpl.model.image_size} columns: a rank needs at least one; use width "
+            f"{config.mpl.model.image_size} or less"
+        )
     if stage == 3 and parallel.graph == "required":
         raise ValueError(
             "mpl_scale.parallel.graph = required with zero_optimization.stage = 3: ZeRO-3 reads the device on the host "
@@ -78,8 +82,6 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
             "mpl_scale.parallel.engine = flat with zero_optimization.stage = 3: the flat engine shards gradients and "
             "optimiser state, not weights; use stage 2, or engine deepspeed"
         )
-    if parallel.graph == "required":
-        raise ValueError("mpl_scale.parallel.graph = required: the step is not captured yet; set off or auto")
     offload = config.deepspeed.get("zero_optimization", {})
     if uses_flat_engine(config, cuda=cuda) and ("offload_optimizer" in offload or "offload_param" in offload):
         raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")

@@ -96,7 +96,7 @@ class DataConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     threads: Count = Field(1, description="DALI's CPU threads per rank.")
     prefetch: Count = Field(2, description="Batches DALI prepares ahead.")
-    evaluation_batch: Count = Field(256, description="Images per rank and evaluation step.")
+    evaluation_batch: Count = Field(256, description="Images per data rank and evaluation step.")
 
 
 class FeedbackConfig(Section):
@@ -181,6 +181,21 @@ class ParallelConfig(Section):
         "auto", description="auto: flat for ZeRO 0-2 on a GPU, deepspeed otherwise."
     )
     width: Count = Field(1, description="Ranks that share one image along its width.")
+    switch_at: str = Field(
+        "auto",
+        description="Where a split network goes over to whole images of fewer rows: auto (the first stage that a rank "
+        "enters with fewer columns than a kernel has), never, or the path of a stage.",
+    )
+    halo: Literal["plain", "block_input"] = Field(
+        "plain",
+        description="What neighbours exchange: the input of each convolution (plain), or of each block, whose first "
+        "convolution is then repeated on the halo (block_input: fewer bytes).",
+    )
+    recompute: Literal["none", "bn_act", "block"] = Field(
+        "none",
+        description="Activations recomputed in the backward pass: none, all but each block's input and convolutions "
+        "(bn_act), or all but each block's input (block).",
+    )
     shard_size: Count | None = Field(None, description="Consecutive ranks that share one copy of the state; null: all.")
     graph: Literal["off", "auto", "required"] = Field("auto", description="Replay the step as one CUDA graph.")
     timeout_seconds: Positive = Field(600.0, description="A collective that takes longer ends the run.")

@@ -46,7 +46,7 @@ class DecodePipeline:
     ) -> None:
         """Args:
         requests: one per batch, endless or not; consumed up to `prefetch` batches ahead of `next`.
-        batch: images of every request.
+        batch: images of every request; 0: nothing is decoded, and requests are consumed one by one.
         image_size: height and width of the result, pixels.
         resize: False promises that every file already has that size.
         fill: value of pixels outside the image.
@@ -57,18 +57,21 @@ class DecodePipeline:
         self._requests = requests
         self._in_flight: deque[DecodeRequest] = deque()
         self._device = device
-        self._pipeline: Any = _views(
-            self._read_next,
-            image_size=image_size,
-            resize=resize,
-            fill=fill,
-            decoder=_decoder(device),
-            batch_size=batch,
-            num_threads=threads,
-            device_id=_device_id(device),
-            prefetch_queue_depth=prefetch,
-        )
-        self._pipeline.build()
+        self._nothing = None if batch else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8, device=device)
+        self._pipeline: Any = None
+        if batch:
+            self._pipeline = _views(
+                self._read_next,
+                image_size=image_size,
+                resize=resize,
+                fill=fill,
+                decoder=_decoder(device),
+                batch_size=batch,
+                num_threads=threads,
+                device_id=_device_id(device),
+                prefetch_queue_depth=prefetch,
+            )
+            self._pipeline.build()
 
     def next(self) -> torch.Tensor:
         """The views of the next request: uint8 [n, 3, H, W] on the device, contiguous and the caller's own.
@@ -77,6 +80,9 @@ class DecodePipeline:
             StopIteration: the requests have ended.
             ValueError: files that cannot be read or decoded, with their names.
         """
+        if self._nothing is not None:
+            next(self._requests)
+            return self._nothing
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             (images,) = self._pipeline.run(stream)

@@ -11,6 +11,7 @@ import torch
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.dali import DecodePipeline, DecodeRequest
 from mpl_scale.data.normalise import Normalise
+from mpl_scale.data.slices import Columns, WidthExchange, share
 from mpl_scale.data.splits import Splits
 from mpl_scale.mesh import Mesh
 
@@ -24,34 +25,47 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(
-    *, config: DataConfig, splits: Splits, image_size: int, mesh: Mesh, dtype: torch.dtype = torch.float32
+    *,
+    config: DataConfig,
+    splits: Splits,
+    image_size: int,
+    mesh: Mesh,
+    columns: Columns | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Iterator[EvaluationBatch]:
     """Every test image once over all data ranks, decoded and resized, without augmentation.
 
     Every rank yields the same number of equally large batches, so collectives may follow each: the fewest batches of at
-    most `evaluation_batch` images per rank, with the padding spread by making them as small as that number allows.
+    most `evaluation_batch` images per data rank, with the padding spread by making them as small as that number allows.
 
     Args:
         config: the data section.
         splits: `test` is read.
         image_size: height and width of the images, pixels.
         mesh: this rank's place; the ranks of one width group receive the same images.
+        columns: [start, stop) of the image on each width rank, which then receives only these; None: whole images.
         dtype: floating type of the images.
     """
-    count = len(splits.test)
-    batches = -(-count // (config.evaluation_batch * mesh.data))
-    size = -(-count // (batches * mesh.data))
+    images = len(splits.test)
+    batches = -(-images // (config.evaluation_batch * mesh.data))
+    size = -(-images // (batches * mesh.data))
     rows = np.arange(mesh.data_index * size, (mesh.data_index + 1) * size)
     positions = np.arange(batches)[:, None] * (size * mesh.data) + rows  # [batches, size]
-    valid = positions < count
-    ids = splits.test[np.minimum(positions, count - 1)]
+    valid = positions < images
+    ids = splits.test[np.minimum(positions, images - 1)]
+    own, exchange = slice(0, size), None
+    if columns is not None and mesh.width > 1:
+        shares = [share(size, ranks=mesh.width, index=index) for index in range(mesh.width)]
+        own = shares[mesh.width_index]
+        exchange = WidthExchange(columns, image_size=image_size, shares=[shares], mesh=mesh)
+    count = own.stop - own.start
     requests = (
-        DecodeRequest(splits.images.paths[batch], np.zeros((size, 2), np.int32), np.zeros(size, np.int32))
+        DecodeRequest(splits.images.paths[batch[own]], np.zeros((count, 2), np.int32), np.zeros(count, np.int32))
         for batch in ids
     )
     decoder = DecodePipeline(
         requests,
-        batch=size,
+        batch=count,
         image_size=image_size,
         resize=bool((splits.images.sizes != image_size).any()),
         fill=0,
@@ -62,8 +76,9 @@ def evaluation_batches(
     normalise = Normalise(config, device=mesh.device, dtype=dtype)
     try:
         for batch, batch_valid in zip(ids, valid, strict=True):
+            (views,) = [decoder.next()] if exchange is None else exchange(lambda: [decoder.next()])
             yield EvaluationBatch(
-                images=normalise(decoder.next()),
+                images=normalise(views),
                 labels=torch.from_numpy(splits.images.labels[batch]).to(mesh.device),
                 valid=torch.from_numpy(batch_valid).to(mesh.device),
             )

@@ -18,6 +18,7 @@ from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.dali import DecodePipeline, DecodeRequest
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan
+from mpl_scale.data.slices import Columns, WidthExchange, share
 from mpl_scale.data.splits import Splits
 from mpl_scale.data.streams import Purpose, stream_of
 from mpl_scale.mesh import Mesh
@@ -31,7 +32,8 @@ class TrainLoader:
     """An endless iterator of `Batch`, from `start_step` on.
 
     The global batch of a step depends on the configuration, the seed and the step alone: not on the number of ranks,
-    nor on where the run started. The ranks of one width group receive the same rows.
+    nor on where the run started. The ranks of one width group receive the same rows: given `columns`, each decodes a
+    share of them and receives its own columns of all; otherwise each decodes whole images of all.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class TrainLoader:
         stream: int,
         start_step: int,
         strong_view: StrongViewFunction | None,
+        columns: Columns | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """Args:
@@ -60,6 +63,8 @@ class TrainLoader:
         stream: phases with different streams draw different orders and views; in [0, 2**24).
         start_step: the first step to yield.
         strong_view: makes x_s from x_u; None: the weak view itself.
+        columns: [start, stop) of the image on each width rank; None: whole images. Not read where the mesh has no
+            width.
         dtype: floating type of the images.
 
         Raises:
@@ -70,6 +75,18 @@ class TrainLoader:
         )
         labelled_rows = _rows_of_rank(labelled_batch, mesh)
         unlabelled_rows = _rows_of_rank(unlabelled_batch, mesh)
+        self._share, own_rows = slice(0, len(labelled_rows)), unlabelled_rows  # what this rank decodes
+        self._exchange: WidthExchange | None = None
+        if columns is not None and mesh.width > 1:
+            ranks = range(mesh.width)
+            labelled_shares = [share(len(labelled_rows), ranks=mesh.width, index=index) for index in ranks]
+            unlabelled_shares = [
+                share(len(unlabelled_rows), ranks=mesh.width, index=index, extra_last=True) for index in ranks
+            ]
+            self._share = labelled_shares[mesh.width_index]
+            own_rows = unlabelled_rows[unlabelled_shares[mesh.width_index]]
+            shares = [labelled_shares] + [unlabelled_shares] * (1 if strong_view is None else 2)
+            self._exchange = WidthExchange(columns, image_size=image_size, shares=shares, mesh=mesh)
         self._labelled = SamplePlan(
             splits.labelled,
             batch=labelled_batch,
@@ -82,7 +99,7 @@ class TrainLoader:
         self._unlabelled = SamplePlan(
             splits.unlabelled,
             batch=unlabelled_batch,
-            rows=unlabelled_rows,
+            rows=own_rows,
             weak=config.weak,
             seed=seed,
             order_stream=stream_of(Purpose.UNLABELLED_ORDER, stream),
@@ -94,10 +111,10 @@ class TrainLoader:
         self._normalise = Normalise(config, device=mesh.device, dtype=dtype)
         self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
         self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
-        self._in_flight: deque[tuple[Draws, Draws]] = deque()
+        self._in_flight: deque[tuple[Draws, Draws]] = deque()  # labelled: of all rows; unlabelled: of this rank's share
         self._decoder = DecodePipeline(
             self._requests(start_step),
-            batch=len(labelled_rows) + len(unlabelled_rows),
+            batch=self._share.stop - self._share.start + len(own_rows),
             image_size=image_size,
             resize=bool((splits.images.sizes != image_size).any()),
             fill=config.weak.fill,
@@ -115,19 +132,15 @@ class TrainLoader:
         Raises:
             ValueError: files that cannot be decoded, with their names.
         """
-        views = self._decoder.next()
-        labelled, unlabelled = self._in_flight.popleft()
-        labelled_views, weak = views.split([len(labelled.ids), len(unlabelled.ids)])
-        strong = weak
-        if self._strong_view is not None and len(unlabelled.ids):
-            strong = self._strong_view(weak, unlabelled.ids, unlabelled.epochs)
+        views = self._views() if self._exchange is None else self._exchange(self._views)
+        labelled, _ = self._in_flight.popleft()
         labels = torch.from_numpy(self._images.labels[labelled.ids])
         return Batch(
-            labelled=self._normalise(labelled_views),
+            labelled=self._normalise(views[0]),
             labels=labels.to(self._device),
             labelled_rows=self._labelled_rows,
-            weak=self._normalise(weak),
-            strong=self._normalise(strong),
+            weak=self._normalise(views[1]),
+            strong=self._normalise(views[-1]),
             unlabelled_rows=self._unlabelled_rows,
         )
 
@@ -135,14 +148,25 @@ class TrainLoader:
         """Stop reading ahead."""
         self._decoder.close()
 
+    def _views(self) -> list[torch.Tensor]:
+        """This rank's labelled, weak and, where they differ, strong views of the next step: uint8 [*, 3, H, W]."""
+        decoded = self._decoder.next()
+        _, unlabelled = self._in_flight[0]
+        labelled_views, weak = decoded.split([len(decoded) - len(unlabelled.ids), len(unlabelled.ids)])
+        if self._strong_view is None:
+            return [labelled_views, weak]
+        strong = self._strong_view(weak, unlabelled.ids, unlabelled.epochs) if len(unlabelled.ids) else weak
+        return [labelled_views, weak, strong]
+
     def _requests(self, start_step: int) -> Iterator[DecodeRequest]:
         for step in itertools.count(start_step):
             labelled, unlabelled = self._labelled.draw(step), self._unlabelled.draw(step)
             self._in_flight.append((labelled, unlabelled))
+            own = self._share
             yield DecodeRequest(
-                paths=self._images.paths[np.concatenate([labelled.ids, unlabelled.ids])],
-                windows=np.concatenate([labelled.windows, unlabelled.windows]),
-                flips=np.concatenate([labelled.flips, unlabelled.flips]),
+                paths=self._images.paths[np.concatenate([labelled.ids[own], unlabelled.ids])],
+                windows=np.concatenate([labelled.windows[own], unlabelled.windows]),
+                flips=np.concatenate([labelled.flips[own], unlabelled.flips]),
             )
 
 

@@ -20,25 +20,30 @@ class _GlobalBatchNorm(torch.autograd.Function):
     """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and var over every rank of a group.
 
     Forward: one all-reduce of 2 C + 1 numbers (sums about `center`, which keeps them accurate in fp32, and the
-    element count). Backward: one of 2 C. The backward of the statistics' all-reduce is a SUM, so that parameters
-    averaged over ranks have the gradient of the mean loss.
+    element count; a rank may have none). Backward: one of 2 C. The backward of the statistics' all-reduce is a SUM,
+    so that parameters averaged over ranks have the gradient of the mean loss. `columns` (start, length) of the width
+    enter the statistics, all are normalised; None: all enter.
     """
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, center, eps, group):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, weight, bias, center, eps, group, columns):  # type: ignore[no-untyped-def]
         dims = (0, *range(2, x.ndim))
         wide = x.to(center.dtype)
-        local_count = x.numel() // x.shape[1]
-        variance, mean = torch.var_mean(wide, dims, correction=0)
-        offset = mean - center
-        sums = torch.cat([offset, variance + offset * offset, torch.ones_like(offset[:1])]) * local_count
+        own = wide if columns is None else wide.narrow(-1, *columns)
+        local_count = own.numel() // x.shape[1]
+        if local_count:
+            variance, mean = torch.var_mean(own, dims, correction=0)
+            offset = mean - center
+            sums = torch.cat([offset, variance + offset * offset, torch.ones_like(offset[:1])]) * local_count
+        else:  # the mean of nothing is NaN, its sum is not
+            sums = center.new_zeros(2 * x.shape[1] + 1)
         dist.all_reduce(sums, group=group)
         count = sums[-1]
         offset, square = (sums[:-1] / count).chunk(2)
         mean, variance = center + offset, square - offset * offset
         inverse_std = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
-        ctx.group, ctx.dims = group, dims
+        ctx.group, ctx.dims, ctx.columns = group, dims, columns
         scale = inverse_std * weight.to(center.dtype)
         shape = (1, -1) + (1,) * (x.ndim - 2)
         y = torch.addcmul((bias.to(center.dtype) - mean * scale).view(shape), wide, scale.view(shape)).to(x.dtype)
@@ -55,9 +60,14 @@ class _GlobalBatchNorm(torch.autograd.Function):
         sums = torch.cat([grad_bias, grad_weight])
         dist.all_reduce(sums, group=ctx.group)
         mean_dy, mean_dy_normalised = (sums / count).chunk(2)
-        centred = dy_wide - mean_dy.view(shape) - normalised * mean_dy_normalised.view(shape)
+        through_statistics = mean_dy.view(shape) + normalised * mean_dy_normalised.view(shape)
+        if ctx.columns is None:
+            centred = dy_wide - through_statistics
+        else:
+            centred = dy_wide.clone()
+            centred.narrow(-1, *ctx.columns).sub_(through_statistics.narrow(-1, *ctx.columns))
         dx = (centred * (inverse_std * weight.to(mean.dtype)).view(shape)).to(x.dtype)
-        return dx, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None
+        return dx, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None, None, None
 
 
 class BatchNorm(nn.Module):
@@ -65,6 +75,8 @@ class BatchNorm(nn.Module):
 
     Statistics are in fp32 (or the buffers' dtype) whatever the input's; the running variance is unbiased by the
     global count. In a pass with `update_statistics=False` the batch normalises but the moving averages stay.
+    Set by mpl_scale.spatial: `statistics_columns` (start, length) leaves halo columns out of the statistics;
+    `replicas` is the number of ranks that hold each value (behind a global pool), so that it counts once.
     """
 
     running_mean: torch.Tensor
@@ -80,6 +92,8 @@ class BatchNorm(nn.Module):
         self.drop = getattr(source, "drop", None)
         self.act = getattr(source, "act", None)
         self.passes, self.group = passes, group
+        self.statistics_columns: tuple[int, int] | None = None
+        self.replicas = 1
         self.train(source.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,10 +117,12 @@ class BatchNorm(nn.Module):
                 self.running_var.copy_(var)
             return y.to(x.dtype)
         center = self.passes.remember(self, self.running_mean)
-        y, mean, variance, count = _GlobalBatchNorm.apply(x, self.weight, self.bias, center, self.eps, self.group)
+        y, mean, variance, count = _GlobalBatchNorm.apply(
+            x, self.weight, self.bias, center, self.eps, self.group, self.statistics_columns
+        )
         if learn:
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            self.running_var.lerp_(variance * (count / (count - self.replicas)), self.momentum)
         return y
 
     def extra_repr(self) -> str:
@@ -130,7 +146,7 @@ class Dropout(nn.Module):
         """x [B, ...] -> x with elements zeroed with probability `rate`, the rest divided by 1 - rate."""
         if not self.active:
             return x
-        keep = self.passes.uniform(self.site, x[0].numel()).view(x.shape) >= self.rate
+        keep = self.passes.uniform(self.site, x.shape[1:].numel()).view(x.shape) >= self.rate
         return x * (keep.to(x.dtype) / (1.0 - self.rate))
 
     def extra_repr(self) -> str:

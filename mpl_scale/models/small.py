@@ -22,11 +22,12 @@ class DigitsCNN(nn.Module):
         inputs = (3, *widths[:-1])
         strides = (1,) + (2,) * (len(widths) - 1)
         self.features = nn.Sequential(*(_conv(*shape) for shape in zip(inputs, widths, strides, strict=True)))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, 3, H, W] -> logits [B, num_classes]."""
-        return self.classifier(self.features(x).mean((2, 3)))
+        return self.classifier(self.pool(self.features(x)))
 
 
 @register_model("two_moons_mlp")

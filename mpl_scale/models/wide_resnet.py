@@ -53,6 +53,7 @@ class WideResNet(nn.Module):
                 inputs = base * widen
         self.blocks = nn.Sequential(*blocks)
         self.bn = nn.BatchNorm2d(inputs)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(inputs, num_classes)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -64,7 +65,7 @@ class WideResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, 3, H, W] -> logits [B, num_classes]."""
         x = F.leaky_relu(self.bn(self.blocks(self.stem(x))), SLOPE)
-        return self.classifier(x.mean((2, 3)))
+        return self.classifier(self.pool(x))
 
 
 @register_model("wide_resnet28_2")

@@ -1,7 +1,7 @@
 """Top-1, top-5 and loss of whole weights on the test split.
 
 Evaluation runs on modules of its own, never on the trained ones: what a CUDA graph captured stays untouched, and
-ZeRO-3's partitioned weights need no special case.
+ZeRO-3's partitioned weights need no special case. Where training splits images by width, so does evaluation.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from mpl_scale.data import Splits, evaluation_batches
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl.losses import cross_entropy
-from mpl_scale.trainer.phases import Weights
+from mpl_scale.spatial import input_columns
+from mpl_scale.trainer.phases import Weights, split
 
 Results = dict[str, float]
 
@@ -41,6 +42,7 @@ class Evaluator:
             splits=self._splits,
             image_size=self._config.model.image_size,
             mesh=self._mesh,
+            columns=input_columns(self._config.model.image_size, self._mesh.width),
         )
         with torch.no_grad():
             for images, labels, valid in batches:
@@ -52,7 +54,9 @@ class Evaluator:
         if name not in self._modules:
             kind = "teacher" if name == "teacher" else "student"
             section = getattr(self._config.model, kind)
-            module = build_model(section, self._config.model, field=f"mpl_scale.model.{kind}", seed=0)
+            group = self._mesh.world_group  # the split asks for it; evaluation takes no statistics
+            module = build_model(section, self._config.model, field=f"mpl_scale.model.{kind}", seed=0, group=group)
+            module = split(module, self._config, mesh=self._mesh)
             self._modules[name] = module.to(self._mesh.device).eval()
         module = self._modules[name]
         module.load_state_dict(weights)

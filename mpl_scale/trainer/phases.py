@@ -10,16 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from mpl_scale.checkpoint import gather_parameters
 from mpl_scale.config import Batches, Config, RunConfig
 from mpl_scale.config.checks import uses_flat_engine
 from mpl_scale.config.schema import MethodConfig, NetworkConfig, OptimConfig, OptimsConfig
 from mpl_scale.engine import build_network
+from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
+from mpl_scale.spatial import parallelize
 
 Weights = Mapping[str, torch.Tensor]
 """A network's parameters and buffers by name, whole, fp32."""
@@ -109,6 +112,7 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         )
         if source in weights:
             module.load_state_dict(weights[source])
+        module = apply_recompute(split(module, config, mesh=mesh), config.parallel.recompute)
         flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
         return build_network(
             module.to(mesh.device),
@@ -138,6 +142,17 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
             decay=feedback.baseline_decay, bias_correction=feedback.baseline_bias_correction, device=mesh.device
         ),
         world_group=mesh.world_group,
+    )
+
+
+def split(module: nn.Module, config: Config, *, mesh: Mesh) -> nn.Module:
+    """The module for this rank's columns of every image, as `parallel` says; whole images where the mesh has no width.
+
+    Raises ValueError, with the module's path, where one has no width partition.
+    """
+    parallel = config.parallel
+    return parallelize(
+        module, mesh=mesh, image_size=config.model.image_size, switch_at=parallel.switch_at, halo=parallel.halo
     )
 
 

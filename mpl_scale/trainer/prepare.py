@@ -1,10 +1,11 @@
-"""From a ds_config and options to a finished run: everything that can be wrong with the input is found first."""
+"""From a ds_config and options to a finished run, in the order in which things can go wrong."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpl_scale.augment import StrongView
 from mpl_scale.checkpoint import CheckpointError
+from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
-from mpl_scale.config.names import require_known
-from mpl_scale.data import Splits, check_batches, load_images, make_splits
+from mpl_scale.data import Splits, check_batches
 from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
-from mpl_scale.models import build_model
 from mpl_scale.monitor import MetricsWriter, Progress, Writers, config_hash, mark_done, versions, write_summary
-from mpl_scale.mpl import FEEDBACK_RULES, METHODS
-from mpl_scale.optim import OPTIMIZERS
-from mpl_scale.trainer.phases import initial_seed, plan_phases
+from mpl_scale.trainer.input import check_models, check_names, check_output, load_splits
+from mpl_scale.trainer.lock import lock_output
+from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshots
 
@@ -38,6 +37,9 @@ SHOWN = (
     "ema_top1",
     "finetuned_top1",
 )
+"""Metrics of the progress line."""
+LOCK_PATIENCE = 300.0
+"""Seconds to wait for another run to leave the output folder."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,12 @@ def train(
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
     batches = check(run, world=int(os.environ.get("WORLD_SIZE", "1")), cuda=device.type == "cuda")
-    _check_names(run)
+    check_names(run)
     if not uses_flat_engine(run, cuda=device.type == "cuda"):
         from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
 
         validate_ds_blocks(run.deepspeed, device_type=device.type)
-    splits = _load_splits(run)
+    splits = load_splits(run)
     check_batches(
         run.mpl.data,
         splits,
@@ -75,8 +77,8 @@ def train(
         unlabelled_batch=batches.unlabelled,
         data_ranks=batches.data_ranks,
     )
-    _check_models(run)
-    _check_output(options.output)
+    check_models(run)
+    check_output(options.output)
     _share_cores(os.environ)
     owns_group = not dist.is_initialized()
     if owns_group:
@@ -101,19 +103,45 @@ def _run(
     device: torch.device,
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any] | None:
-    eager_because = why_not_captured(
-        graph=run.mpl.parallel.graph, device=device, flat_engine=uses_flat_engine(run, cuda=device.type == "cuda")
-    )
+    """Take the output folder, then train, unless a finished run of this very configuration is found there."""
     mesh = _mesh(run, device)
-    phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
     fingerprint = config_hash({**run.resolved(), "max_steps": options.max_steps})
-    done = _summary_of_finished_run(options, fingerprint)
-    if done is not None:
-        return done
-    progress = Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None
-    writers = Writers(progress=progress)
+    writers = Writers(progress=Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None)
+    with ExitStack() as held:
+
+        def enter() -> dict[str, Any] | None:
+            held.enter_context(lock_output(options.output, patience=LOCK_PATIENCE, note=writers.note))
+            return _summary_of_finished_run(options, fingerprint)
+
+        held.callback(writers.close)
+        finished = on_main(mesh, enter)
+        if finished is not None:
+            return finished
+        trainer = _make_trainer(run, options, batches, splits, mesh, writers, stop_requested)
+        if not trainer.train():
+            return None
+        summary = {"config_hash": fingerprint, **_summary(trainer)}
+        if mesh.is_main:
+            write_summary(options.output, summary)
+            mark_done(options.output)
+        return summary
+
+
+def _make_trainer(
+    run: RunConfig,
+    options: Options,
+    batches: Batches,
+    splits: Splits,
+    mesh: Mesh,
+    writers: Writers,
+    stop_requested: Callable[[], bool],
+) -> Trainer:
+    """A trainer at the start or at its newest checkpoint, and its files opened to go on from there."""
+    flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
+    eager_because = why_not_captured(graph=run.mpl.parallel.graph, device=mesh.device, flat_engine=flat)
+    phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
     writers.note(batches.equation())
-    if eager_because is not None and device.type == "cuda":
+    if eager_because is not None and mesh.device.type == "cuda":
         writers.note(f"the step is not captured as a CUDA graph: {eager_because}")
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
@@ -133,35 +161,30 @@ def _run(
         trainer.restore(snapshot)
         writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
     if mesh.is_main:
-        options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "DONE").unlink(missing_ok=True)
         (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.global_step
         writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
-        writers.monitor = _deepspeed_monitor(run, options.output)
-    try:
-        if not trainer.train():
-            return None
-        summary = {
-            "config": str(run.path),
-            "config_hash": fingerprint,
-            "method": run.mpl.method.name,
-            "seed": run.mpl.seed,
-            "results": trainer.results,
-            "steps": trainer.global_step,
-            "seconds": round(trainer.elapsed(), 3),
-            "ranks": mesh.world,
-            "zero_stage": zero_stage(run),
-            "engine": "flat" if uses_flat_engine(run, cuda=device.type == "cuda") else "deepspeed",
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-            "versions": versions(),
-        }
-        if mesh.is_main:
-            write_summary(options.output, summary)
-            mark_done(options.output)
-        return summary
-    finally:
-        writers.close()
+        writers.monitor = _deepspeed_monitor(run)
+    return trainer
+
+
+def _summary(trainer: Trainer) -> dict[str, Any]:
+    run, device = trainer.run, trainer.mesh.device
+    return {
+        "config": str(run.path),
+        "method": run.mpl.method.name,
+        "seed": run.mpl.seed,
+        "results": trainer.results,
+        "steps": trainer.global_step,
+        "seconds": round(trainer.elapsed(), 3),
+        "ranks": trainer.mesh.world,
+        "width": trainer.mesh.width,
+        "zero_stage": zero_stage(run),
+        "engine": "flat" if uses_flat_engine(run, cuda=device.type == "cuda") else "deepspeed",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "versions": versions(),
+    }
 
 
 def _share_cores(environment: Mapping[str, str]) -> None:
@@ -178,52 +201,6 @@ def _mesh(run: RunConfig, device: torch.device) -> Mesh:
     return build_mesh(device=device, width=parallel.width, shard_size=1 if flat_stage_0 else parallel.shard_size)
 
 
-def _check_names(run: RunConfig) -> None:
-    method, optim = run.mpl.method, run.mpl.optim
-    require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
-    require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
-    require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
-    require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
-    StrongView(run.mpl.data.strong, seed=0, stream=0)
-
-
-def _load_splits(run: RunConfig) -> Splits:
-    config, data = run.mpl, run.mpl.data
-    images = load_images(data)
-    if len(images.classes) != config.model.num_classes:
-        raise ValueError(
-            f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
-            f"classes; set {len(images.classes)}"
-        )
-    return make_splits(images, config=data, seed=config.seed)
-
-
-def _check_models(run: RunConfig) -> None:
-    """Build both networks without memory, and show them an image of the configured size."""
-    config = run.mpl
-    for name in ("teacher", "student"):
-        field = f"mpl_scale.model.{name}"
-        section = getattr(config.model, name)
-        model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
-        size = config.model.image_size
-        with torch.no_grad():
-            try:
-                logits = model.eval()(torch.empty(1, 3, size, size, device="meta"))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{field}.name = {section.name} cannot take images of mpl_scale.model.image_size = {size}: "
-                    f"{str(error).splitlines()[0]}"
-                ) from error
-        if logits.shape != (1, config.model.num_classes):
-            raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
-
-
-def _check_output(output: Path) -> None:
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output {output}: {parent} is not a folder this user can write to; choose another")
-
-
 def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, Any] | None:
     """The summary of a run of the same configuration that is DONE, for --resume auto; else None."""
     summary = options.output / "summary.json"
@@ -233,7 +210,7 @@ def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, An
     return found if found.get("config_hash") == fingerprint else None
 
 
-def _deepspeed_monitor(run: RunConfig, output: Path) -> Any:
+def _deepspeed_monitor(run: RunConfig) -> Any:
     """DeepSpeed's own writers for the tensorboard, csv_monitor, wandb and comet sections, if one is enabled."""
     sections = ("tensorboard", "csv_monitor", "wandb", "comet")
     if not any(run.deepspeed.get(section, {}).get("enabled", False) for section in sections):

@@ -21,6 +21,7 @@ from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import Writers
 from mpl_scale.mpl import State
+from mpl_scale.spatial import input_columns
 from mpl_scale.trainer.evaluation import Evaluator, Results
 from mpl_scale.trainer.phases import Phase, Weights, build_state, collect_weights
 from mpl_scale.trainer.snapshots import Snapshot, Snapshots
@@ -95,6 +96,7 @@ class Trainer:
             stream=phase.index,
             start_step=step,
             strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
+            columns=input_columns(config.model.image_size, self.mesh.width),
         )
         images = phase.labelled + phase.unlabelled
         if self.writers.progress is not None:

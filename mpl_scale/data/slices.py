@@ -1,0 +1,104 @@
+"""Whole images of some rows on each rank to some columns of all rows on every rank of a width group (DESIGN 7).
+
+Each rank decodes and augments its share of the group's images in full, because rotation and equalisation need whole
+images. Then one uint8 all-to-all sends every rank its columns of all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mpl_scale.mesh import Mesh
+
+Columns = Sequence[tuple[int, int]]
+"""[start, stop) of each width rank, in order and without gaps."""
+
+
+def share(count: int, *, ranks: int, index: int, extra_last: bool = False) -> slice:
+    """The consecutive rows, of `count`, that one of `ranks` ranks decodes: shares differ by at most one.
+
+    extra_last gives the larger shares to the last ranks instead of the first. One kind of image split one way and a
+    second kind the other way leave the sums of shares within one of each other, too.
+    """
+    least, extra = divmod(count, ranks)
+    skipped = ranks - extra if extra_last else 0  # ranks before the first larger share
+    start, stop = (place * least + min(max(place - skipped, 0), extra) for place in (index, index + 1))
+    return slice(start, stop)
+
+
+class WidthExchange:
+    """Sends the images that each rank of a width group decoded to all of them, a range of columns to each.
+
+    Collective over the group: on every rank, the same number of calls.
+    """
+
+    def __init__(self, columns: Columns, *, image_size: int, shares: Sequence[Sequence[slice]], mesh: Mesh) -> None:
+        """Args:
+        columns: one [start, stop) per width rank.
+        image_size: height and width of whole images, pixels.
+        shares: of each kind of image, the rows that each width rank decodes.
+        mesh: this rank's place; its width group takes part.
+
+        Raises:
+            ValueError: columns that do not cut the image into one piece per width rank.
+        """
+        edges = [start for start, _ in columns] + [image_size]
+        cuts = len(columns) == mesh.width and edges[0] == 0 and edges[1:] == [stop for _, stop in columns]
+        if not cuts or any(start > stop for start, stop in columns):
+            raise ValueError(f"columns {list(columns)} do not cut {image_size} columns over {mesh.width} ranks")
+        self._columns, self._group, self._height = columns, mesh.width_group, image_size
+        counts = [[part.stop - part.start for part in kind] for kind in shares]  # [kinds][width ranks]
+        self._received = list(zip(*counts, strict=True))  # of each rank, images by kind
+        own = sum(self._received[mesh.width_index])
+        line = 3 * image_size
+        self._send = [own * line * (stop - start) for start, stop in columns]
+        self._width = columns[mesh.width_index][1] - columns[mesh.width_index][0]
+        self._receive = [sum(images) * line * self._width for images in self._received]
+
+    def __call__(self, views: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+        """The images of the whole group, this rank's columns of them.
+
+        Args:
+            views: makes this rank's images: of each kind, uint8 [share, 3, image_size, image_size].
+
+        Returns:
+            Of each kind, uint8 [rows of the group, 3, image_size, own columns].
+
+        Raises:
+            ValueError: on every rank of the group, with the file's name, if `views` failed on one.
+        """
+        whole = torch.cat(list(_together(views, self._group)))
+        sent = torch.cat([whole[..., start:stop].reshape(-1) for start, stop in self._columns])
+        received = sent.new_empty(sum(self._receive))
+        dist.all_to_all_single(received, sent, self._receive, self._send, group=self._group)
+        by_rank = [
+            pixels.view(sum(images), 3, self._height, self._width).split(images)
+            for pixels, images in zip(received.split(self._receive), self._received, strict=True)
+        ]
+        return [torch.cat(kind) for kind in zip(*by_rank, strict=True)]
+
+
+def _together(views: Callable[[], Sequence[torch.Tensor]], group: Any) -> Sequence[torch.Tensor]:
+    """views(), or an exception on every rank of the group if it failed on one: nobody waits for a rank that is gone.
+
+    The agreement is on host values, so that no GPU is waited for; what failed is told only when something did.
+    """
+    made: Sequence[torch.Tensor] = ()
+    failure: Exception | None = None
+    try:
+        made = views()
+    except Exception as error:  # of any kind: raised below, once the others know
+        failure = error
+    failed = torch.tensor(failure is not None, dtype=torch.int32)
+    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
+    if not failed:
+        return made
+    reasons: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(reasons, None if failure is None else str(failure), group=group)
+    if failure is not None:
+        raise failure
+    raise ValueError("; ".join(reason for reason in reasons if reason is not None))

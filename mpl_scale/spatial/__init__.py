@@ -1,0 +1,27 @@
+"""Spatial partition: the columns of every image and every activation split over the ranks of a width group."""
+
+from mpl_scale.spatial import whole, windows
+from mpl_scale.spatial.halo import Traffic
+from mpl_scale.spatial.layout import input_columns
+from mpl_scale.spatial.parallelize import parallelize, plan_layout, traffic
+from mpl_scale.spatial.rules import SplitLayer, columnwise, partition_rule
+from mpl_scale.spatial.table import SplitTable, StageRow, split_table
+from mpl_scale.spatial.verify import Differences, compare_split
+
+__all__ = [
+    "Differences",
+    "SplitLayer",
+    "SplitTable",
+    "StageRow",
+    "Traffic",
+    "columnwise",
+    "compare_split",
+    "input_columns",
+    "parallelize",
+    "partition_rule",
+    "plan_layout",
+    "split_table",
+    "traffic",
+    "whole",
+    "windows",
+]

@@ -1,0 +1,86 @@
+"""What can be wrong with a run's input beyond its config file: names, images, models, the output folder.
+
+All of it is checked before the ranks join, and raises ValueError with the field or file and the fix.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from mpl_scale.augment import StrongView
+from mpl_scale.config import RunConfig
+from mpl_scale.config.names import require_known
+from mpl_scale.data import Splits, load_images, make_splits
+from mpl_scale.engine.recompute import apply_recompute
+from mpl_scale.models import build_model
+from mpl_scale.mpl import FEEDBACK_RULES, METHODS
+from mpl_scale.optim import OPTIMIZERS
+from mpl_scale.spatial import plan_layout
+from mpl_scale.trainer.phases import initial_seed
+
+
+def check_names(run: RunConfig) -> None:
+    """Every registered name of the config is known."""
+    method, optim = run.mpl.method, run.mpl.optim
+    require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
+    require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
+    require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
+    require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
+    StrongView(run.mpl.data.strong, seed=0, stream=0)
+
+
+def load_splits(run: RunConfig) -> Splits:
+    """The data set, every header read, and its parts."""
+    config, data = run.mpl, run.mpl.data
+    images = load_images(data)
+    if len(images.classes) != config.model.num_classes:
+        raise ValueError(
+            f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
+            f"classes; set {len(images.classes)}"
+        )
+    return make_splits(images, config=data, seed=config.seed)
+
+
+def check_models(run: RunConfig) -> None:
+    """Build both networks without memory, and show them an image of the configured size."""
+    config = run.mpl
+    for name in ("teacher", "student"):
+        field = f"mpl_scale.model.{name}"
+        section = getattr(config.model, name)
+        model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
+        size = config.model.image_size
+        with torch.no_grad():
+            try:
+                logits = model.eval()(torch.empty(1, 3, size, size, device="meta"))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{field}.name = {section.name} cannot take images of mpl_scale.model.image_size = {size}: "
+                    f"{str(error).splitlines()[0]}"
+                ) from error
+        if logits.shape != (1, config.model.num_classes):
+            raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
+        _check_split(model, run, field=field, name=section.name)
+        apply_recompute(model, config.parallel.recompute)
+
+
+def _check_split(model: nn.Module, run: RunConfig, *, field: str, name: str) -> None:
+    parallel, size = run.mpl.parallel, run.mpl.model.image_size
+    if parallel.width == 1:
+        return
+    try:
+        plan_layout(model, image_size=size, width=parallel.width, switch_at=parallel.switch_at, halo=parallel.halo)
+    except ValueError as error:
+        raise ValueError(
+            f"mpl_scale.parallel.width = {parallel.width} cannot split {field}.name = {name}: {error}"
+        ) from error
+
+
+def check_output(output: Path) -> None:
+    """The folder can be made and written to."""
+    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output {output}: {parent} is not a folder this user can write to; choose another")

@@ -1,0 +1,220 @@
+"""Width groups: each file is decoded once in the group, and the slices are those of the whole images, bit for bit."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mpl_scale.augment import StrongView
+from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
+from mpl_scale.data import Splits, TrainLoader, dali, evaluation_batches, load_images, make_splits
+from mpl_scale.data.slices import share
+from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.types import Batch
+from tests.ranks import pool
+from tests.test_data_loader import SPOIL
+from tests.test_data_sources import write_folder
+
+STEPS = 4
+# image size, columns by width: uneven ones, and a rank with a single column
+CUTS = {
+    8: {2: [(0, 4), (4, 8)], 4: [(0, 2), (2, 4), (4, 6), (6, 8)]},
+    75: {2: [(0, 38), (38, 75)], 4: [(0, 19), (19, 38), (38, 57), (57, 75)]},
+    10: {2: [(0, 9), (9, 10)], 4: [(0, 3), (3, 4), (4, 4), (4, 10)]},
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
+    root = str(tmp_path_factory.mktemp("data") / "digits")
+    strong = StrongConfig(cutout=3, ops=["rotate", "equalize", "shear_x", "translate_x"])  # need whole images
+    config = DataConfig(root=root, weak=WeakConfig(pad=1, fill=7, flip=True), strong=strong, evaluation_batch=150)
+    load_images(config)
+    return config
+
+
+def splits_of(config: DataConfig) -> Splits:
+    return make_splits(load_images(config), config=config, seed=0)
+
+
+def unsplit(mesh: Mesh) -> Mesh:
+    """The mesh of a run of width 1 at the same data index."""
+    return dataclasses.replace(mesh, width=1, width_index=0, width_group=None)
+
+
+@contextlib.contextmanager
+def counted_reads() -> Iterator[list[str]]:
+    """The files that are read inside, in order."""
+    paths: list[str] = []
+    read = dali._read
+
+    def counting(path: str) -> np.ndarray:
+        paths.append(str(path))
+        return read(path)
+
+    dali._read = counting
+    try:
+        yield paths
+    finally:
+        dali._read = read
+
+
+def train_batches(config: DataConfig, mesh: Mesh, size: int, **changes: Any) -> list[Batch]:
+    options: dict[str, Any] = {
+        "labelled_batch": 6 * mesh.data,
+        "unlabelled_batch": 10 * mesh.data,
+        "strong_view": StrongView(config.strong, seed=0, stream=1),
+        "dtype": torch.float64,
+    } | changes
+    splits = splits_of(config)
+    loader = TrainLoader(
+        config=config, splits=splits, image_size=size, mesh=mesh, seed=0, stream=1, start_step=2, **options
+    )
+    taken = list(itertools.islice(loader, STEPS))
+    loader.close()
+    return taken
+
+
+def compare_training(config: DataConfig, width: int, size: int, changes: dict[str, Any]) -> tuple[int, list[str]]:
+    """On a rank: its columns of the whole images equal its slices. Returns its data index and the files it read."""
+    mesh = build_mesh(device=torch.device("cpu"), width=width)
+    columns = CUTS[size][width]
+    start, stop = columns[mesh.width_index]
+    with counted_reads() as paths:
+        sliced = train_batches(config, mesh, size, columns=columns, **changes)
+    for ours, whole in zip(sliced, train_batches(config, unsplit(mesh), size, **changes), strict=True):
+        for name in ("labelled", "weak", "strong"):
+            expected = getattr(whole, name)[..., start:stop]
+            assert torch.equal(getattr(ours, name), expected), name
+            assert getattr(ours, name).shape == expected.shape
+        for name in ("labels", "labelled_rows", "unlabelled_rows"):
+            assert torch.equal(getattr(ours, name), getattr(whole, name)), name
+    return mesh.data_index, paths
+
+
+def files_of(config: DataConfig, place: Mesh, size: int, changes: dict[str, Any]) -> list[str]:
+    with counted_reads() as paths:
+        train_batches(config, place, size, **changes)
+    return paths
+
+
+@pytest.mark.parametrize("size", CUTS)
+@pytest.mark.parametrize(("world", "width"), [(2, 2), (4, 4), (4, 2)])
+def test_slices_are_those_of_whole_images(digits: DataConfig, world: int, width: int, size: int) -> None:
+    ranks = pool(world).run(compare_training, digits, width, size, {})
+    place = build_mesh(device=torch.device("cpu"))
+    for group in range(world // width):
+        read = sorted(path for index, paths in ranks for path in paths if index == group)
+        alone = dataclasses.replace(place, data=world // width, data_index=group)
+        assert read == sorted(files_of(digits, alone, size, {}))  # each file once a step, whatever DALI reads ahead
+        counts = [len(paths) for index, paths in ranks if index == group]
+        assert max(counts) - min(counts) <= len(read) / 16  # shares of 16 images within one of each other
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"labelled_batch": 1, "unlabelled_batch": 2},
+        {"labelled_batch": 1, "unlabelled_batch": 0},
+        {"strong_view": None},
+        {"labelled_batch": 5, "unlabelled_batch": 3, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [2, 4])
+def test_groups_larger_than_their_batch_and_single_views(
+    digits: DataConfig, width: int, changes: dict[str, Any]
+) -> None:
+    pool(width).run(compare_training, digits, width, 8, changes)
+
+
+def compare_evaluation(config: DataConfig, width: int, size: int) -> tuple[int, int]:
+    mesh = build_mesh(device=torch.device("cpu"), width=width)
+    columns, splits = CUTS[size][width], splits_of(config)
+    start, stop = columns[mesh.width_index]
+    with counted_reads() as paths:
+        sliced = list(evaluation_batches(config=config, splits=splits, image_size=size, mesh=mesh, columns=columns))
+    read = len(paths)
+    whole = list(evaluation_batches(config=config, splits=splits, image_size=size, mesh=unsplit(mesh)))
+    for ours, expected in zip(sliced, whole, strict=True):
+        assert torch.equal(ours.images, expected.images[..., start:stop])
+        assert torch.equal(ours.labels, expected.labels)
+        assert torch.equal(ours.valid, expected.valid)
+    return read, sum(len(batch.labels) for batch in whole)
+
+
+@pytest.mark.parametrize("size", CUTS)
+@pytest.mark.parametrize(("world", "width"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize("per_rank", [150, 3])
+def test_evaluation_slices(digits: DataConfig, world: int, width: int, size: int, per_rank: int) -> None:
+    if per_rank == 3 and size != 8:
+        pytest.skip("many small batches: once is enough")
+    config = digits.model_copy(update={"evaluation_batch": per_rank})
+    ranks = pool(world).run(compare_evaluation, config, width, size)
+    assert sum(read for read, _ in ranks) == sum(images for _, images in ranks) / width
+
+
+@pytest.mark.parametrize("kind", SPOIL)
+def test_a_bad_file_ends_the_whole_group_and_is_named(tmp_path: Path, kind: str) -> None:
+    spoil, reason = SPOIL[kind]
+    config = DataConfig(source="folder", root=str(write_folder(tmp_path / "root", images=20)))
+    splits = splits_of(config)
+    path = Path(splits.images.paths[splits.unlabelled[3]])
+    spoil(path)
+    results = pool(2).run(load_from, config, splits, str(path))
+    assert [f"{path}: {reason}" in message for message, _ in results] == [True, True]
+    assert [read for _, read in results].count(True) == 1
+
+
+def load_from(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str, bool]:
+    """On a rank: the error it ends with, and whether it is the rank that read the spoilt file."""
+    mesh = build_mesh(device=torch.device("cpu"), width=2)
+    loader = TrainLoader(
+        config=config,
+        splits=splits,
+        image_size=8,
+        labelled_batch=2,
+        unlabelled_batch=4,
+        mesh=mesh,
+        seed=0,
+        stream=0,
+        start_step=0,
+        strong_view=None,
+        columns=CUTS[8][2],
+    )
+    try:
+        with (
+            counted_reads() as paths,
+            pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught,
+        ):
+            list(itertools.islice(loader, 20))
+    finally:
+        loader.close()
+    return str(caught.value), spoilt in paths
+
+
+def test_columns_must_cut_the_image(digits: DataConfig) -> None:
+    mesh = dataclasses.replace(build_mesh(device=torch.device("cpu")), width=2)
+    for columns in ([(0, 8)], [(0, 4), (5, 8)], [(0, 4), (4, 9)], [(0, 9), (9, 8)]):
+        with pytest.raises(ValueError, match="do not cut 8 columns over 2 ranks"):
+            train_batches(digits, mesh, 8, columns=columns)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 16])
+def test_shares_cover_all_rows_and_differ_by_at_most_one(ranks: int) -> None:
+    for labelled, unlabelled in itertools.product(range(35), repeat=2):
+        first = [share(labelled, ranks=ranks, index=index) for index in range(ranks)]
+        last = [share(unlabelled, ranks=ranks, index=index, extra_last=True) for index in range(ranks)]
+        sums = [0] * ranks
+        for count, parts in ((labelled, first), (unlabelled, last)):
+            assert [row for part in parts for row in range(part.start, part.stop)] == list(range(count))
+            sums = [total + part.stop - part.start for total, part in zip(sums, parts, strict=True)]
+        assert max(sums) - min(sums) <= 1
