@@ -114,3 +114,15 @@ def test_an_error_of_one_rank_says_which(tmp_path: Path, capfd: pytest.CaptureFi
     line = capfd.readouterr().err.splitlines()[-1]  # libpng has its say before
     assert line.startswith("mpl-scale: error (rank 0): ")
     assert "delete or replace each" in line
+
+
+def test_a_width_that_leaves_ranks_without_columns(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Allowed by default; 8 pixels over 8 ranks are 4 columns behind the first stride."""
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "0")
+    overrides = ("mpl_scale.parallel.width=8", "mpl_scale.parallel.switch_at=never", "mpl_scale.parallel.engine=flat")
+    line = error_line(capfd, arguments(tmp_path, *overrides, "mpl_scale.parallel.empty_slices=false"))
+    assert "mpl_scale.parallel.width = 8 cannot split mpl_scale.model.teacher.name = digits_cnn" in line
+    assert "4 columns leave some rank without one" in line

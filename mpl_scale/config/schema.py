@@ -186,6 +186,9 @@ class ParallelConfig(Section):
         description="Where a split network goes over to whole images of fewer rows: auto (the first stage that a rank "
         "enters with fewer columns than a kernel has), never, or the path of a stage.",
     )
+    empty_slices: bool = Field(
+        True, description="Whether ranks may own no column where images are narrow; false refuses such a width."
+    )
     halo: Literal["plain", "block_input"] = Field(
         "plain",
         description="What neighbours exchange: the input of each convolution (plain), or of each block, whose first "

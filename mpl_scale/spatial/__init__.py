@@ -3,7 +3,7 @@
 from mpl_scale.spatial import whole, windows
 from mpl_scale.spatial.halo import Traffic
 from mpl_scale.spatial.layout import input_columns
-from mpl_scale.spatial.parallelize import parallelize, plan_layout, traffic
+from mpl_scale.spatial.parallelize import parallelize, plan_layout, refuse_empty_slices, traffic
 from mpl_scale.spatial.rules import SplitLayer, columnwise, partition_rule
 from mpl_scale.spatial.table import SplitTable, StageRow, split_table
 from mpl_scale.spatial.verify import Differences, compare_split
@@ -20,6 +20,7 @@ __all__ = [
     "parallelize",
     "partition_rule",
     "plan_layout",
+    "refuse_empty_slices",
     "split_table",
     "traffic",
     "whole",

@@ -5,7 +5,7 @@
 3. With block-input halos, move the exchanges of inverted bottlenecks to their inputs.
 4. Swap the class of every layer in front of the switch for its split one. Names, parameters and buffers stay, so a
    checkpoint moves freely between split and unsplit.
-5. Hook the switch and the gather of the logits.
+5. Hook the comparison of the ranks' input shapes, the switch and the gather of the logits.
 
 Recomputation, engines and graph capture come after it: rules go by class, and those wrap or swap classes.
 
@@ -23,8 +23,10 @@ from torch import nn
 from mpl_scale.mesh import Mesh
 from mpl_scale.models.layers import BatchNorm
 from mpl_scale.models.passes import Passes
+from mpl_scale.spatial.agreement import ShapeAgreement
 from mpl_scale.spatial.expansion import keep_statistics, with_block_input
 from mpl_scale.spatial.halo import Traffic, WidthGroup
+from mpl_scale.spatial.layout import input_columns, slices
 from mpl_scale.spatial.rules import SplitLayer, apply_rule
 from mpl_scale.spatial.switch import Switch, choose_switch
 from mpl_scale.spatial.trace import Layout, trace
@@ -46,6 +48,16 @@ def plan_layout(
     if switch is not None:
         layout = trace(model, image_size=image_size, width=width, switch=switch)
     return with_block_input(model, layout) if halo == "block_input" else layout
+
+
+def refuse_empty_slices(layout: Layout) -> None:
+    """ValueError, with the first path, where some rank enters a layer with no column at all."""
+    for path, bounds in layout.entries.items():
+        if any(start == stop for start, stop in slices(bounds)):
+            raise ValueError(
+                f"{path}: {bounds[-1]} columns leave some rank without one (mpl_scale.parallel.empty_slices = false); "
+                "use a smaller width, larger images, or switch_at an earlier stage"
+            )
 
 
 def parallelize(
@@ -88,6 +100,8 @@ def parallelize(
         assert isinstance(passes, Passes), "the model does not come from build_model"
         switch = Switch(columns=layout.entries[layout.switch], ranks=ranks, passes=passes)
         switch.install(model, model.get_submodule(layout.switch))
+    columns = [stop - start for start, stop in input_columns(image_size, mesh.width)]
+    model.register_forward_pre_hook(ShapeAgreement(columns=columns, ranks=ranks))
     model.spatial_traffic = ranks.traffic  # type: ignore[assignment]
     return model
 

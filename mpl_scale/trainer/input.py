@@ -19,7 +19,7 @@ from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.models import build_model
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS
 from mpl_scale.optim import OPTIMIZERS
-from mpl_scale.spatial import plan_layout
+from mpl_scale.spatial import plan_layout, refuse_empty_slices
 from mpl_scale.trainer.phases import initial_seed
 
 
@@ -72,7 +72,11 @@ def _check_split(model: nn.Module, run: RunConfig, *, field: str, name: str) -> 
     if parallel.width == 1:
         return
     try:
-        plan_layout(model, image_size=size, width=parallel.width, switch_at=parallel.switch_at, halo=parallel.halo)
+        layout = plan_layout(
+            model, image_size=size, width=parallel.width, switch_at=parallel.switch_at, halo=parallel.halo
+        )
+        if not parallel.empty_slices:
+            refuse_empty_slices(layout)
     except ValueError as error:
         raise ValueError(
             f"mpl_scale.parallel.width = {parallel.width} cannot split {field}.name = {name}: {error}"
