@@ -34,7 +34,7 @@ def feed(shapes: list[tuple[int, int, int, int]]) -> str:
 def test_a_rank_with_another_batch_is_named_on_all_ranks(shapes: list[tuple[int, int, int, int]]) -> None:
     first, second = pool(2).run(feed, shapes)
     assert first == second
-    assert first.startswith("rank 1 of the width group does not hold its slice of rank 0's batch")
+    assert first.startswith("rank 1 of the width group: not the expected slice of rank 0's batch")
     assert f"rank 1: {list(shapes[1])}" in first
 
 

@@ -35,7 +35,7 @@ class ShapeAgreement:
         if wrong := [rank for rank, shape in enumerate(shapes) if shape != expected[rank]]:
             listed = ", ".join(f"rank {rank}: {list(shape)}" for rank, shape in enumerate(shapes))
             raise ValueError(
-                f"rank {' and '.join(map(str, wrong))} of the width group does not hold its slice of rank 0's batch "
+                f"rank {' and '.join(map(str, wrong))} of the width group: not the expected slice of rank 0's batch "
                 f"({listed}; columns by rank are {self._columns}); feed all the same images, cut by input_columns()"
             )
         self._agreed.add(own)
