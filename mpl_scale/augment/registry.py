@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from mpl_scale.config.names import require_known
+from mpl_scale.config.names import Registry, require_known
 
 Operation = Callable[..., torch.Tensor]
 """`(images, strength, *, fill) -> images`
@@ -17,7 +17,9 @@ strength: float64 [B] on the host in [-1, 1], magnitude / 10 with a random sign;
     its absolute value, and 0 leaves an image as it is unless the operation has no magnitude.
 fill: value of pixels that come from outside the image, 0 to 255.
 """
-OPS: dict[str, Operation] = {}
+OPS: Registry[Operation] = Registry("augmentation")
+register_op = OPS.register
+"""Make an operation available in `mpl_scale.data.strong.ops`."""
 TABLE_5 = (
     "autocontrast",
     "brightness",
@@ -37,18 +39,6 @@ TABLE_5 = (
 """The paper's list for CIFAR-10 and ImageNet, without Sample Pairing: that one mixes in another image of the batch, so
 its result would depend on how the batch is divided over ranks. For SVHN (and digits) the paper also leaves out rotate
 and translate_x."""
-
-
-def register_op(name: str) -> Callable[[Operation], Operation]:
-    """Make an operation available in `mpl_scale.data.strong.ops`."""
-
-    def add(operation: Operation) -> Operation:
-        if name in OPS:
-            raise ValueError(f"augmentation {name!r} is registered twice")
-        OPS[name] = operation
-        return operation
-
-    return add
 
 
 def find_ops(names: Sequence[str]) -> list[Operation]:

@@ -1,12 +1,38 @@
-"""One wording for a name that no registry knows."""
+"""Things by name: one registry for all kinds of them, and one wording for a name that none knows."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+Value = TypeVar("Value")
+Registered = TypeVar("Registered")
 
 SHOWN = 40
 """Names listed where none is close."""
+
+
+class Registry(dict[str, Value]):
+    """Things of one kind by the name a config gives them. `kind` is for errors."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[Registered], Registered]:
+        """A decorator that makes what it decorates available under the name; ValueError where that is taken."""
+
+        def add(value: Registered) -> Registered:
+            self[name] = value  # type: ignore[assignment]
+            return value
+
+        return add
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        if name in self:
+            raise ValueError(f"{self.kind} {name!r} is registered twice")
+        super().__setitem__(name, value)
 
 
 def require_known(field: str, name: str, known: Iterable[str]) -> None:

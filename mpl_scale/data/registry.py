@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpl_scale.config.names import require_known
+from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
 
 
@@ -26,19 +26,9 @@ class ImageSet:
 
 
 Source = Callable[[Path | None], ImageSet]
-SOURCES: dict[str, Source] = {}
-
-
-def register_source(name: str) -> Callable[[Source], Source]:
-    """Make a function `(root or None) -> ImageSet` available as `mpl_scale.data.source`."""
-
-    def add(source: Source) -> Source:
-        if name in SOURCES:
-            raise ValueError(f"data source {name!r} is registered twice")
-        SOURCES[name] = source
-        return source
-
-    return add
+SOURCES: Registry[Source] = Registry("data source")
+register_source = SOURCES.register
+"""Make a function `(root or None) -> ImageSet` available as `mpl_scale.data.source`."""
 
 
 def load_images(config: DataConfig) -> ImageSet:

@@ -6,22 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
-from mpl_scale.config.names import require_known
+from mpl_scale.config.names import Registry, require_known
 
 Builder = Callable[..., nn.Module]
-MODELS: dict[str, Builder] = {}
-
-
-def register_model(name: str) -> Callable[[Builder], Builder]:
-    """Make a builder `(num_classes=..., **kwargs) -> module` available as `mpl_scale.model.<network>.name`."""
-
-    def add(builder: Builder) -> Builder:
-        if name in MODELS:
-            raise ValueError(f"model {name!r} is registered twice")
-        MODELS[name] = builder
-        return builder
-
-    return add
+MODELS: Registry[Builder] = Registry("model")
+register_model = MODELS.register
+"""Make a builder `(num_classes=..., **kwargs) -> module` available as `mpl_scale.model.<network>.name`."""
 
 
 def find_builder(name: str, *, field: str) -> Builder:

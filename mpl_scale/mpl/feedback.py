@@ -17,24 +17,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mpl_scale.config.names import Registry
 from mpl_scale.mpl.losses import accuracy, cross_entropy
 from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.mpl.state import FEEDBACK_PASS, LABELLED_ROWS, State, gradient_dots
 from mpl_scale.types import Batch
 
-FEEDBACK_RULES: dict[str, type[FeedbackRule]] = {}
-
-
-def register_feedback(name: str) -> Callable[[type[FeedbackRule]], type[FeedbackRule]]:
-    """Make a rule available as `mpl_scale.method.feedback.rule`."""
-
-    def add(rule: type[FeedbackRule]) -> type[FeedbackRule]:
-        if name in FEEDBACK_RULES:
-            raise ValueError(f"feedback rule {name!r} is registered twice")
-        FEEDBACK_RULES[name] = rule
-        return rule
-
-    return add
+FEEDBACK_RULES: Registry[type[FeedbackRule]] = Registry("feedback rule")
+register_feedback = FEEDBACK_RULES.register
+"""Make a rule available as `mpl_scale.method.feedback.rule`."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from mpl_scale.config.names import Registry
 from mpl_scale.mpl.state import State
 from mpl_scale.types import Batch, StepMetrics
 
@@ -22,7 +23,7 @@ class Method:
     unlabelled: bool
 
 
-METHODS: dict[str, Method] = {}
+METHODS: Registry[Method] = Registry("method")
 
 
 def register_method(name: str, *, teacher: bool, student: bool, unlabelled: bool = True) -> Callable[[Step], Step]:
@@ -36,8 +37,6 @@ def register_method(name: str, *, teacher: bool, student: bool, unlabelled: bool
     """
 
     def add(step: Step) -> Step:
-        if name in METHODS:
-            raise ValueError(f"method {name!r} is registered twice")
         METHODS[name] = Method(name=name, step=step, teacher=teacher, student=student, unlabelled=unlabelled)
         return step
 

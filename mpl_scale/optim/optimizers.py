@@ -8,27 +8,17 @@ here `group["lr"]` is a 0-d device tensor, the state is allocated at constructio
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import OptimConfig
 
-OPTIMIZERS: dict[str, Callable[[list[dict[str, Any]], OptimConfig], ShardOptimizer]] = {}
-
-
-def register_optimizer(name: str) -> Callable[[Any], Any]:
-    """Make a `ShardOptimizer` available as `mpl_scale.optim.<network>.name`."""
-
-    def add(cls: Any) -> Any:
-        if name in OPTIMIZERS:
-            raise ValueError(f"optimizer {name!r} is registered twice")
-        OPTIMIZERS[name] = cls
-        return cls
-
-    return add
+OPTIMIZERS: Registry[type[ShardOptimizer]] = Registry("optimizer")
+register_optimizer = OPTIMIZERS.register
+"""Make a `ShardOptimizer` available as `mpl_scale.optim.<network>.name`."""
 
 
 class ShardOptimizer(torch.optim.Optimizer, ABC):
@@ -142,6 +132,5 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> ShardOptimizer:
     """The configured optimiser over parameter groups (parameters or flat shards)."""
-    if config.name not in OPTIMIZERS:
-        raise ValueError(f"optimizer {config.name!r} is unknown; registered: {', '.join(sorted(OPTIMIZERS))}")
+    require_known("mpl_scale.optim.<network>.name", config.name, OPTIMIZERS)
     return OPTIMIZERS[config.name](groups, config)

@@ -8,6 +8,7 @@ forward of its own, so it needs a rule of its own.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,7 +54,7 @@ class Split:
         return {} if self.reads is None or self.held is not None else messages(self.inputs, self.reads)
 
 
-class SplitLayer(nn.Module):
+class SplitLayer(nn.Module, ABC):
     """Base of the split layers: the original module with another class, and its place in the width group."""
 
     split: Split
@@ -63,9 +64,9 @@ class SplitLayer(nn.Module):
     route: Route | None
 
     @classmethod
+    @abstractmethod
     def plan(cls, module: Any, inputs: Bounds) -> Split:
         """The split of `module` with inputs owned so; raises ValueError (without the path) where there is none."""
-        raise NotImplementedError
 
     @classmethod
     def needed(cls, module: Any, split: Split) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -122,9 +123,9 @@ class _Gate(SplitLayer):
         """x [B, C, H, own] -> the same shape."""
         return x * self.gate_of(global_mean(x, columns=self.split.columns, ranks=self.ranks))
 
+    @abstractmethod
     def gate_of(self, mean: torch.Tensor) -> torch.Tensor:
         """The gate [B, C, 1, 1] of the mean [B, C, 1, 1]."""
-        raise NotImplementedError
 
 
 @partition_rule("timm.models._efficientnet_blocks.SqueezeExcite")

@@ -1,0 +1,53 @@
+"""What a command of `mpl-scale` is, and the options several of them share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mpl_scale.config import RunConfig, load_config
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. Its module imports nothing heavy: `run` does, once the command line is known to be good.
+
+    name: on the command line. help: one line. examples: whole command lines. options: adds its arguments.
+    run: returns the exit status, 0 done, 1 a negative answer, 2 bad input; raises ValueError or OSError for bad input.
+    """
+
+    name: str
+    help: str
+    examples: tuple[str, ...]
+    options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def add_config_options(parser: argparse.ArgumentParser) -> None:
+    """--ds_config, --set and --seed, for `load`."""
+    parser.add_argument("--ds_config", "--deepspeed_config", required=True, metavar="FILE", help="the run's JSON")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B.C=VALUE",
+        help="override one field, as mpl_scale.optim.student.lr=0.1 or zero_optimization.stage=3",
+    )
+    parser.add_argument("--seed", type=int, help="short for --set mpl_scale.seed=N")
+
+
+def load(options: argparse.Namespace) -> RunConfig:
+    """The configuration that `add_config_options` names."""
+    overrides = list(options.set)
+    if options.seed is not None:
+        overrides.append(f"mpl_scale.seed={options.seed}")
+    return load_config(options.ds_config, overrides=overrides)
+
+
+def positive(text: str) -> int:
+    """An argument's type: a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value

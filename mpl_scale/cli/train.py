@@ -1,0 +1,47 @@
+"""`mpl-scale train`: what train.py runs under a launcher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.cli.stop import StopRequest
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    add_config_options(parser)
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<name of the config>")
+    parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
+    parser.add_argument("--max_steps", type=positive, metavar="N", help="shorten every phase to N steps")
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+
+
+def _run(options: argparse.Namespace) -> int:
+    stop = StopRequest().install()
+    run = load(options)
+    if options.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    # torch, DALI, deepspeed: seconds, after the config is known to be good
+    from mpl_scale.trainer.prepare import Options, train
+
+    output = options.output or Path("runs") / Path(options.ds_config).stem
+    summary = train(run, Options(output, options.resume, options.max_steps), stop_requested=stop)
+    if summary is not None and os.environ.get("RANK", "0") == "0":
+        results = ", ".join(f"{name} {result['top1']:.2f}%" for name, result in summary["results"].items())
+        print(f"done: test top-1 {results}; files in {output}", flush=True)
+    return 0
+
+
+TRAIN = Command(
+    name="train",
+    help="train; what train.py runs",
+    examples=(
+        "deepspeed --num_accelerators 2 train.py --ds_config ds_configs/digits.json",
+        "torchrun --nproc_per_node 2 train.py --ds_config ds_configs/digits.json --output runs/a",
+        "python train.py --ds_config ds_configs/digits.json --set mpl_scale.method.feedback.rule=none --seed 3",
+    ),
+    options=_options,
+    run=_run,
+)
