@@ -166,10 +166,10 @@ def test_nothing_trains_on_the_test_split(digits: DataConfig) -> None:
     )
     used = set()
     for request in itertools.islice(loader._requests(0), 5):
-        used |= set(request.paths)
+        used |= set(request.samples)
     loader.close()
-    assert used == set(splits.images.paths[splits.unlabelled])
-    assert not used & set(splits.images.paths[splits.test])
+    assert used == set(splits.unlabelled)
+    assert not used & set(splits.test)
 
 
 @pytest.mark.parametrize(("data", "per_rank"), [(1, 256), (2, 100), (3, 7), (4, 1000)])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpl_scale.config.schema import DataConfig, WeakConfig
-from mpl_scale.data import ImageSet, make_splits
+from mpl_scale.data import ImageFiles, make_splits
 from mpl_scale.data.order import shuffled
 from mpl_scale.data.plan import SamplePlan
 from mpl_scale.data.streams import Purpose, stream_of
@@ -100,11 +100,11 @@ def test_windows_and_flips_are_uniform() -> None:
     assert not still.windows.any()
 
 
-def image_set(counts: list[int]) -> ImageSet:
+def image_set(counts: list[int]) -> ImageFiles:
     labels = np.repeat(np.arange(len(counts)), counts)
     names = tuple(f"class{label}" for label in range(len(counts)))
     total = len(labels)
-    return ImageSet(np.array([f"{i}.png" for i in range(total)]), labels, np.full((total, 2), 8, np.int32), names)
+    return ImageFiles(np.array([f"{i}.png" for i in range(total)]), labels, np.full((total, 2), 8, np.int32), names)
 
 
 @pytest.mark.parametrize("unlabelled_from", ["training", "rest", "labelled"])

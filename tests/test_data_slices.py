@@ -15,7 +15,7 @@ import torch
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, dali, evaluation_batches, load_images, make_splits
+from mpl_scale.data import ImageFiles, Splits, TrainLoader, evaluation_batches, load_images, make_splits
 from mpl_scale.data.slices import share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
@@ -54,17 +54,17 @@ def unsplit(mesh: Mesh) -> Mesh:
 def counted_reads() -> Iterator[list[str]]:
     """The files that are read inside, in order."""
     paths: list[str] = []
-    read = dali._read
+    read = ImageFiles.read
 
-    def counting(path: str) -> np.ndarray:
-        paths.append(str(path))
-        return read(path)
+    def counting(images: ImageFiles, sample: int) -> np.ndarray:
+        paths.append(images.name(sample))
+        return read(images, sample)
 
-    dali._read = counting
+    ImageFiles.read = counting
     try:
         yield paths
     finally:
-        dali._read = read
+        ImageFiles.read = read
 
 
 def train_batches(config: DataConfig, mesh: Mesh, size: int, **changes: Any) -> list[Batch]:

@@ -17,14 +17,15 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from mpl_scale.data.probe import UnreadableImage, probe, unreadable_error
+from mpl_scale.data.probe import UnreadableImage, unreadable_error
+from mpl_scale.data.registry import ImageSet
 
 
 @dataclass(frozen=True)
 class DecodeRequest:
     """What one batch is made of."""
 
-    paths: np.ndarray  # str [n]
+    samples: np.ndarray  # int64 [n], sample ids
     windows: np.ndarray  # int32 [n, 2], top and left of the crop window in the resized image, pixels
     flips: np.ndarray  # int32 [n], 1: mirrored
 
@@ -36,6 +37,7 @@ class DecodePipeline:
         self,
         requests: Iterator[DecodeRequest],
         *,
+        images: ImageSet,
         batch: int,
         image_size: int,
         resize: bool,
@@ -46,6 +48,7 @@ class DecodePipeline:
     ) -> None:
         """Args:
         requests: one per batch, endless or not; consumed up to `prefetch` batches ahead of `next`.
+        images: what the requests' samples are.
         batch: images of every request; 0: nothing is decoded, and requests are consumed one by one.
         image_size: height and width of the result, pixels.
         resize: False promises that every file already has that size.
@@ -54,7 +57,7 @@ class DecodePipeline:
         threads: CPU threads.
         prefetch: batches prepared ahead.
         """
-        self._requests = requests
+        self._requests, self._images = requests, images
         self._in_flight: deque[DecodeRequest] = deque()
         self._device = device
         self._nothing = None if batch else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8, device=device)
@@ -102,13 +105,21 @@ class DecodePipeline:
     def _read_next(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
         request = next(self._requests)
         self._in_flight.append(request)
-        return [_read(path) for path in request.paths], request.windows, request.flips
+        return [self._read(int(sample)) for sample in request.samples], request.windows, request.flips
 
     def _culprits(self) -> ValueError | None:
         """DALI does not say which image failed: decode every file in flight by itself."""
-        paths = dict.fromkeys(str(path) for request in self._in_flight for path in request.paths)
-        failures = {path: "DALI cannot decode it" for path in paths if not _decodes(path, self._device)}
-        return unreadable_error(failures) if failures else None
+        samples = dict.fromkeys(int(sample) for request in self._in_flight for sample in request.samples)
+        failed = [sample for sample in samples if not _decodes(self._read(sample), self._device)]
+        return (
+            unreadable_error(dict.fromkeys(map(self._images.name, failed), "DALI cannot decode it")) if failed else None
+        )
+
+    def _read(self, sample: int) -> np.ndarray:
+        try:
+            return self._images.read(sample)
+        except UnreadableImage as error:
+            raise unreadable_error({self._images.name(sample): str(error)}) from error
 
 
 @pipeline_def
@@ -138,26 +149,13 @@ def _decode_one(encoded: np.ndarray, *, decoder: str) -> Any:
     return fn.decoders.image(source, device=decoder, output_type=DALIImageType.RGB)
 
 
-def _decodes(path: str, device: torch.device) -> bool:
-    pipeline = _decode_one(_read(path), decoder=_decoder(device), device_id=_device_id(device))
+def _decodes(encoded: np.ndarray, device: torch.device) -> bool:
+    pipeline = _decode_one(encoded, decoder=_decoder(device), device_id=_device_id(device))
     try:
         pipeline.run()
     except RuntimeError:
         return False
     return True
-
-
-def _read(path: str) -> np.ndarray:
-    """The bytes of a file that passes the probe, uint8 [bytes]."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            encoded = file.read()
-        probe(encoded, encoded)
-    except OSError as error:
-        raise unreadable_error({str(path): f"cannot be read: {error.strerror}"}) from error
-    except UnreadableImage as error:
-        raise unreadable_error({str(path): str(error)}) from error
-    return np.frombuffer(encoded, np.uint8)
 
 
 def _decoder(device: torch.device) -> str:

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.data.folder import read_folder
-from mpl_scale.data.registry import ImageSet, register_source
+from mpl_scale.data.registry import ImageFiles, register_source
 
 COUNT = 1797
 GREY_LEVELS = 16  # the data set's values run from 0 to 16
 
 
 @register_source("digits")
-def read_digits(root: Path | None) -> ImageSet:
+def read_digits(root: Path | None) -> ImageFiles:
     """The digits; their files are written to `root` the first time.
 
     Args:

@@ -59,12 +59,10 @@ def evaluation_batches(
         own = shares[mesh.width_index]
         exchange = WidthExchange(columns, image_size=image_size, shares=[shares], mesh=mesh)
     count = own.stop - own.start
-    requests = (
-        DecodeRequest(splits.images.paths[batch[own]], np.zeros((count, 2), np.int32), np.zeros(count, np.int32))
-        for batch in ids
-    )
+    requests = (DecodeRequest(batch[own], np.zeros((count, 2), np.int32), np.zeros(count, np.int32)) for batch in ids)
     decoder = DecodePipeline(
         requests,
+        images=splits.images,
         batch=count,
         image_size=image_size,
         resize=bool((splits.images.sizes != image_size).any()),

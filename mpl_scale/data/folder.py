@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.data.probe import probe_files
-from mpl_scale.data.registry import ImageSet, register_source
+from mpl_scale.data.registry import ImageFiles, register_source
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @register_source("folder")
-def read_folder(root: Path | None) -> ImageSet:
+def read_folder(root: Path | None) -> ImageFiles:
     """The image files below `root`, one sub-folder per class; hidden files and folders are skipped.
 
     Raises:
@@ -40,7 +40,7 @@ def read_folder(root: Path | None) -> ImageSet:
             raise ValueError(f"class folder '{folder}' holds no {', '.join(SUFFIXES)} file; add images or remove it")
         paths += [f"{folder}/{name}" for name in names]
         counts.append(len(names))
-    return ImageSet(
+    return ImageFiles(
         paths=np.array(paths),
         labels=np.repeat(np.arange(len(folders), dtype=np.int64), counts),
         sizes=probe_files(paths),

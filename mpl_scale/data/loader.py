@@ -114,6 +114,7 @@ class TrainLoader:
         self._in_flight: deque[tuple[Draws, Draws]] = deque()  # labelled: of all rows; unlabelled: of this rank's share
         self._decoder = DecodePipeline(
             self._requests(start_step),
+            images=splits.images,
             batch=self._share.stop - self._share.start + len(own_rows),
             image_size=image_size,
             resize=bool((splits.images.sizes != image_size).any()),
@@ -164,7 +165,7 @@ class TrainLoader:
             self._in_flight.append((labelled, unlabelled))
             own = self._share
             yield DecodeRequest(
-                paths=self._images.paths[np.concatenate([labelled.ids[own], unlabelled.ids])],
+                samples=np.concatenate([labelled.ids[own], unlabelled.ids]),
                 windows=np.concatenate([labelled.windows[own], unlabelled.windows]),
                 flips=np.concatenate([labelled.flips[own], unlabelled.flips]),
             )
