@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -26,6 +26,13 @@ class Batch:
     weak: torch.Tensor  # [U, 3, H, W], the weakly augmented view x_u
     strong: torch.Tensor  # [U, 3, H, W], the strongly augmented view of the same images
     unlabelled_rows: torch.Tensor  # int64 [U], in [0, global U)
+
+    def split(self, parts: int) -> list[Batch]:
+        """Equal micro-batches of consecutive rows, as views; `parts` divides B and U."""
+        if parts == 1:
+            return [self]
+        pieces = {f.name: getattr(self, f.name).chunk(parts) for f in fields(self)}
+        return [Batch(**{name: piece[index] for name, piece in pieces.items()}) for index in range(parts)]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,9 @@ class OddNet(nn.Module):
         return self.classifier(x.mean((2, 3)))
 
 
+Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Settings:
     steps: int = 3
@@ -52,6 +55,9 @@ class Settings:
     ema_decay: float = 0.9
     clip: float = 0.0
     seed: int = 3
+    micro_batches: int = 1
+    ranks: int = 1  # whose rows make up a micro-batch
+    deferred: bool = False  # of no effect on the result
 
 
 @dataclass
@@ -111,30 +117,56 @@ def sgd(net: nn.Module, s: Settings) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum, nesterov=True)
 
 
+def micro_batch(count: int, s: Settings, index: int) -> torch.Tensor:
+    """The rows of micro-batch `index`: as many from each rank's consecutive rows."""
+    return torch.arange(count).view(s.ranks, s.micro_batches, -1)[:, index].flatten()
+
+
+def teacher_gradient(  # every micro-batch is normalised by itself; their losses are averaged
+    teacher: nn.Module, s: Settings, h: float, parts: list[tuple[torch.Tensor, ...]], views: list[Views]
+) -> torch.Tensor:
+    total = torch.zeros((), dtype=views[0][0].dtype)
+    for (_, y_l, _, _, y_u), (z_l, z_u, z_s) in zip(parts, views, strict=True):
+        target = (z_u.detach() / s.temperature).softmax(-1)
+        mask = (target.max(-1).values >= s.threshold).to(z_u.dtype)
+        uda = (-(target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
+        supervised = F.cross_entropy(z_l, y_l, label_smoothing=s.smoothing)
+        loss = h * F.cross_entropy(z_u, y_u) + supervised + s.uda_weight * uda
+        total = total + flat_gradient(teacher, loss) / s.micro_batches
+    return total
+
+
 def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
     teacher, student = make_net(1, dtype, s, 6), make_net(2, dtype, s, 5)
     teacher_sgd, student_sgd = sgd(teacher, s), sgd(student, s)
     average = {k: v.clone() for k, v in student.state_dict().items()}
     trace, b = Trace(), 0.0
     for t, (x_l, y_l, x_u, x_s) in enumerate(make_batches(s, dtype)):
-        z_l, z_u, z_s = teacher(torch.cat([x_l, x_u, x_s])).split([s.labelled, s.unlabelled, s.unlabelled])
-        rows = torch.arange(s.unlabelled) + (1 << 28)
-        u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=rows, columns=s.classes)
-        y_u = (z_u.detach().log_softmax(-1) - torch.log(-torch.log(u))).argmax(-1)
+        views: list[Views] = []
+        parts: list[tuple[torch.Tensor, ...]] = []
+        for index in range(s.micro_batches):
+            of_l, of_u = micro_batch(s.labelled, s, index), micro_batch(s.unlabelled, s, index)
+            sizes = [len(of_l), len(of_u), len(of_u)]
+            z_l, z_u, z_s = teacher(torch.cat([x_l[of_l], x_u[of_u], x_s[of_u]])).split(sizes)
+            rows = of_u + (1 << 28)
+            u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=rows, columns=s.classes)
+            y_u = (z_u.detach().log_softmax(-1) - torch.log(-torch.log(u))).argmax(-1)
+            views.append((z_l, z_u, z_s))
+            parts.append((x_l[of_l], y_l[of_l], x_u[of_u], x_s[of_u], y_u))
 
-        g_u = flat_gradient(student, F.cross_entropy(student(torch.cat([x_s, x_l]))[: s.unlabelled], y_u))
+        g_u = g_l = torch.zeros((), dtype=dtype)
+        for part_l, _, _, part_s, y_u in parts:
+            loss = F.cross_entropy(student(torch.cat([part_s, part_l]))[: len(part_s)], y_u)
+            g_u = g_u + flat_gradient(student, loss) / s.micro_batches
         apply_gradient(student, student_sgd, g_u, s.clip)
-        g_l = flat_gradient(student, F.cross_entropy(frozen_forward(student, x_l), y_l))
+        for part_l, part_y, *_ in parts:
+            loss = F.cross_entropy(frozen_forward(student, part_l), part_y)
+            g_l = g_l + flat_gradient(student, loss) / s.micro_batches
         cosine = (torch.dot(g_u.double(), g_l.double()) / g_u.double().norm() / g_l.double().norm()).item()
         b = s.baseline_decay * b + (1 - s.baseline_decay) * cosine
         h = cosine - b / (1 - s.baseline_decay ** (t + 1))
 
-        target = (z_u.detach() / s.temperature).softmax(-1)
-        mask = (target.max(-1).values >= s.threshold).to(dtype)
-        uda = (-(target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
-        supervised = F.cross_entropy(z_l, y_l, label_smoothing=s.smoothing)
-        loss = h * F.cross_entropy(z_u, y_u) + supervised + s.uda_weight * uda
-        apply_gradient(teacher, teacher_sgd, flat_gradient(teacher, loss), s.clip)
+        apply_gradient(teacher, teacher_sgd, teacher_gradient(teacher, s, h, parts, views), s.clip)
 
         rate = min(s.ema_decay, (t + 1) / (t + 10))
         for name, value in student.state_dict().items():

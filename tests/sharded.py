@@ -35,7 +35,11 @@ def make_network(
     convert(net, passes=net.passes, group=mesh.world_group)
     optim = OptimConfig(lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     return build_network(
-        net, engine=engine, optim=optim, ds_config={**ds_config, "gradient_clipping": s.clip}, mesh=mesh
+        net,
+        engine=engine,
+        optim=optim,
+        ds_config={**ds_config, "gradient_clipping": s.clip, "gradient_accumulation_steps": s.micro_batches},
+        mesh=mesh,
     )
 
 
@@ -51,6 +55,8 @@ def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, step
         student_average=MovingAverage(student, decay=s.ema_decay),
         baseline=Baseline(decay=s.baseline_decay, bias_correction=True, device=torch.device("cpu")),
         world_group=mesh.world_group,
+        micro_batches=s.micro_batches,
+        deferred_teacher=s.deferred,
     )
 
 

@@ -64,6 +64,24 @@ def test_deepspeed_engine_shards_over_a_subgroup(stage: int) -> None:
     assert_equal(4, Settings(), torch.float32, "deepspeed", zero(stage), 2)
 
 
+@pytest.mark.parametrize("deferred", [False, True], ids=["live", "deferred"])
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_flat_engine_accumulates(world: int, dtype: torch.dtype, deferred: bool) -> None:
+    """Micro-batches and a teacher that runs again: the averages of each part's gradients, one update."""
+    assert_equal(world, Settings(micro_batches=4, ranks=world, deferred=deferred), dtype, "flat", {})
+
+
+def test_a_deferred_teacher_alone_changes_nothing() -> None:
+    assert_equal(1, Settings(deferred=True), torch.float64, "flat", {})
+
+
+@pytest.mark.parametrize(("stage", "shard_size"), [(0, None), (1, None), (2, None), (3, None)])
+def test_deepspeed_engine_accumulates(stage: int, shard_size: int | None) -> None:
+    settings = Settings(micro_batches=2, ranks=2, deferred=True, clip=0.5)
+    assert_equal(2, settings, torch.float32, "deepspeed", zero(stage), shard_size)
+
+
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_engine_clips(stage: int) -> None:
     assert_equal(2, Settings(clip=0.5), torch.float32, "deepspeed", zero(stage), None)

@@ -10,7 +10,8 @@ from mpl_scale.config.schema import ModelConfig, NetworkConfig, OptimConfig
 from mpl_scale.engine.flat_engine import FlatNetwork
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import MODELS, Pass, build_model
-from mpl_scale.models.layers import BatchNorm, convert
+from mpl_scale.models.batch_norm import BatchNorm
+from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
 from tests.ranks import pool
 

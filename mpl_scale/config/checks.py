@@ -9,19 +9,21 @@ from mpl_scale.config.load import RunConfig
 
 @dataclass(frozen=True)
 class Batches:
-    """Images in a step: over all ranks (labelled, unlabelled) and on one data rank."""
+    """Images in a step: over all ranks (labelled, unlabelled) and in one micro-batch of a data rank."""
 
     labelled: int
     unlabelled: int
     labelled_per_rank: int
     data_ranks: int
     finetune: int
+    micro_batches: int
 
     def equation(self) -> str:
         """How the labelled batch comes about, for people."""
+        accumulation = f"x gradient_accumulation_steps {self.micro_batches} " if self.micro_batches > 1 else ""
         return (
             f"train_batch_size {self.labelled} = train_micro_batch_size_per_gpu {self.labelled_per_rank} "
-            f"x data ranks {self.data_ranks}; unlabelled {self.unlabelled}"
+            f"{accumulation}x data ranks {self.data_ranks}; unlabelled {self.unlabelled}"
         )
 
 
@@ -137,28 +139,25 @@ def _batches(config: RunConfig, *, world: int) -> Batches:
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise ValueError(f"{key} = {value!r}: must be a whole number of images, at least 1")
     total, micro, accumulation = given.values()
-    if accumulation not in (None, 1):
-        raise ValueError(
-            f"gradient_accumulation_steps = {accumulation}: a Meta Pseudo Labels step is one batch, because the "
-            "feedback needs the student's whole update; set 1 and use more ranks"
-        )
+    parts = accumulation or (total // (micro * ranks) if total and micro else 1) or 1
     if total is None and micro is None:
         raise ValueError("train_batch_size is missing: give the labelled images per step over all ranks")
     if total is None:
-        total = (micro or 1) * ranks
+        total = (micro or 1) * parts * ranks
     if micro is None:
-        micro = total // ranks
-    if micro * ranks != total:
+        micro = total // (parts * ranks)
+    if micro * parts * ranks != total:
         raise ValueError(
-            f"batch equation broken: train_batch_size {total} != train_micro_batch_size_per_gpu {micro} x data ranks "
-            f"{ranks} (= {world} ranks / width {config.mpl.parallel.width}); "
-            f"use train_batch_size {max(micro, 1) * ranks} or another number of ranks"
+            f"batch equation broken: train_batch_size {total} != train_micro_batch_size_per_gpu {micro} x "
+            f"gradient_accumulation_steps {parts} x data ranks {ranks} (= {world} ranks / width "
+            f"{config.mpl.parallel.width}); use train_batch_size {max(micro, 1) * parts * ranks} or another number of "
+            "ranks"
         )
     finetune = config.mpl.phases.finetune.batch_size or total
-    if finetune % ranks:
+    if finetune % (ranks * parts):
         raise ValueError(
-            f"mpl_scale.phases.finetune.batch_size = {finetune} does not divide over {ranks} data ranks; "
-            f"use {-(-finetune // ranks) * ranks}"
+            f"mpl_scale.phases.finetune.batch_size = {finetune} does not divide over {ranks} data ranks x "
+            f"gradient_accumulation_steps {parts}; use {-(-finetune // (ranks * parts)) * ranks * parts}"
         )
     return Batches(
         labelled=total,
@@ -166,4 +165,5 @@ def _batches(config: RunConfig, *, world: int) -> Batches:
         labelled_per_rank=micro,
         data_ranks=ranks,
         finetune=finetune,
+        micro_batches=parts,
     )

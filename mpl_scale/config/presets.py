@@ -36,10 +36,42 @@ PRESETS: dict[str, dict[str, Any]] = {
             "weight": -1.0,
             "baseline": False,
             "dropout": True,
+            "old_loss": "update_pass",
             "target": "strong_argmax",
         },
     },
 }
+
+
+STRONG_PRESETS: dict[str, dict[str, Any]] = {
+    # Table 5. The paper gives neither N nor M; they stay at this section's defaults, RandAugment's for ImageNet.
+    "paper": {"op_set": "cifar10"},
+    # CIFAR-10's strong view there: N = 2 at level 16 of 10, cutout of half the side, and a second crop and flip.
+    "released_code": {
+        "op_set": "released_code",
+        "num_ops": 2,
+        "magnitude": 16.0,
+        "random_magnitude": False,
+        "magnitude_rule": "level",
+        "probability_range": [0.2, 0.8],
+        "translate": 0.125,
+        "cutout_op": 0.125,
+        "cutout": 16,
+        "crop_pad": 4,
+        "flip": True,
+        "fill": 128,
+    },
+}
+"""Of "mpl_scale.data.strong"."""
+
+
+def under_preset(section: dict[str, Any], presets: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A section with its preset's values under its own; `ops` that are given stand instead of the preset's `op_set`."""
+    name = section.get("preset")
+    preset = dict(presets.get(name, {})) if isinstance(name, str) else {}
+    if section.get("ops"):
+        preset.pop("op_set", None)
+    return _merge(preset, section)
 
 
 def apply_preset(method: dict[str, Any]) -> dict[str, Any]:

@@ -5,14 +5,18 @@ Models are frozen and refuse unknown keys. Checks across fields and against the 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mpl_scale.config.presets import STRONG_PRESETS, under_preset
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+Share = Annotated[float, Field(gt=0.0, le=1.0)]
+Interpolation = Literal["bilinear", "bicubic"]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
@@ -50,29 +54,92 @@ class ModelConfig(Section):
 
 
 class WeakConfig(Section):
-    """The weak view: flip and shifted crop."""
+    """The weak view: a crop, then a flip."""
 
-    pad: CountOrZero = Field(0, description="Pixels the crop window may leave the image by on each side.")
+    kind: str = Field("shift_crop", description="Registered: shift_crop, random_resized_crop.")
+    scale: tuple[Share, Share] = Field(
+        (0.08, 1.0), description="random_resized_crop: least and largest share of the image's area."
+    )
+    ratio: tuple[Positive, Positive] = Field(
+        (3 / 4, 4 / 3), description="random_resized_crop: least and largest width / height of the part."
+    )
+    interpolation: Interpolation = Field("bilinear", description="Of resizing, with an antialiasing filter.")
+    pad: CountOrZero = Field(0, description="shift_crop: pixels the window may leave the image by on each side.")
     fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels outside the image.")
     flip: bool = Field(False, description="Horizontal flip with probability 1/2; wrong for digits (C.2).")
 
 
-class StrongConfig(Section):
-    """The strong view: `num_ops` operations drawn uniformly (RandAugment), then cutout, on top of the weak view."""
+class EvaluationConfig(Section):
+    """How test images are seen."""
 
-    ops: list[str] = Field(
-        default_factory=list, description="Names registered in mpl_scale.augment; empty: the default set."
+    kind: str = Field("resize", description="Registered: resize (the whole image), center_crop (as timm evaluates).")
+    crop_pct: Share = Field(
+        0.875, description="center_crop: image_size over the shorter side before the crop; timm's default."
     )
-    num_ops: CountOrZero = 2
-    magnitude: Annotated[float, Field(ge=0.0, le=10.0)] = Field(9.0, description="M of RandAugment, 0 to 10.")
+    interpolation: Interpolation = Field("bilinear", description="Of resizing, with an antialiasing filter.")
+
+
+class StrongConfig(Section):
+    """The strong view: `num_ops` operations drawn uniformly (RandAugment), then cutout, on top of the weak view.
+
+    Limits are what an operation reaches at magnitude 10; their defaults are AutoAugment's, to which Table 5 refers.
+    """
+
+    preset: Literal["paper", "released_code"] | None = Field(
+        None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
+    )
+    op_set: str | None = Field(
+        None,
+        description="A named list of operations: cifar10, imagenet, svhn (Table 5), released_code, no_pairing (Table 5 "
+        "without Sample Pairing); null: no_pairing, or `ops`.",
+    )
+    ops: list[str] = Field(
+        default_factory=list, description="Names registered in mpl_scale.augment, instead of an op_set."
+    )
+    num_ops: CountOrZero = Field(2, description="N of RandAugment.")
+    magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
+        9.0, description="M of RandAugment, 0 to 10; the released code goes beyond."
+    )
     random_magnitude: bool = Field(
         True, description="Draw each magnitude from U(0, magnitude) instead of using it as is."
     )
+    magnitude_rule: Literal["distance", "level"] = Field(
+        "distance", description="Whether 0 leaves an image alone (distance), or is one end of a range (released code)."
+    )
     probability: Probability = Field(1.0, description="Of applying each drawn operation.")
-    cutout: CountOrZero = Field(0, description="Side of the square set to `fill`, pixels; 0: none.")
+    probability_range: tuple[Probability, Probability] | None = Field(
+        None, description="Draw one probability for all operations of an image from U(low, high) instead."
+    )
+    enhance: Positive = Field(0.9, description="Limit of brightness, color, contrast, sharpness: factor 1 +- enhance.")
+    posterize: Annotated[int, Field(ge=1, le=8)] = Field(4, description="Limit of posterize: bits dropped.")
+    rotate: Annotated[float, Field(gt=0.0, le=180.0)] = Field(30.0, description="Limit of rotate, degrees.")
+    shear: Annotated[float, Field(gt=0.0, le=2.0)] = Field(0.3, description="Limit of shear_x and shear_y.")
+    translate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        100 / 331, description="Limit of translate_x and translate_y, share of the side: 100 of 331 pixels."
+    )
+    sample_pairing: Probability = Field(0.4, description="Limit of sample_pairing: weight of the other image.")
+    cutout_op: Fraction = Field(0.125, description="Limit of the operation cutout: half its square's side, as a share.")
+    cutout: CountOrZero = Field(0, description="Side of the square set to `fill` after the operations, pixels; 0: none.")
+    crop_pad: CountOrZero = Field(0, description="At the end, shift by up to so many pixels each way; 0: no shift.")
+    flip: bool = Field(False, description="At the end, flip horizontally with probability 1/2.")
     fill: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="Value of pixels that come from outside the image."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_preset(cls, given: Any) -> Any:
+        """The preset's values under what is given; a preset whose name is wrong is left to the field's own check."""
+        return under_preset(given, STRONG_PRESETS) if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _one_list(self) -> Self:
+        if self.ops and self.op_set:
+            raise ValueError(f"ops and op_set = {self.op_set!r} both say what to draw from; leave one out")
+        low, high = self.probability_range or (0.0, 1.0)
+        if low > high:
+            raise ValueError(f"probability_range = {[low, high]} is upside down; give the smaller one first")
+        return self
 
 
 class DataConfig(Section):
@@ -92,6 +159,11 @@ class DataConfig(Section):
     unlabelled_ratio: Count = Field(1, description="mu: unlabelled images per labelled image in a step.")
     weak: WeakConfig = WeakConfig()
     strong: StrongConfig = StrongConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    max_bad_fraction: Share = Field(
+        0.01, description="Of the images indexed, or drawn so far: more unreadable ones than that end the run."
+    )
+    max_pixels: Count = Field(50_000_000, description="Larger images are bad: a small file may unpack to gigabytes.")
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     threads: Count = Field(1, description="DALI's CPU threads per rank.")
@@ -107,6 +179,11 @@ class FeedbackConfig(Section):
     )
     weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
+    old_loss: Literal["own_pass", "update_pass"] = Field(
+        "own_pass",
+        description="Rule loss_difference: CE_old from a pass over x_l alone, as CE_new, or from the update pass, "
+        "where x_s shares the batch norm (the released code and its ports; mostly noise).",
+    )
     target: Literal["pseudo_labels", "strong_argmax"] = Field(
         "pseudo_labels",
         description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port.",
@@ -194,6 +271,20 @@ class ParallelConfig(Section):
         description="What neighbours exchange: the input of each convolution (plain), or of each block, whose first "
         "convolution is then repeated on the halo (block_input: fewer bytes).",
     )
+    teacher: Literal["auto", "live", "deferred"] = Field(
+        "auto",
+        description="live: the teacher's graph is kept while the student learns; deferred: the teacher runs again, "
+        "with a graph, once the feedback is known (one forward pass more, no graph kept). auto: deferred with gradient "
+        "accumulation.",
+    )
+    kernels: Literal["auto", "eager", "compiled"] = Field(
+        "auto",
+        description="Batch norm with its activation: as torch operators, or compiled into single loops that keep only "
+        "their input. auto: compiled on a GPU.",
+    )
+    channels_last: Literal["auto", "on", "off"] = Field(
+        "auto", description="Layout of the images; auto: on on a GPU where images are whole (width 1)."
+    )
     recompute: Literal["none", "bn_act", "block"] = Field(
         "none",
         description="Activations recomputed in the backward pass: none, all but each block's input and convolutions "
@@ -253,6 +344,21 @@ class CheckpointConfig(Section):
     keep: Count = Field(3, description="Newest checkpoints kept.")
 
 
+class GuardConfig(Section):
+    """What ends a run that goes on without getting anywhere."""
+
+    hang_seconds: Positive | None = Field(
+        None,
+        description="No step ended for that long: every rank leaves its stacks, the one that is behind is named, and "
+        "the run ends with status 75. Above the slowest step, below parallel.timeout_seconds; null: off.",
+    )
+    nonfinite: Literal["off", "stop"] = Field(
+        "stop",
+        description="A metric (at logging steps) or weight (before checkpoints) that is NaN or infinite: stop, with "
+        "the state saved in bad-<step>, where no resume looks.",
+    )
+
+
 class Config(Section):
     """The "mpl_scale" section."""
 
@@ -266,3 +372,4 @@ class Config(Section):
     phases: PhasesConfig
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()

@@ -28,8 +28,8 @@ def build_network(
         module: with its initial weights, the same on every rank, on the mesh's device.
         engine: which implementation.
         optim: optimiser settings of this network.
-        ds_config: DeepSpeed's half of the configuration; the flat engine reads bf16 and gradient_clipping, the mesh
-            has the shard group.
+        ds_config: DeepSpeed's half of the configuration; the flat engine reads bf16, gradient_clipping and
+            gradient_accumulation_steps, the mesh has the shard group.
         mesh: groups and device.
     """
     if engine == "deepspeed":
@@ -43,4 +43,5 @@ def build_network(
         mesh=mesh,
         dtype=torch.bfloat16 if bf16 else None,
         gradient_clipping=float(ds_config.get("gradient_clipping", 0.0)),
+        accumulates=ds_config.get("gradient_accumulation_steps", 1) > 1,
     )

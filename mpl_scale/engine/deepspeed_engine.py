@@ -92,9 +92,15 @@ class DeepSpeedNetwork:
         """Logits in fp32, whatever the weights are in."""
         return self._engine(images.to(self._dtype)).float()
 
+    def accumulate(self, loss: torch.Tensor) -> None:
+        """Backpropagate within DeepSpeed's accumulation of gradients."""
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
     def backward(self, loss: torch.Tensor) -> GradientShard:
         """Backpropagate and reduce with DeepSpeed, average over the replicas, copy the shard out."""
-        self._engine.backward(loss)
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.backward(loss, scale_wrt_gas=False)
         if self._mesh.replica_group is not None:
             self._shards.average(self._mesh.replica_group)
         return self._shards.gradient()

@@ -133,15 +133,15 @@ def ds_models(device_type: str | None = None) -> dict[str, type[pydantic.BaseMod
 
 
 def engine_config(ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """The user's config as one engine gets it: without what the trainer owns, one micro-batch per step, quiet."""
+    """The user's config as one engine gets it: without what the trainer owns, quiet."""
     config = copy.deepcopy({key: value for key, value in ds_config.items() if key not in OWNED_BY_TRAINER})
     config.setdefault("train_micro_batch_size_per_gpu", 1)  # only logged: batches are the caller's
     config.setdefault("gradient_clipping", 0.0)  # DeepSpeed's default is 1.0
     config.setdefault("timers", {"throughput": {"enabled": False}})  # it synchronises the device
     zero = config.setdefault("zero_optimization", {})
     zero.setdefault("memory_efficient_linear", False)  # it replaces F.linear for the whole process
+    config.setdefault("gradient_accumulation_steps", 1)
     config.update(
-        gradient_accumulation_steps=1,
         steps_per_print=NEVER,
         zero_allow_untested_optimizer=True,
         zero_force_ds_cpu_optimizer=False,

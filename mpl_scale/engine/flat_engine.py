@@ -31,6 +31,7 @@ class FlatNetwork:
         mesh: shard and replica groups.
         dtype: of weights, gradients and activations; None: as the module is. The master shard is at least fp32.
         gradient_clipping: largest global gradient norm; 0: off.
+        accumulates: whether `accumulate` will be called.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FlatNetwork:
         mesh: Mesh,
         dtype: torch.dtype | None = None,
         gradient_clipping: float = 0.0,
+        accumulates: bool = False,
     ) -> None:
         self.module = module
         self._mesh, self._clip = mesh, gradient_clipping
@@ -60,6 +62,8 @@ class FlatNetwork:
         self._optimizer.init_state()
         self._shards = [[torch.zeros_like(shard.data) for shard in self._master] for _ in range(2)]
         self._clipped = [torch.zeros_like(shard.data) for shard in self._master] if gradient_clipping else []
+        narrow = accumulates and self._dtype != wide
+        self._accumulated = [torch.zeros_like(shard.data) for shard in self._master] if narrow else None
         self._turn = 0
         self._scale = 1.0 / mesh.world
 
@@ -88,13 +92,24 @@ class FlatNetwork:
         """Logits in fp32 (or the master's wider dtype)."""
         return self.module(images.to(self._dtype)).to(self._master[0].dtype)
 
+    def accumulate(self, loss: torch.Tensor) -> None:
+        """Leave the gradient in the flat buffer; where that is narrower than the master, reduce it and add in fp32."""
+        loss.backward()
+        if self._accumulated is None:
+            return
+        for buffers, total in zip(self._buffers, self._accumulated, strict=True):
+            total.add_(buffers.reduce(self._mesh))
+
     def backward(self, loss: torch.Tensor) -> GradientShard:
         """Backpropagate, reduce-scatter, average; two static shard buffers take turns."""
         loss.backward()
         self._turn ^= 1
         shards = self._shards[self._turn]
-        for buffers, shard in zip(self._buffers, shards, strict=True):
+        for index, (buffers, shard) in enumerate(zip(self._buffers, shards, strict=True)):
             shard.copy_(buffers.reduce(self._mesh))
+            if self._accumulated is not None:
+                shard.add_(self._accumulated[index])
+                self._accumulated[index].zero_()
             shard.mul_(self._scale)
         return shards
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from mpl_scale.models.layers import BatchNorm
+from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.passes import Passes
 
 Policy = Literal["none", "bn_act", "block"]

@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
-from mpl_scale.models.layers import BatchNorm, DropoutLinear, DropPath, convert
+from mpl_scale.models.batch_norm import BatchNorm
+from mpl_scale.models.kernels import Mode
+from mpl_scale.models.layers import DropoutLinear, DropPath, convert
 from mpl_scale.models.passes import Passes
 from mpl_scale.models.registry import MODELS, find_builder
 
@@ -22,6 +24,7 @@ def build_model(
     seed: int,
     group: dist.ProcessGroup | None = None,
     device: torch.device | str = "cpu",
+    kernels: Mode = "eager",
 ) -> nn.Module:
     """A classifier with `model.passes`, in training mode, initialised from `seed` alike on every rank.
 
@@ -32,6 +35,7 @@ def build_model(
         seed: of the initial weights.
         group: ranks over which batch norm takes its statistics; None: this process.
         device: where it is built; "meta" builds shapes only.
+        kernels: how batch norm with its activation is computed (kernels.py).
     """
     builder = find_builder(network.name, field=f"{field}.name")
     kwargs = dict(network.kwargs)
@@ -46,7 +50,7 @@ def build_model(
         _initialise(model, network)
     passes = Passes()
     model.passes = passes  # type: ignore[assignment]
-    model = convert(model, passes=passes, group=group)
+    model = convert(model, passes=passes, group=group, kernels=kernels)
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
             layer.momentum, layer.eps = 1.0 - shared.bn_decay, shared.bn_eps

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,7 @@ class Pass:
 
     seed: the run's seed. stream: the number of this pass within a step. step: int64 [], on the device.
     rows: int64 [B], the global rows of the batch. update_statistics: whether BN's moving averages see the batch.
-    dropout: whether dropout and drop-path act. remembered: see Passes.remember.
+    dropout: whether dropout and drop-path act.
     """
 
     seed: int
@@ -34,7 +34,6 @@ class Pass:
     rows: torch.Tensor
     update_statistics: bool = True
     dropout: bool = True
-    remembered: dict[object, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Passes:
@@ -75,14 +74,6 @@ class Passes:
             yield
         finally:
             self.current, self._repeating = before
-
-    def remember(self, layer: object, value: torch.Tensor) -> torch.Tensor:
-        """A copy of a layer's value as it was in this pass: a repetition of the pass gets the first run's."""
-        if self.current is None:
-            return value.clone()
-        if layer not in self.current.remembered:
-            self.current.remembered[layer] = value.clone()
-        return self.current.remembered[layer]
 
     def uniform(self, site: int, columns: int) -> torch.Tensor:
         """float32 [B, columns] in (0, 1) for the rows of the current pass."""

@@ -9,38 +9,62 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from mpl_scale.models.registry import register_model
 
-SLOPE = 0.2
+
+class _NormAct(nn.BatchNorm2d):
+    """Batch norm, then leaky ReLU, as one layer: the two are computed together where kernels are compiled."""
+
+    def __init__(self, channels: int, slope: float) -> None:
+        super().__init__(channels)
+        self.act = nn.LeakyReLU(slope)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(super().forward(x))
 
 
 class _Block(nn.Module):
-    """BN, act, conv, BN, act, conv, plus the input (projected from the activated input when the shape changes)."""
+    """BN, act, conv, BN, act, conv, plus the input (projected from the activated input when the shape changes).
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    bare: without the first BN and activation.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int, *, slope: float, bare: bool) -> None:
         super().__init__()
-        self.bn1 = nn.BatchNorm2d(inputs)
+        self.bn1 = nn.Identity() if bare else _NormAct(inputs, slope)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
+        self.bn2 = _NormAct(outputs, slope)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.shortcut = None
         if inputs != outputs or stride != 1:
             self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        activated = F.leaky_relu(self.bn1(x), SLOPE)
+        activated = self.bn1(x)
         residual = x if self.shortcut is None else self.shortcut(activated)
         y = self.conv1(activated)
-        return residual + self.conv2(F.leaky_relu(self.bn2(y), SLOPE))
+        return residual + self.conv2(self.bn2(y))
 
 
 class WideResNet(nn.Module):
-    """Three groups of (depth - 4) / 6 blocks, widths 16, 32, 64 times `widen`, at strides 1, 2, 2."""
+    """Three groups of (depth - 4) / 6 blocks, widths 16, 32, 64 times `widen`, at strides 1, 2, 2.
 
-    def __init__(self, *, num_classes: int, depth: int = 28, widen: int = 2, stem: int = 32) -> None:
+    bare_transitions: the blocks that halve the size have no first BN and activation, as in kekmodel's port, which
+    computes and drops them.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        depth: int = 28,
+        widen: int = 2,
+        stem: int = 32,
+        slope: float = 0.2,
+        bare_transitions: bool = False,
+    ) -> None:
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"WideResNet depth = {depth}: must be 6 n + 4, as 28 or 40")
@@ -49,10 +73,11 @@ class WideResNet(nn.Module):
         for group, base in enumerate((16, 32, 64)):
             for index in range((depth - 4) // 6):
                 stride = 2 if group and not index else 1
-                blocks.append(_Block(inputs, base * widen, stride))
+                bare = bare_transitions and stride == 2
+                blocks.append(_Block(inputs, base * widen, stride, slope=slope, bare=bare))
                 inputs = base * widen
         self.blocks = nn.Sequential(*blocks)
-        self.bn = nn.BatchNorm2d(inputs)
+        self.bn = _NormAct(inputs, slope)
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(inputs, num_classes)
         for layer in self.modules():
@@ -64,11 +89,12 @@ class WideResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, 3, H, W] -> logits [B, num_classes]."""
-        x = F.leaky_relu(self.bn(self.blocks(self.stem(x))), SLOPE)
-        return self.classifier(self.pool(x))
+        return self.classifier(self.pool(self.bn(self.blocks(self.stem(x)))))
 
 
 @register_model("wide_resnet28_2")
-def wide_resnet28_2(*, num_classes: int, stem: int = 32) -> WideResNet:
+def wide_resnet28_2(
+    *, num_classes: int, stem: int = 32, slope: float = 0.2, bare_transitions: bool = False
+) -> WideResNet:
     """WideResNet-28-2, 1.5M parameters: the paper's network for CIFAR-10-4K and SVHN-1K."""
-    return WideResNet(num_classes=num_classes, depth=28, widen=2, stem=stem)
+    return WideResNet(num_classes=num_classes, stem=stem, slope=slope, bare_transitions=bare_transitions)

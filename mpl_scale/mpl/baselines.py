@@ -6,6 +6,8 @@ is `uda` on the teacher's slot, the finetuning of section 3.2 is `supervised` on
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 from mpl_scale.mpl.losses import accuracy, cross_entropy, uda_loss
@@ -18,7 +20,9 @@ from mpl_scale.mpl.state import (
     TEACHER_PASS,
     WEAK_ROWS,
     State,
-    teacher_rows,
+    backward,
+    means,
+    three_views,
 )
 from mpl_scale.types import Batch, StepMetrics
 
@@ -29,17 +33,20 @@ def supervised_step(state: State, batch: Batch) -> StepMetrics:
     student = state.student
     assert student is not None
     now = state.schedules.at(state.step)
-    with student.module.passes(state.new_pass(STUDENT_PASS, batch.labelled_rows + LABELLED_ROWS)):  # type: ignore[operator]
-        logits = student.forward(batch.labelled)
-    loss = cross_entropy(logits, batch.labels, smoothing=state.method.label_smoothing).mean()
-    student.backward(loss)
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def losses() -> Iterator[torch.Tensor]:
+        for part in batch.split(state.micro_batches):
+            with student.module.passes(state.new_pass(STUDENT_PASS, part.labelled_rows + LABELLED_ROWS)):  # type: ignore[operator]
+                logits = student.forward(part.labelled)
+            loss = cross_entropy(logits, part.labels, smoothing=state.method.label_smoothing).mean()
+            measured.append({"student_loss": loss.detach(), "student_accuracy": accuracy(logits, part.labels)})
+            yield loss
+
+    backward(student, losses(), state.micro_batches)
     student.apply(now.student_lr)
     state.advance()
-    return {
-        "student_loss": loss.detach(),
-        "student_accuracy": accuracy(logits, batch.labels),
-        "student_lr": now.student_lr,
-    }
+    return {**means(measured), "student_lr": now.student_lr}
 
 
 @register_method("uda", teacher=False, student=True)
@@ -67,34 +74,48 @@ def teacher_warmup_step(state: State, batch: Batch) -> StepMetrics:
 @register_method("pseudo_label", teacher=True, student=True)
 def pseudo_label_step(state: State, batch: Batch) -> StepMetrics:
     """Equation 1: the student learns the argmax labels of a fixed teacher where it is confident (Table 6)."""
-    method, teacher, student = state.method, state.teacher, state.student
-    assert teacher is not None
+    method, student = state.method, state.student
     assert student is not None
     now = state.schedules.at(state.step)
-    with torch.no_grad():
-        rows = batch.unlabelled_rows + WEAK_ROWS
-        passes = state.new_pass(TEACHER_PASS, rows, learn=False, dropout=False)
-        teacher.module.eval()
-        with teacher.module.passes(passes):  # type: ignore[operator]
-            confidence, labels = teacher.forward(batch.weak).softmax(-1).max(-1)
-        teacher.module.train()
-    confident = confidence >= method.pseudo_label_threshold
-    images = torch.cat([batch.strong, batch.labelled])
-    rows = torch.cat([batch.unlabelled_rows + STRONG_ROWS, batch.labelled_rows + LABELLED_ROWS])
-    with student.module.passes(state.new_pass(STUDENT_PASS, rows)):  # type: ignore[operator]
-        strong, labelled = student.forward(images).split([len(batch.strong), len(batch.labelled)])
-    pseudo = (cross_entropy(strong, labels, smoothing=method.student_label_smoothing) * confident).mean()
-    supervised = cross_entropy(labelled, batch.labels, smoothing=method.label_smoothing).mean()
-    student.backward(pseudo + method.supervised_weight * supervised)
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def losses() -> Iterator[torch.Tensor]:
+        for part in batch.split(state.micro_batches):
+            confidence, labels = _fixed_teacher(state, part).softmax(-1).max(-1)
+            confident = confidence >= method.pseudo_label_threshold
+            rows = torch.cat([part.unlabelled_rows + STRONG_ROWS, part.labelled_rows + LABELLED_ROWS])
+            with student.module.passes(state.new_pass(STUDENT_PASS, rows)):  # type: ignore[operator]
+                logits = student.forward(torch.cat([part.strong, part.labelled]))
+            strong, labelled = logits.split([len(part.strong), len(part.labelled)])
+            pseudo = (cross_entropy(strong, labels, smoothing=method.student_label_smoothing) * confident).mean()
+            supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
+            measured.append(
+                {
+                    "student_loss": pseudo.detach(),
+                    "student_supervised_loss": supervised.detach(),
+                    "student_accuracy": accuracy(labelled, part.labels),
+                    "confident": confident.float().mean(),
+                }
+            )
+            yield pseudo + method.supervised_weight * supervised
+
+    backward(student, losses(), state.micro_batches)
     student.apply(now.student_lr)
     state.advance()
-    return {
-        "student_loss": pseudo.detach(),
-        "student_supervised_loss": supervised.detach(),
-        "student_accuracy": accuracy(labelled, batch.labels),
-        "confident": confident.float().mean(),
-        "student_lr": now.student_lr,
-    }
+    return {**means(measured), "student_lr": now.student_lr}
+
+
+@torch.no_grad()
+def _fixed_teacher(state: State, batch: Batch) -> torch.Tensor:
+    """The teacher's logits on x_u [U, K], in evaluation mode."""
+    teacher = state.teacher
+    assert teacher is not None
+    passes = state.new_pass(TEACHER_PASS, batch.unlabelled_rows + WEAK_ROWS, learn=False, dropout=False)
+    teacher.module.eval()
+    with teacher.module.passes(passes):  # type: ignore[operator]
+        logits = teacher.forward(batch.weak)
+    teacher.module.train()
+    return logits
 
 
 def _consistency(
@@ -102,16 +123,23 @@ def _consistency(
 ) -> dict[str, torch.Tensor]:
     """Forward on [x_l, x_u, x_s] as one batch and backward of CE + w UDA; the caller applies the gradient."""
     method = state.method
-    with network.module.passes(state.new_pass(number, teacher_rows(batch))):  # type: ignore[operator]
-        logits = network.forward(torch.cat([batch.labelled, batch.weak, batch.strong]))
-    labelled, weak, strong = logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
-    supervised = cross_entropy(labelled, batch.labels, smoothing=method.label_smoothing).mean()
-    uda = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold).mean()
-    loss = method.supervised_weight * supervised + uda_weight * uda
-    network.backward(loss)
-    return {
-        "loss": loss.detach(),
-        "supervised_loss": supervised.detach(),
-        "uda_loss": uda.detach(),
-        "accuracy": accuracy(labelled, batch.labels),
-    }
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def losses() -> Iterator[torch.Tensor]:
+        for part in batch.split(state.micro_batches):
+            labelled, weak, strong = three_views(state, part, network, number=number)
+            supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
+            uda = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold).mean()
+            loss = method.supervised_weight * supervised + uda_weight * uda
+            measured.append(
+                {
+                    "loss": loss.detach(),
+                    "supervised_loss": supervised.detach(),
+                    "uda_loss": uda.detach(),
+                    "accuracy": accuracy(labelled, part.labels),
+                }
+            )
+            yield loss
+
+    backward(network, losses(), state.micro_batches)
+    return means(measured)

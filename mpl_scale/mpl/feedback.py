@@ -12,7 +12,7 @@ labels helped, and descending h CE(y_u, T) makes them more likely.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from mpl_scale.config.names import Registry
 from mpl_scale.mpl.losses import accuracy, cross_entropy
 from mpl_scale.mpl.network import GradientShard, Network
-from mpl_scale.mpl.state import FEEDBACK_PASS, LABELLED_ROWS, State, gradient_dots
+from mpl_scale.mpl.state import FEEDBACK_PASS, LABELLED_ROWS, State, backward, gradient_dots, means
 from mpl_scale.types import Batch
 
 FEEDBACK_RULES: Registry[type[FeedbackRule]] = Registry("feedback rule")
@@ -56,6 +56,9 @@ class FeedbackRule:
 
     soft_labels = False
     """Whether the rule is for soft pseudo labels; the others are for hard ones."""
+
+    def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
+        """Called with the update pass's logits on x_l [B, K] of each micro-batch; no rows if that pass had none."""
 
     def before_update(self, state: State, batch: Batch) -> None:
         """Called after the student's backward pass, before its weights change."""
@@ -105,19 +108,30 @@ class Dot(Cosine):
 
 @register_feedback("loss_difference")
 class LossDifference(FeedbackRule):
-    """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it."""
+    """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it.
+
+    With feedback.old_loss = update_pass, CE_old is that of the update pass, where x_l was normalised together with x_s.
+    """
+
+    def __init__(self) -> None:
+        self._update_pass: list[torch.Tensor] = []
+
+    def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
+        """CE at theta of the update pass."""
+        if len(logits):
+            self._update_pass.append(cross_entropy(logits, batch.labels).mean())
 
     def before_update(self, state: State, batch: Batch) -> None:
         """Measure CE at theta."""
-        with torch.no_grad():
-            self._old = labelled_loss(state, batch)[0]
+        if state.method.feedback.old_loss == "update_pass":
+            self._old = torch.stack(self._update_pass).mean()
+        else:
+            self._old = labelled_loss(state, batch)["student_labelled_loss"]
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
         """Measure CE at theta', on all ranks."""
-        with torch.no_grad():
-            new, logits = labelled_loss(state, batch)
-        h = state.mean_over_ranks((self._old - new).double())
-        metrics = {"student_labelled_loss": new, "student_labelled_accuracy": accuracy(logits, batch.labels)}
+        metrics = labelled_loss(state, batch)
+        h = state.mean_over_ranks((self._old - metrics["student_labelled_loss"]).double())
         return Signal(h=h, credit=h, metrics=metrics)
 
 
@@ -187,14 +201,22 @@ def cosine(dots: torch.Tensor) -> torch.Tensor:
     return dots[0] / torch.sqrt(dots[1] * dots[2]).clamp(min=torch.finfo(dots.dtype).tiny)
 
 
-def labelled_loss(state: State, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """The student's mean CE on this rank's x_l and its logits; BN normalises by this batch and learns nothing."""
+def _labelled_pass(state: State, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The student's mean CE on x_l, and what to log; BN normalises by this micro-batch and learns nothing."""
     student = _student(state)
     rows = batch.labelled_rows + LABELLED_ROWS
     passes = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
     with student.module.passes(passes):  # type: ignore[operator]
         logits = student.forward(batch.labelled)
-    return cross_entropy(logits, batch.labels).mean(), logits
+    loss = cross_entropy(logits, batch.labels).mean()
+    metrics = {"student_labelled_loss": loss.detach(), "student_labelled_accuracy": accuracy(logits, batch.labels)}
+    return loss, metrics
+
+
+@torch.no_grad()
+def labelled_loss(state: State, batch: Batch) -> dict[str, torch.Tensor]:
+    """The student's mean CE on this rank's x_l, and its accuracy, under the names they are logged by."""
+    return means([_labelled_pass(state, part)[1] for part in batch.split(state.micro_batches)])
 
 
 def labelled_gradient(
@@ -202,13 +224,19 @@ def labelled_gradient(
 ) -> tuple[GradientShard, torch.Tensor, dict[str, torch.Tensor]]:
     """g_l at theta', its dots with g_u (float64 [3]) and what to log; no gradient is left in the student."""
     student = _student(state)
-    loss, logits = labelled_loss(state, batch)
-    gradient = student.backward(loss)
+    measured: list[dict[str, torch.Tensor]] = []
+
+    def losses() -> Iterator[torch.Tensor]:
+        for part in batch.split(state.micro_batches):
+            loss, metrics = _labelled_pass(state, part)
+            measured.append(metrics)
+            yield loss
+
+    gradient = backward(student, losses(), state.micro_batches)
     student.discard()
     dots = gradient_dots(update.gradient, gradient, student)
     metrics = {
-        "student_labelled_loss": loss.detach(),
-        "student_labelled_accuracy": accuracy(logits, batch.labels),
+        **means(measured),
         "cosine": cosine(dots),
         "student_gradient_norm": torch.sqrt(dots[1]),
         "labelled_gradient_norm": torch.sqrt(dots[2]),

@@ -20,7 +20,7 @@ GradientShard = Sequence[torch.Tensor]
 
 
 class Network(Protocol):
-    """A module under ZeRO. Order of calls in a step: forward+, backward, then exactly one of apply or discard."""
+    """A module under ZeRO. Calls: (forward+, accumulate)*, forward+, backward, then exactly one of apply or discard."""
 
     module: nn.Module
 
@@ -33,6 +33,9 @@ class Network(Protocol):
         The result stays valid, through apply and discard, until the second next backward: engines may alternate
         two static buffers, as a CUDA graph needs.
         """
+
+    def accumulate(self, loss: torch.Tensor) -> None:
+        """Backpropagate a 0-d loss of one micro-batch; the next `backward` (or `discard`) includes its gradient."""
 
     def apply(self, lr: torch.Tensor) -> None:
         """Clip (if configured), update the fp32 master shard with the last backward's gradient, gather the weights.

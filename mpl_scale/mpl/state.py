@@ -6,7 +6,7 @@ replayed. Reading one on the host is the caller's business, outside the step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,12 +14,13 @@ import torch.distributed as dist
 
 from mpl_scale.config.schema import MethodConfig
 from mpl_scale.models.passes import Pass
-from mpl_scale.mpl.network import Network
-from mpl_scale.types import Batch
+from mpl_scale.mpl.network import GradientShard, Network
+from mpl_scale.types import Batch, StepMetrics
 
 # The passes of a step, each with random numbers of its own.
 TEACHER_PASS, STUDENT_PASS, FEEDBACK_PASS, LABEL_SAMPLING = range(4)
 LABELLED_ROWS, WEAK_ROWS, STRONG_ROWS = (view << 28 for view in range(3))
+Logits = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ class State:
     student_average: MovingAverage | None
     baseline: Baseline
     world_group: dist.ProcessGroup | None = None
+    micro_batches: int = 1  # of a step; each pass runs in so many parts, each normalised by itself
+    deferred_teacher: bool = False  # its graph is built after the feedback is known, not kept over the student's
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:
         """The context of one forward pass on global rows (int64 [B]) at this step."""
@@ -113,6 +116,19 @@ class State:
         self.step.add_(1)
 
 
+def backward(network: Network, losses: Iterable[torch.Tensor], parts: int) -> GradientShard:
+    """Backpropagate the mean of the losses of `parts` micro-batches, each before the next one is computed."""
+    remaining = iter(losses)
+    for _ in range(parts - 1):
+        network.accumulate(next(remaining) / parts)
+    return network.backward(next(remaining) / parts)
+
+
+def means(parts: Sequence[StepMetrics]) -> dict[str, torch.Tensor]:
+    """The averages of what micro-batches measured, by name."""
+    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+
+
 def gradient_dots(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor], network: Network) -> torch.Tensor:
     """[<u, v>, <u, u>, <v, v>] of two gradients held as shards: float64 [3], one all-reduce of three numbers."""
     dots = torch.stack([sum_products(u, v), sum_products(u, u), sum_products(v, v)])
@@ -124,6 +140,13 @@ def gradient_dots(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor], network:
 def sum_products(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of elementwise products over lists of 1-D tensors, accumulated in float64; []."""
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in zip(u, v, strict=True)]).sum()
+
+
+def three_views(state: State, batch: Batch, network: Network, *, number: int, learn: bool = True) -> Logits:
+    """Logits of x_l [B, K], x_u [U, K] and x_s [U, K], from pass `number` over all three as one batch."""
+    with network.module.passes(state.new_pass(number, teacher_rows(batch), learn=learn)):  # type: ignore[operator]
+        logits = network.forward(torch.cat([batch.labelled, batch.weak, batch.strong]))
+    return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
 
 
 def teacher_rows(batch: Batch) -> torch.Tensor:

@@ -2,10 +2,12 @@
 
 A function of one state and one batch. It reads no device value on the host and branches only on the config, so the
 same function runs eagerly or replays as a CUDA graph, on one rank or thousands: it talks to networks (network.py),
-never to ranks.
+never to ranks. Every pass runs over the step's micro-batches, of which there is one unless gradients are accumulated.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 
@@ -20,8 +22,11 @@ from mpl_scale.mpl.state import (
     STUDENT_PASS,
     TEACHER_PASS,
     WEAK_ROWS,
+    Logits,
     State,
-    teacher_rows,
+    backward,
+    means,
+    three_views,
 )
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch, StepMetrics
@@ -43,49 +48,67 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     assert student is not None
     now = state.schedules.at(state.step)
     rule = FEEDBACK_RULES[method.feedback.rule]()
+    parts = batch.split(state.micro_batches)
+    measured: list[dict[str, torch.Tensor]] = [{} for _ in parts]
 
     # The teacher sees [x_l, x_u, x_s] as one batch, so that its BN couples the views as in the released code.
-    with teacher.module.passes(state.new_pass(TEACHER_PASS, teacher_rows(batch))):  # type: ignore[operator]
-        logits = teacher.forward(torch.cat([batch.labelled, batch.weak, batch.strong]))
-    labelled, weak, strong = logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
+    with torch.set_grad_enabled(not state.deferred_teacher):
+        logits = [three_views(state, part, teacher, number=TEACHER_PASS) for part in parts]
 
     # Pseudo labels y_u ~ P(. | x_u; theta_T)
-    teacher_logits = (strong if method.pseudo_label_view == "strong" else weak) / method.pseudo_label_temperature
-    pseudo_labels = _pseudo_labels(state, batch, teacher_logits.detach())
+    labels = [_pseudo_labels(state, part, _labelling(state, views)) for part, views in zip(parts, logits, strict=True)]
 
     # Student: theta_S' = theta_S - lr grad CE(y_u, S(x_s; theta_S))
-    student_logits = _student_pass(state, batch, student)
-    student_loss = cross_entropy(student_logits, pseudo_labels, smoothing=method.student_label_smoothing).mean()
-    gradient = student.backward(student_loss)
+    def student_losses() -> Iterator[torch.Tensor]:
+        for part, targets, metrics in zip(parts, labels, measured, strict=True):
+            strong, labelled = _student_pass(state, part, student)
+            loss = cross_entropy(strong, targets, smoothing=method.student_label_smoothing).mean()
+            metrics |= {"student_loss": loss.detach(), "student_accuracy": accuracy(strong, targets)}
+            rule.saw_labelled(labelled.detach(), part)
+            yield loss
+
+    gradient = backward(student, student_losses(), len(parts))
     rule.before_update(state, batch)
     student.apply(now.student_lr)
 
     # Feedback: h from grad CE(y_l, S(x_l; theta_S')) and the gradient above
-    repeat = torch.no_grad()(lambda: _student_pass(state, batch, student, learn=False))
-    update = StudentUpdate(targets=pseudo_labels, gradient=gradient, lr=now.student_lr, forward=repeat)
+    @torch.no_grad()
+    def repeat() -> torch.Tensor:
+        return torch.cat([_student_pass(state, part, student, learn=False)[0] for part in parts])
+
+    update = StudentUpdate(targets=torch.cat(labels), gradient=gradient, lr=now.student_lr, forward=repeat)
     signal = rule.after_update(state, batch, update)
     baseline = state.baseline.update(signal.h) if method.feedback.baseline else torch.zeros_like(signal.h)
     scale = now.feedback_gate * method.feedback.weight
-    credit = scale * (signal.credit if rule.soft_labels else signal.credit - baseline)
+    credit = (scale * (signal.credit if rule.soft_labels else signal.credit - baseline)).detach()
+    credits = credit.chunk(len(parts)) if credit.ndim else [credit] * len(parts)
 
     # Teacher: g_T + g_T,supervised + g_T,UDA
-    targets = pseudo_labels
-    if method.feedback.target == "strong_argmax":
-        teacher_logits, targets = strong, strong.detach().argmax(-1)
-    teacher_mpl = rule.teacher_loss(credit.detach(), teacher_logits, targets)
-    supervised = cross_entropy(labelled, batch.labels, smoothing=method.label_smoothing).mean()
-    uda = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold).mean()
-    teacher.backward(teacher_mpl + method.supervised_weight * supervised + now.uda_weight * uda)
+    def teacher_losses() -> Iterator[torch.Tensor]:
+        for part, views, targets, share, metrics in zip(parts, logits, labels, credits, measured, strict=True):
+            if state.deferred_teacher:
+                views = three_views(state, part, teacher, number=TEACHER_PASS, learn=False)
+            labelled, weak, strong = views
+            if method.feedback.target == "strong_argmax":
+                mpl = rule.teacher_loss(share, strong, strong.detach().argmax(-1))
+            else:
+                mpl = rule.teacher_loss(share, _labelling(state, views), targets)
+            supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
+            uda = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold).mean()
+            metrics |= {
+                "teacher_supervised_loss": supervised.detach(),
+                "teacher_uda_loss": uda.detach(),
+                "teacher_mpl_loss": mpl.detach(),
+                "teacher_accuracy": accuracy(labelled, part.labels),
+            }
+            yield mpl + method.supervised_weight * supervised + now.uda_weight * uda
+
+    backward(teacher, teacher_losses(), len(parts))
     teacher.apply(now.teacher_lr)
 
     state.advance()
     return {
-        "student_loss": student_loss.detach(),
-        "student_accuracy": accuracy(student_logits, pseudo_labels),
-        "teacher_supervised_loss": supervised.detach(),
-        "teacher_uda_loss": uda.detach(),
-        "teacher_mpl_loss": teacher_mpl.detach(),
-        "teacher_accuracy": accuracy(labelled, batch.labels),
+        **means(measured),
         "h": scale * (signal.h - baseline),
         "feedback": signal.h,
         "baseline": baseline,
@@ -96,8 +119,15 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     }
 
 
+def _labelling(state: State, views: Logits) -> torch.Tensor:
+    """The logits [U, K] that pseudo labels are drawn from, and whose likelihood the feedback moves."""
+    _, weak, strong = views
+    return (strong if state.method.pseudo_label_view == "strong" else weak) / state.method.pseudo_label_temperature
+
+
 def _pseudo_labels(state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     """Labels int64 [U], or distributions [U, K] for soft ones, from the teacher's logits [U, K]."""
+    logits = logits.detach()
     if state.method.pseudo_labels == "soft":
         return logits.softmax(-1)
     if state.method.pseudo_labels == "argmax":
@@ -107,11 +137,12 @@ def _pseudo_labels(state: State, batch: Batch, logits: torch.Tensor) -> torch.Te
     return sample_labels(logits, numbers)
 
 
-def _student_pass(state: State, batch: Batch, student: Network, *, learn: bool = True) -> torch.Tensor:
-    """The student's logits on x_s [U, K]; x_l rides along if configured, for the batch statistics only."""
+def _student_pass(state: State, batch: Batch, student: Network, *, learn: bool = True) -> Logits:
+    """The student's logits on x_s [U, K], and on x_l (or none of its rows): for the batch statistics only."""
     images, rows = batch.strong, batch.unlabelled_rows + STRONG_ROWS
     if state.method.student_sees_labelled:
         images = torch.cat([images, batch.labelled])
         rows = torch.cat([rows, batch.labelled_rows + LABELLED_ROWS])
     with student.module.passes(state.new_pass(STUDENT_PASS, rows, learn=learn)):  # type: ignore[operator]
-        return student.forward(images)[: len(batch.strong)]
+        logits = student.forward(images)
+    return logits[: len(batch.strong)], logits[len(batch.strong) :]

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from mpl_scale.models.layers import BatchNorm
+from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.spatial.halo import WidthGroup
 from mpl_scale.spatial.layout import Share, slices
 from mpl_scale.spatial.rules import Split, class_name

@@ -21,7 +21,7 @@ from typing import Literal
 from torch import nn
 
 from mpl_scale.mesh import Mesh
-from mpl_scale.models.layers import BatchNorm
+from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.passes import Passes
 from mpl_scale.spatial.agreement import ShapeAgreement
 from mpl_scale.spatial.expansion import keep_statistics, with_block_input

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mpl_scale.models.layers import BatchNorm
+from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.spatial.layout import Bounds, balanced, input_columns
 from mpl_scale.spatial.rules import RULES, Split, class_name, has_rule, plan
 

@@ -14,7 +14,7 @@ from mpl_scale.spatial.layout import Bounds, Share, slices
 from mpl_scale.spatial.rules import Split, SplitLayer, columnwise, partition_rule
 
 columnwise(
-    "mpl_scale.models.layers.BatchNorm",  # its statistics span the ranks already, weighted by element count
+    "mpl_scale.models.batch_norm.BatchNorm",  # its statistics span the ranks already, weighted by element count
     "mpl_scale.models.layers.DropPath",
     "torch.nn.modules.linear.Identity",
     *(

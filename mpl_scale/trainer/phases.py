@@ -15,11 +15,12 @@ from torch import nn
 from mpl_scale.checkpoint import gather_parameters
 from mpl_scale.config import Batches, Config, RunConfig
 from mpl_scale.config.checks import uses_flat_engine
-from mpl_scale.config.schema import MethodConfig, NetworkConfig, OptimConfig, OptimsConfig
+from mpl_scale.config.schema import MethodConfig, NetworkConfig, OptimConfig, OptimsConfig, ParallelConfig
 from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
+from mpl_scale.models.kernels import Mode
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
 from mpl_scale.spatial import parallelize
@@ -30,7 +31,7 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase. Batches are images over all ranks; `index` keys its randomness and data order."""
+    """One phase. Batches are images over all ranks and micro-batches; `index` keys its randomness and data order."""
 
     name: str
     index: int
@@ -40,6 +41,7 @@ class Phase:
     steps: int
     labelled: int
     unlabelled: int
+    micro_batches: int = 1
     start_student_from: str = "student"
 
 
@@ -91,6 +93,7 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
             steps=min(steps, max_steps or steps),
             labelled=labelled,
             unlabelled=batches.unlabelled if step.unlabelled else 0,
+            micro_batches=batches.micro_batches,
             start_student_from=phases.finetune.start_from if name == "finetune" else "student",
         )
         for index, (name, step, settings, optim, steps, labelled) in enumerate(rows)
@@ -100,7 +103,7 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
 
 def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[str, Weights]) -> State:
     """The networks of a phase under their engines, from the weights of the phase before where there are any."""
-    config, settings = run.mpl, phase.settings
+    config, settings, parallel = run.mpl, phase.settings, run.mpl.parallel
 
     def network(name: str, section: NetworkConfig, optim: OptimConfig, source: str) -> Network:
         module = build_model(
@@ -109,16 +112,17 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
             field=f"mpl_scale.model.{name}",
             seed=initial_seed(config.seed, name),
             group=mesh.world_group,
+            kernels=kernels(parallel, mesh.device),
         )
         if source in weights:
             module.load_state_dict(weights[source])
-        module = apply_recompute(split(module, config, mesh=mesh), config.parallel.recompute)
+        module = apply_recompute(split(module, config, mesh=mesh), parallel.recompute)
         flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
         return build_network(
             module.to(mesh.device),
             engine="flat" if flat else "deepspeed",
             optim=optim,
-            ds_config=run.deepspeed,
+            ds_config={**run.deepspeed, "gradient_accumulation_steps": phase.micro_batches},
             mesh=mesh,
         )
 
@@ -142,7 +146,23 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
             decay=feedback.baseline_decay, bias_correction=feedback.baseline_bias_correction, device=mesh.device
         ),
         world_group=mesh.world_group,
+        micro_batches=phase.micro_batches,
+        deferred_teacher=parallel.teacher == "deferred" or (parallel.teacher == "auto" and phase.micro_batches > 1),
     )
+
+
+def kernels(parallel: ParallelConfig, device: torch.device) -> Mode:
+    """`parallel.kernels`, resolved: compiled on a GPU."""
+    if parallel.kernels == "auto":
+        return "compiled" if device.type == "cuda" else "eager"
+    return parallel.kernels
+
+
+def channels_last(parallel: ParallelConfig, device: torch.device) -> bool:
+    """`parallel.channels_last`, resolved: on a GPU, where images are whole."""
+    if parallel.channels_last == "auto":
+        return device.type == "cuda" and parallel.width == 1
+    return parallel.channels_last == "on"
 
 
 def split(module: nn.Module, config: Config, *, mesh: Mesh) -> nn.Module:

@@ -1,0 +1,172 @@
+"""Batch norm over every rank of a group, with its activation; one process alone is a group of one.
+
+torch's SyncBatchNorm refuses CPUs, and its BatchNorm refuses bf16 weights with fp32 statistics.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.models.kernels import IDENTITY, Loops, Mode, activation_of, loops, rows, unrows
+from mpl_scale.models.passes import Passes
+
+
+class _Normalise(torch.autograd.Function):
+    """y = act((x - mean) / sqrt(var + eps) * weight + bias) with mean and var over every rank; keeps x alone.
+
+    Forward: one all-reduce of 2 C + 1 numbers, the sums and the element count (a rank may have no element). Backward:
+    one of 2 C. The backward of the statistics' all-reduce is a SUM, so that parameters averaged over ranks have the
+    gradient of the mean loss. `columns` (start, length) of the width enter the statistics, all are normalised; None:
+    all enter. Sums are taken about the first element of each channel and added up in float64: no cancellation where
+    the mean is far from 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, eps, group, columns, functions):  # type: ignore[no-untyped-def]
+        ours: Loops = functions
+        x = x.contiguous(memory_format=_memory_format(x))
+        own = x if columns is None else x.narrow(-1, *columns)
+        totals = _raw_sums(own, ours)
+        if group is not None:
+            dist.all_reduce(totals, group=group)
+        count = totals[-1]
+        exact_mean, square = (totals[:-1] / count).chunk(2)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        mean, variance = exact_mean.to(dtype), (square - exact_mean * exact_mean).clamp(min=0.0).to(dtype)
+        inverse_std = torch.rsqrt(variance + eps)
+        scale = inverse_std * weight
+        shift = bias - mean * scale
+        ctx.save_for_backward(x, mean, inverse_std, scale, shift, count)
+        ctx.ours, ctx.group, ctx.columns, ctx.dtype = ours, group, columns, weight.dtype
+        y = unrows(ours.normalise(rows(x), scale, shift), x)
+        count = count.to(dtype)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return y, mean, variance, count
+
+    @staticmethod
+    def backward(ctx: Any, dy, *_):  # type: ignore[no-untyped-def]
+        x, mean, inverse_std, scale, shift, count = ctx.saved_tensors
+        ours: Loops = ctx.ours
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        along = (mean, inverse_std, scale, shift)
+        local = ours.gradient_sums(rows(dy), rows(x), *along) if x.numel() else scale.new_zeros(2, len(scale)).double()
+        grad_bias, grad_weight = local.to(scale.dtype)
+        totals = local if ctx.group is None else local.clone()
+        if ctx.group is not None:
+            dist.all_reduce(totals, group=ctx.group)
+        means = (totals / count).to(scale.dtype)
+        dx = unrows(ours.gradient_input(rows(dy), rows(x), *along, *means), x)
+        if ctx.columns is not None:
+            dx = _outside(dx, dy, x, ctx.columns, along, ours)
+        return dx, grad_weight.to(ctx.dtype), grad_bias.to(ctx.dtype), None, None, None, None
+
+
+def _raw_sums(x: torch.Tensor, ours: Loops) -> torch.Tensor:
+    """float64 [2 C + 1]: the sums of x and x squared over all but the channels, and the element count."""
+    channels = x.shape[1]
+    if not x.numel():
+        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    count = x.numel() // channels
+    flat = rows(x)
+    center = flat[0, :, 0].to(torch.promote_types(x.dtype, torch.float32))
+    offsets, squares = ours.sums(flat, center)
+    exact = center.double()
+    # sum (o + c) and sum (o + c)^2 from the sums of o and o^2
+    sums = torch.cat([offsets + count * exact, squares + exact * (2 * offsets + count * exact)])
+    return torch.cat([sums, sums.new_full((1,), count)])
+
+
+def _outside(
+    dx: torch.Tensor,
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    columns: tuple[int, int],
+    along: tuple[torch.Tensor, ...],
+    ours: Loops,
+) -> torch.Tensor:
+    """dx with the columns that did not enter the statistics replaced by theirs: no gradient through the statistics."""
+    nothing = torch.zeros_like(along[0])
+    plain = unrows(ours.gradient_input(rows(dy), rows(x), *along, nothing, nothing), x)
+    plain.narrow(-1, *columns).copy_(dx.narrow(-1, *columns))
+    return plain
+
+
+def _memory_format(x: torch.Tensor) -> torch.memory_format:
+    wide = x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if wide else torch.contiguous_format
+
+
+class BatchNorm(nn.Module):
+    """Batch norm (and an optional activation, as timm's BatchNormAct2d) over all ranks of `group`.
+
+    Statistics are in fp32 (or the buffers' dtype) whatever the input's; the running variance is unbiased by the
+    global count. In a pass with `update_statistics=False` the batch normalises but the moving averages stay.
+    Set by mpl_scale.spatial: `statistics_columns` (start, length) leaves halo columns out of the statistics;
+    `replicas` is the number of ranks that hold each value (behind a global pool), so that it counts once.
+    """
+
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def __init__(
+        self, source: Any, *, passes: Passes, group: dist.ProcessGroup | None, kernels: Mode = "eager"
+    ) -> None:
+        super().__init__()
+        self.weight, self.bias = source.weight, source.bias
+        for name in ("running_mean", "running_var", "num_batches_tracked"):
+            self.register_buffer(name, getattr(source, name))
+        self.eps, self.momentum = source.eps, source.momentum
+        self.drop = getattr(source, "drop", None)
+        self.act = getattr(source, "act", None)
+        self.passes, self.group, self.kernels = passes, group, kernels
+        self.statistics_columns: tuple[int, int] | None = None
+        self.replicas = 1
+        self.train(source.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, C, ...] -> the same shape and dtype."""
+        if self.training and (self.kernels == "compiled" or self.group is not None):
+            drops = self.drop is not None and not isinstance(self.drop, nn.Identity)
+            fused = None if drops or self.kernels == "eager" else activation_of(self.act)
+            x = self._normalise(x, loops(self.kernels, fused or IDENTITY))
+            if fused is not None:
+                return x
+        else:
+            x = self._normalise_alone(x)
+        x = x if self.drop is None else self.drop(x)
+        return x if self.act is None else self.act(x)
+
+    def _normalise(self, x: torch.Tensor, functions: Loops) -> torch.Tensor:
+        """By the statistics of this batch on all ranks."""
+        y, mean, variance, count = _Normalise.apply(
+            x, self.weight, self.bias, self.eps, self.group, self.statistics_columns, functions
+        )
+        if self.passes.learns:
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = variance * (count / (count - self.replicas))
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return y
+
+    def _normalise_alone(self, x: torch.Tensor) -> torch.Tensor:
+        """torch's own: in evaluation, and in training one process without compiled loops."""
+        wide = self.running_mean.dtype
+        # Copies, because autograd keeps what it is given: a later pass may move the averages, a repeated one not.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
+        weight, bias = self.weight.to(wide), self.bias.to(wide)
+        y = F.batch_norm(x.to(wide), mean, var, weight, bias, self.training, self.momentum, self.eps)
+        if self.training and self.passes.learns:
+            self.num_batches_tracked.add_(1)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
+        return y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(module)."""
+        return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}, global={self.group is not None}"
