@@ -22,8 +22,7 @@ class _Normalise(torch.autograd.Function):
     Forward: one all-reduce of 2 C + 1 numbers, the sums and the element count (a rank may have no element). Backward:
     one of 2 C. The backward of the statistics' all-reduce is a SUM, so that parameters averaged over ranks have the
     gradient of the mean loss. `columns` (start, length) of the width enter the statistics, all are normalised; None:
-    all enter. Sums are taken about the first element of each channel and added up in float64: no cancellation where
-    the mean is far from 0.
+    all enter.
     """
 
     @staticmethod
@@ -31,69 +30,37 @@ class _Normalise(torch.autograd.Function):
         ours: Loops = functions
         x = x.contiguous(memory_format=_memory_format(x))
         own = x if columns is None else x.narrow(-1, *columns)
-        totals = _raw_sums(own, ours)
+        if own.numel():
+            totals = ours.sums(rows(own))
+        else:
+            totals = torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
         if group is not None:
             dist.all_reduce(totals, group=group)
-        count = totals[-1]
-        exact_mean, square = (totals[:-1] / count).chunk(2)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        mean, variance = exact_mean.to(dtype), (square - exact_mean * exact_mean).clamp(min=0.0).to(dtype)
-        inverse_std = torch.rsqrt(variance + eps)
-        scale = inverse_std * weight
-        shift = bias - mean * scale
-        ctx.save_for_backward(x, mean, inverse_std, scale, shift, count)
+        mean, variance, inverse_std, scale, shift = ours.statistics(totals, weight, bias, eps)
+        ctx.save_for_backward(x, mean, inverse_std, scale, shift, totals)
         ctx.ours, ctx.group, ctx.columns, ctx.dtype = ours, group, columns, weight.dtype
-        y = unrows(ours.normalise(rows(x), scale, shift), x)
-        count = count.to(dtype)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return y, mean, variance, count
+        ctx.mark_non_differentiable(mean, variance, totals)
+        y = unrows(ours.normalise(rows(x), scale, shift), x) if x.numel() else torch.empty_like(x)
+        return y, mean, variance, totals
 
     @staticmethod
     def backward(ctx: Any, dy, *_):  # type: ignore[no-untyped-def]
-        x, mean, inverse_std, scale, shift, count = ctx.saved_tensors
+        x, mean, inverse_std, scale, shift, totals = ctx.saved_tensors
         ours: Loops = ctx.ours
         dy = dy.contiguous(memory_format=_memory_format(x))
         along = (mean, inverse_std, scale, shift)
-        local = ours.gradient_sums(rows(dy), rows(x), *along) if x.numel() else scale.new_zeros(2, len(scale)).double()
-        grad_bias, grad_weight = local.to(scale.dtype)
-        totals = local if ctx.group is None else local.clone()
+        gradients = ours.gradient_sums(rows(dy), rows(x), *along) if x.numel() else torch.zeros_like(totals[:-1])
+        grad_bias, grad_weight = gradients.to(ctx.dtype, copy=True).chunk(2)
         if ctx.group is not None:
-            dist.all_reduce(totals, group=ctx.group)
-        means = (totals / count).to(scale.dtype)
-        dx = unrows(ours.gradient_input(rows(dy), rows(x), *along, *means), x)
-        if ctx.columns is not None:
-            dx = _outside(dx, dy, x, ctx.columns, along, ours)
-        return dx, grad_weight.to(ctx.dtype), grad_bias.to(ctx.dtype), None, None, None, None
-
-
-def _raw_sums(x: torch.Tensor, ours: Loops) -> torch.Tensor:
-    """float64 [2 C + 1]: the sums of x and x squared over all but the channels, and the element count."""
-    channels = x.shape[1]
-    if not x.numel():
-        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
-    count = x.numel() // channels
-    flat = rows(x)
-    center = flat[0, :, 0].to(torch.promote_types(x.dtype, torch.float32))
-    offsets, squares = ours.sums(flat, center)
-    exact = center.double()
-    # sum (o + c) and sum (o + c)^2 from the sums of o and o^2
-    sums = torch.cat([offsets + count * exact, squares + exact * (2 * offsets + count * exact)])
-    return torch.cat([sums, sums.new_full((1,), count)])
-
-
-def _outside(
-    dx: torch.Tensor,
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    columns: tuple[int, int],
-    along: tuple[torch.Tensor, ...],
-    ours: Loops,
-) -> torch.Tensor:
-    """dx with the columns that did not enter the statistics replaced by theirs: no gradient through the statistics."""
-    nothing = torch.zeros_like(along[0])
-    plain = unrows(ours.gradient_input(rows(dy), rows(x), *along, nothing, nothing), x)
-    plain.narrow(-1, *columns).copy_(dx.narrow(-1, *columns))
-    return plain
+            dist.all_reduce(gradients, group=ctx.group)
+        dx = torch.empty_like(x)
+        if x.numel():
+            dx = unrows(ours.gradient_input(rows(dy), rows(x), *along, gradients, totals), x)
+        if ctx.columns is not None:  # the others did not enter the statistics: no gradient comes through them
+            plain = unrows(ours.gradient_input(rows(dy), rows(x), *along, torch.zeros_like(gradients), totals), x)
+            plain.narrow(-1, *ctx.columns).copy_(dx.narrow(-1, *ctx.columns))
+            dx = plain
+        return dx, grad_weight, grad_bias, None, None, None, None
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:
@@ -144,14 +111,12 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, x: torch.Tensor, functions: Loops) -> torch.Tensor:
         """By the statistics of this batch on all ranks."""
-        y, mean, variance, count = _Normalise.apply(
+        y, mean, variance, totals = _Normalise.apply(
             x, self.weight, self.bias, self.eps, self.group, self.statistics_columns, functions
         )
         if self.passes.learns:
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            unbiased = variance * (count / (count - self.replicas))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+            running = (self.running_mean, self.running_var, self.num_batches_tracked)
+            functions.learn(*running, mean, variance, totals, self.momentum, self.replicas)
         return y
 
     def _normalise_alone(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The four loops of batch norm with its activation: plain torch, or the same functions compiled by inductor.
+"""The loops of batch norm with its activation: plain torch, or the same functions compiled by inductor.
 
 Forward is a pass for the sums and one that normalises and activates; backward recomputes the activation from the input,
 so the input is all that is kept. Compiled, each is one loop over memory (C++ on a CPU, Triton on a GPU). Tensors are
@@ -56,10 +56,12 @@ def activation_of(module: nn.Module | None) -> Activation | None:
 
 @dataclass(frozen=True)
 class Loops:
-    """The four functions for one activation; shapes as below."""
+    """The functions for one activation; see `loops`."""
 
     sums: Callable[..., torch.Tensor]
+    statistics: Callable[..., tuple[torch.Tensor, ...]]
     normalise: Callable[..., torch.Tensor]
+    learn: Callable[..., None]
     gradient_sums: Callable[..., torch.Tensor]
     gradient_input: Callable[..., torch.Tensor]
 
@@ -78,32 +80,62 @@ def loops(mode: Mode, activation: Activation = IDENTITY) -> Loops:
     def over(vector: torch.Tensor) -> torch.Tensor:
         return vector[None, :, None]
 
-    def sums(x: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
-        """Sums of x - center and of its square: float64 [2, C]."""
+    def sums(x: torch.Tensor) -> torch.Tensor:
+        """Sums of x and of its square, and the element count: float64 [2 C + 1].
+
+        Taken about the first element of each channel, and moved to 0 in float64: no cancellation far from 0.
+        """
+        count = x.shape[0] * x.shape[2]
+        center = wide(x[0, :, 0])
         offset = wide(x) - over(center)
-        return torch.stack([total(offset), total(offset * offset)])
+        first, second, exact = total(offset), total(offset * offset), center.double()
+        return torch.cat(
+            [first + count * exact, second + exact * (2 * first + count * exact), torch.full_like(exact[:1], count)]
+        )
+
+    def statistics(totals: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float):  # type: ignore[no-untyped-def]
+        """mean, variance, 1 / sqrt(variance + eps), scale and shift, [C] each, from the sums over all ranks."""
+        exact_mean, square = (totals[:-1] / totals[-1]).chunk(2)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        mean, variance = exact_mean.to(dtype), (square - exact_mean * exact_mean).clamp(min=0.0).to(dtype)
+        inverse_std = torch.rsqrt(variance + eps)
+        scale = inverse_std * weight
+        return mean, variance, inverse_std, scale, bias - mean * scale
 
     def normalise(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """act(x * scale + shift) in x's dtype."""
         return activation.of(wide(x) * over(scale) + over(shift)).to(x.dtype)
 
+    def learn(running_mean, running_var, tracked, mean, variance, totals, momentum, replicas):  # type: ignore[no-untyped-def]
+        """Move the running statistics, in place; the variance unbiased by the count of distinct values."""
+        unbiased = variance * (totals[-1] / (totals[-1] - replicas)).to(variance.dtype)
+        running_mean.copy_(torch.lerp(running_mean, mean.to(running_mean.dtype), momentum))
+        running_var.copy_(torch.lerp(running_var, unbiased.to(running_var.dtype), momentum))
+        tracked.add_(1)
+
     def gradient_sums(dy, x, mean, inverse_std, scale, shift):  # type: ignore[no-untyped-def]
-        """Sums of dz and of dz times the normalised x, z = x * scale + shift: float64 [2, C]."""
+        """Sums of dz and of dz times the normalised x, z = x * scale + shift: float64 [2 C]."""
         x = wide(x)
         dz = activation.gradient(x * over(scale) + over(shift), wide(dy))
-        return torch.stack([total(dz), total(dz * ((x - over(mean)) * over(inverse_std)))])
+        return torch.cat([total(dz), total(dz * ((x - over(mean)) * over(inverse_std)))])
 
-    def gradient_input(dy, x, mean, inverse_std, scale, shift, mean_dz, mean_dz_x):  # type: ignore[no-untyped-def]
-        """scale * (dz - mean_dz - normalised x * mean_dz_x) in x's dtype."""
+    def gradient_input(dy, x, mean, inverse_std, scale, shift, gradients, totals):  # type: ignore[no-untyped-def]
+        """scale * (dz - mean of dz - normalised x * mean of dz x) in x's dtype; gradients: the sums over all ranks."""
         dtype, x = x.dtype, wide(x)
+        mean_dz, mean_dz_x = (gradients / totals[-1]).to(scale.dtype).chunk(2)
         dz = activation.gradient(x * over(scale) + over(shift), wide(dy))
         through_statistics = over(mean_dz) + (x - over(mean)) * over(inverse_std) * over(mean_dz_x)
         return ((dz - through_statistics) * over(scale)).to(dtype)
 
+    functions = (sums, statistics, normalise, learn, gradient_sums, gradient_input)
     if mode == "eager":
-        return Loops(sums, normalise, gradient_sums, gradient_input)
-    compiled = [torch.compile(f, dynamic=True) for f in (sums, normalise, gradient_sums, gradient_input)]
-    return Loops(*compiled)
+        return Loops(*functions)
+    # Otherwise dz, which two sums read, would be written out in between.
+    options: dict[str, str | int | bool | Callable[..., object]] = {
+        "realize_reads_threshold": 64,
+        "realize_opcount_threshold": 256,
+    }
+    return Loops(*(torch.compile(function, dynamic=True, options=options) for function in functions))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
