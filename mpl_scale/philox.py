@@ -19,12 +19,14 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:
+def philox4x32(
+    counter: tuple[Words, Words, Words, Words], key: tuple[int, int | Words]
+) -> tuple[Words, Words, Words, Words]:
     """Four 32-bit random words for each counter.
 
     Args:
         counter: four broadcastable int64 arrays or tensors, each value in [0, 2**32).
-        key: two 32-bit integers.
+        key: two 32-bit integers; the second may be an array or tensor.
 
     Returns:
         Four int64 arrays or tensors of the broadcast shape, values uniform over [0, 2**32).
@@ -44,25 +46,28 @@ def philox4x32(counter: tuple[Words, Words, Words, Words], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
-def uniform(*, seed: int, stream: int, step: torch.Tensor, rows: torch.Tensor, columns: int) -> torch.Tensor:
+def uniform(
+    *, seed: int, stream: int | torch.Tensor, step: torch.Tensor, rows: torch.Tensor, columns: int
+) -> torch.Tensor:
     """Uniform numbers in (0, 1) on the device, a function of (seed, stream, step, row, column) alone.
 
     Args:
         seed: the run's seed, 32 bits are used.
-        stream: what the numbers are for (a dropout site, label sampling, ...), 32 bits.
+        stream: what the numbers are for (a dropout site, label sampling, ...), 32 bits; or several, int64 [S].
         step: int64 [], the step counter; read on the device, never on the host.
         rows: int64 [B], global row numbers, so that every layout of ranks draws the same numbers for a row.
         columns: numbers per row.
 
     Returns:
-        float32 [B, columns].
+        float32 [B, columns], or [S, B, columns].
     """
     blocks = torch.arange(-(-columns // 4), device=rows.device)[None, :]
+    streams = stream[:, None, None] if isinstance(stream, torch.Tensor) else stream
     words = philox4x32(
         (blocks, rows[:, None] & _MASK, (step & _MASK).expand(1, 1), (step >> 32).expand(1, 1)),
-        (seed & _MASK, stream & _MASK),
+        (seed & _MASK, streams & _MASK),
     )
-    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :columns]
+    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(-2)[..., :columns]
     return _to_unit(bits >> 8).to(torch.float32)
 
 

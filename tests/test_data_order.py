@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from mpl_scale.config.schema import DataConfig, WeakConfig
 from mpl_scale.data import ImageFiles, make_splits
 from mpl_scale.data.order import shuffled
-from mpl_scale.data.plan import SamplePlan
+from mpl_scale.data.plan import Draws, SamplePlan
 from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.views import Placement, View, weak_view
 
 
 @settings(max_examples=80, deadline=None)
@@ -55,6 +56,14 @@ def test_index_outside_the_set_is_refused() -> None:
         shuffled(np.array([5]), size=5, seed=0, epoch=0)
 
 
+def view(pad: int = 2) -> View:
+    return weak_view(WeakConfig(pad=pad, flip=True), 8)
+
+
+def placed(draws: Draws, pad: int = 2) -> Placement:
+    return view(pad).place(draws.uniform, np.full((len(draws.ids), 2), 8))
+
+
 def plan(
     rows: np.ndarray, batch: int = 32, *, seed: int = 0, pad: int = 2, ids: np.ndarray | None = None
 ) -> SamplePlan:
@@ -62,7 +71,7 @@ def plan(
         np.arange(1000, 1050) if ids is None else ids,
         batch=batch,
         rows=rows,
-        weak=WeakConfig(pad=pad, flip=True),
+        columns=view(pad).columns,
         seed=seed,
         order_stream=stream_of(Purpose.LABELLED_ORDER),
         view_stream=stream_of(Purpose.LABELLED_VIEW),
@@ -83,21 +92,21 @@ def test_a_step_does_not_depend_on_rows_history_or_chunks() -> None:
     for step in steps:
         expected, planned = plan(np.arange(32)).draw(step), whole.draw(step)
         piece = part.draw(step)
-        for field in ("ids", "epochs", "windows", "flips"):
+        for field in ("ids", "epochs", "uniform"):
             assert np.array_equal(getattr(expected, field), getattr(planned, field))
             assert np.array_equal(getattr(expected, field)[8:16], getattr(piece, field))
 
 
 def test_windows_and_flips_are_uniform() -> None:
-    draws = plan(np.arange(5000), 5000, ids=np.arange(5000)).draw(0)
+    drawn = placed(plan(np.arange(5000), 5000, ids=np.arange(5000)).draw(0))
     for axis in range(2):
-        counts = np.bincount(draws.windows[:, axis] + 2, minlength=5)  # offsets -2 to 2
+        counts = np.bincount(drawn["windows"][:, axis] + 2, minlength=5)  # offsets -2 to 2
         assert len(counts) == 5
         assert np.abs(counts - 1000).max() < 114  # binomial(5000, 1/5): four standard deviations
-    assert abs(draws.flips.sum() - 2500) < 142  # binomial(5000, 1/2): four standard deviations
-    assert abs(np.corrcoef(draws.windows.T)[0, 1]) < 4 / np.sqrt(5000)
-    still = plan(np.arange(32), pad=0).draw(0)
-    assert not still.windows.any()
+    assert abs(drawn["flips"].sum() - 2500) < 142  # binomial(5000, 1/2): four standard deviations
+    assert abs(np.corrcoef(drawn["windows"].T)[0, 1]) < 4 / np.sqrt(5000)
+    still = placed(plan(np.arange(32), pad=0).draw(0), pad=0)
+    assert not still["windows"].any()
 
 
 def image_set(counts: list[int]) -> ImageFiles:

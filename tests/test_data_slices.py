@@ -16,7 +16,8 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
 from mpl_scale.data import ImageFiles, Splits, TrainLoader, evaluation_batches, load_images, make_splits
-from mpl_scale.data.slices import share
+from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
 from tests.ranks import pool
@@ -162,20 +163,67 @@ def test_evaluation_slices(digits: DataConfig, world: int, width: int, size: int
     assert sum(read for read, _ in ranks) == sum(images for _, images in ranks) / width
 
 
+def compare_spoilt(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str | None, bool]:
+    """On a rank: the reason it found for the spoilt file, and whether it is the rank that read it."""
+    mesh = build_mesh(device=torch.device("cpu"), width=2)
+    columns = CUTS[8][2]
+    start, stop = columns[mesh.width_index]
+
+    def load(place: Mesh, quarantine: Quarantine, columns: Columns | None) -> list[Batch]:
+        loader = TrainLoader(
+            config=config,
+            splits=splits,
+            image_size=8,
+            labelled_batch=2,
+            unlabelled_batch=4,
+            mesh=place,
+            seed=0,
+            stream=0,
+            start_step=0,
+            strong_view=None,
+            columns=columns,
+            quarantine=quarantine,
+        )
+        taken = list(itertools.islice(loader, 20))
+        loader.close()
+        return taken
+
+    own = Quarantine(max_fraction=1.0)
+    with counted_reads() as paths:
+        sliced = load(mesh, own, columns)
+    for ours, whole in zip(sliced, load(unsplit(mesh), Quarantine(max_fraction=1.0), None), strict=True):
+        for name in ("labelled", "weak", "strong"):
+            assert torch.equal(getattr(ours, name), getattr(whole, name)[..., start:stop]), name
+        assert torch.equal(ours.labels, whole.labels)
+    return next(iter(own.bad.values()), None), spoilt in paths
+
+
 @pytest.mark.parametrize("kind", SPOIL)
-def test_a_bad_file_ends_the_whole_group_and_is_named(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("part", ["labelled", "unlabelled"])
+def test_a_bad_file_is_replaced_on_the_whole_group(tmp_path: Path, kind: str, part: str) -> None:
+    """Pixels and label of the substitute on every rank, though one of them alone has seen the file."""
     spoil, reason = SPOIL[kind]
-    config = DataConfig(source="folder", root=str(write_folder(tmp_path / "root", images=20)))
+    config = DataConfig(
+        source="folder",
+        root=str(write_folder(tmp_path / "root", images=20)),
+        labelled_per_class=2,
+        unlabelled_from="rest",
+        weak=WeakConfig(pad=1),
+    )
     splits = splits_of(config)
-    path = Path(splits.images.paths[splits.unlabelled[3]])
-    spoil(path)
-    results = pool(2).run(load_from, config, splits, str(path))
-    assert [f"{path}: {reason}" in message for message, _ in results] == [True, True]
-    assert [read for _, read in results].count(True) == 1
+    sample = int(getattr(splits, part)[1])  # of the labelled ones: the last of its class
+    path = splits.images.name(sample)
+    spoil(Path(path))
+    results = pool(2).run(compare_spoilt, config, splits, path)
+    found = [why for why, read in results if read]
+    assert all(why is not None and reason in why for why in found)
+    assert [why for why, read in results if not read] == [None] * (2 - len(found))
+    if part == "labelled":
+        assert splits.images.labels[sample] != splits.images.labels[splits.labelled[2]]
 
 
-def load_from(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str, bool]:
-    """On a rank: the error it ends with, and whether it is the rank that read the spoilt file."""
+def end_early(config: DataConfig, splits: Splits) -> str:
+    """On a rank: the error it ends with."""
     mesh = build_mesh(device=torch.device("cpu"), width=2)
     loader = TrainLoader(
         config=config,
@@ -191,14 +239,21 @@ def load_from(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str, boo
         columns=CUTS[8][2],
     )
     try:
-        with (
-            counted_reads() as paths,
-            pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught,
-        ):
-            list(itertools.islice(loader, 20))
+        with pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught:
+            list(itertools.islice(loader, 40))
     finally:
         loader.close()
-    return str(caught.value), spoilt in paths
+    return str(caught.value)
+
+
+def test_too_many_bad_files_end_the_whole_group(tmp_path: Path) -> None:
+    """One rank finds them; nobody is left waiting for it."""
+    config = DataConfig(source="folder", root=str(write_folder(tmp_path / "root", images=40)))
+    splits = splits_of(config)
+    for sample in splits.unlabelled[::2]:
+        Path(splits.images.name(sample)).unlink()
+    messages = pool(2).run(end_early, config, splits)
+    assert all("cannot be read: No such file or directory" in message for message in messages)
 
 
 def test_columns_must_cut_the_image(digits: DataConfig) -> None:

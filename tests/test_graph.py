@@ -21,7 +21,7 @@ STEPS = 20
 def make_state(device: torch.device, optimizer: str = "sgd") -> State:
     """Dropout and drop-path on, a learning rate that changes every step."""
     mesh = build_mesh(device=device)
-    network = NetworkConfig(name="digits_cnn", dropout=0.2)
+    network = NetworkConfig(name="test_efficientnet", dropout=0.2, drop_path=0.2)
     if device.type == "cuda":
         network = NetworkConfig(name="tf_efficientnet_b0", dropout=0.2, drop_path=0.2)
     shared = ModelConfig(teacher=network, student=network, num_classes=10, image_size=32)
@@ -80,7 +80,7 @@ def compare(device: torch.device, *, capture: bool, optimizer: str) -> list[tupl
 
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
 def test_static_slots_are_bitwise_the_eager_step(optimizer: str) -> None:
-    """The CPU twin of the replay: 20 steps with changing rates, dropout and sampling."""
+    """The CPU twin of the replay: 20 steps with changing rates, dropout, drop-path and sampling."""
     for found, expected in compare(torch.device("cpu"), capture=False, optimizer=optimizer):
         assert torch.equal(found, expected)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
-from mpl_scale.engine.recompute import apply_recompute
+from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.models import Pass, build_model
 from tests.ranks import pool
 
@@ -60,6 +60,40 @@ def test_recomputation_is_exact(name: str, settings: dict[str, float], policy: s
         for parameter in recomputed.parameters():
             parameter.zero_()
     assert_bitwise(two_passes(copied, rows), expected)  # a deepcopy runs its own weights
+
+
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize(("name", "settings"), MODELS[1:3])
+def test_fairscales_backend_is_exact(name: str, settings: dict[str, float], offload: bool) -> None:
+    recomputed = apply_recompute(build(name, **settings), "block", backend="fairscale", offload=offload)
+    copied, rows = copy.deepcopy(recomputed), torch.arange(8)
+    expected = two_passes(build(name, **settings), rows)
+    assert list(recomputed.state_dict()) == list(build(name, **settings).state_dict())
+    assert_bitwise(two_passes(recomputed, rows), expected)
+    with torch.no_grad():
+        for parameter in recomputed.parameters():
+            parameter.zero_()
+    assert_bitwise(two_passes(copied, rows), expected)
+
+
+def test_a_policy_for_each_stage() -> None:
+    """EfficientNet-B0 has seven; the result is the plain one, the memory in between."""
+    mixed = ["block", "none", "bn_act", "none", "block", "block", "none"]
+    assert list(find_stages(build("tf_efficientnet_b0"))) == [f"blocks.{stage}" for stage in range(7)]
+    rows = torch.arange(8)
+    recomputed = apply_recompute(build("tf_efficientnet_b0", drop_path=0.2), mixed)
+    assert_bitwise(two_passes(recomputed, rows), two_passes(build("tf_efficientnet_b0", drop_path=0.2), rows))
+    kept = [kept_bytes(apply_recompute(build("tf_efficientnet_b0"), policy)) for policy in ("block", mixed, "none")]
+    assert kept == sorted(set(kept))
+    with pytest.raises(ValueError, match=r"EfficientNet has 7 stages \(blocks.0, .*one policy"):
+        apply_recompute(build("tf_efficientnet_b0"), ["block", "none"])
+
+
+def test_what_a_backend_cannot_do_is_refused() -> None:
+    with pytest.raises(ValueError, match="fairscale recomputes whole blocks; use block"):
+        apply_recompute(build("digits_cnn"), "bn_act", backend="fairscale")
+    with pytest.raises(ValueError, match="recompute_offload = true needs recompute_backend = fairscale"):
+        apply_recompute(build("digits_cnn"), "block", offload=True)
 
 
 def kept_bytes(model: nn.Module) -> int:

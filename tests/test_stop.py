@@ -36,14 +36,30 @@ def test_a_second_run_waits_and_names_the_first(tmp_path: Path) -> None:
     lock_output(tmp_path / "out", patience=30, note=pytest.fail).close()
 
 
-def test_a_signal_asks_to_stop_once() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    try:
-        stop = StopRequest().install()
-        assert not stop()
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop()
-        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGUSR1, before[1])
+def receive_signals(pipe: Connection) -> None:
+    stop = StopRequest().install()
+    pipe.send(stop())
+    while (number := pipe.recv()) is not None:
+        os.kill(os.getpid(), number)
+        pipe.send(stop())
+
+
+def test_signals_ask_to_stop_and_only_a_late_sigterm_kills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm signals the ranks and srun, which signals them again: that is one request."""
+    context = multiprocessing.get_context("fork")  # takes the patched clock along
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        now = [0.0]
+        monkeypatch.setattr("time.monotonic", lambda now=now: now.append(now[-1] + 4) or now[-1])
+        ours, theirs = context.Pipe()
+        process = context.Process(target=receive_signals, args=(theirs,))
+        process.start()
+        monkeypatch.undo()
+        assert ours.recv() is False
+        for sent in (number, signal.SIGTERM, signal.SIGTERM):  # at 4, 8 and 12 s
+            ours.send(sent)
+            assert ours.recv() is True
+        ours.send(signal.SIGUSR1)  # at 16 s
+        assert ours.recv() is True
+        ours.send(signal.SIGTERM)  # at 20 s
+        process.join(20)
+        assert process.exitcode == -signal.SIGTERM

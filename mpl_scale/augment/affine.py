@@ -1,8 +1,9 @@
 """Geometric operations: PIL's Image.transform(AFFINE) with nearest sampling, in its own 16-bit fixed point.
 
 Output pixel (x, y) shows input pixel floor(a (x + 1/2) + b (y + 1/2) + c), floor(d (x + 1/2) + e (y + 1/2) + f) for
-PIL's data = (a, b, c, d, e, f); outside the image it shows `fill`. Magnitudes are AutoAugment's ranges (Cubuk et al.
-2019, Table 6): shear 0.3, translate 100/331 of the side in whole pixels, rotate 30 degrees.
+PIL's data = (a, b, c, d, e, f); outside the image it shows `fill`. A shear along the width moves whole rows and a
+translation moves whole images: they copy windows of a padded image. Only a shear along the height and a rotation look
+up every pixel.
 """
 
 from __future__ import annotations
@@ -10,11 +11,54 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpl_scale.augment.registry import register_op
+from mpl_scale.augment import magnitudes
+from mpl_scale.augment.registry import Given, register_op
 
-SHEAR = 0.3
-TRANSLATE = 100 / 331  # AutoAugment: 100 pixels of a 331 pixel image
-ROTATE_DEGREES = 30
+_BITS = 16
+_LARGEST_INT32 = 4096
+"""Sides up to it keep sums of two 16-bit fixed-point coordinates of slope 2 within 32 bits."""
+
+
+def translate(images: torch.Tensor, right: np.ndarray, down: np.ndarray, *, fill: int) -> torch.Tensor:
+    """Output pixel (x, y) shows input pixel (x + right, y + down); right, down: whole numbers [B] on the host."""
+    height, width = images.shape[2:]
+    result = torch.full_like(images, fill)
+    for image, moved, x, y in zip(images, result, right.astype(int).tolist(), down.astype(int).tolist(), strict=True):
+        if abs(x) < width and abs(y) < height:
+            rows, columns = slice(max(-y, 0), height - max(y, 0)), slice(max(-x, 0), width - max(x, 0))
+            moved[:, rows, columns] = image[:, max(y, 0) : height + min(y, 0), max(x, 0) : width + min(x, 0)]
+    return result
+
+
+def move_rows(images: torch.Tensor, *, right: np.ndarray, fill: int) -> torch.Tensor:
+    """Output pixel (x, y) shows input pixel (x + right[y], y): whole rows are copied.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        right: int64 [B, H] on the host, pixels.
+        fill: value of pixels from outside.
+    """
+    batch, channels, height, width = images.shape
+    right = right.clip(-width, width)
+    before, after = max(0, -int(right.min())), max(0, int(right.max()))
+    stride, planes = before + width + after, batch * channels
+    padded = images.new_full((batch, channels, height, stride), fill)
+    padded[..., before : before + width] = images
+    first = np.arange(0, planes * height * stride, stride).reshape(batch, channels, height)
+    start = torch.from_numpy((first + before + right[:, None]).reshape(-1)).to(images.device)
+    return padded.view(-1).unfold(0, width, 1).index_select(0, start).view_as(images)
+
+
+def move_columns(images: torch.Tensor, *, down: np.ndarray, fill: int) -> torch.Tensor:
+    """Output pixel (x, y) shows input pixel (x, y + down[x]); down: int64 [B, W] on the host."""
+    batch, channels, height, width = images.shape
+    down = down.clip(-height, height)
+    above, below = max(0, -int(down.min())), max(0, int(down.max()))
+    padded = images.new_full((batch, channels, above + height + below, width), fill)
+    padded[:, :, above : above + height] = images
+    top = torch.from_numpy((down + above) * width + np.arange(width)).to(images.device)
+    index = torch.arange(0, height * width, width, device=images.device)[:, None] + top[:, None]
+    return padded.flatten(2).gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).view_as(images)
 
 
 def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch.Tensor:
@@ -26,66 +70,69 @@ def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch
         fill: value of pixels from outside.
     """
     batch, channels, height, width = images.shape
-    centred = matrices.copy()  # PIL samples at pixel centres
+    # A frame of fill takes every coordinate from outside: clamping is cheaper than comparing and masking.
+    padded = images.new_full((batch, channels, height + 2, width + 2), fill)
+    padded[:, :, 1:-1, 1:-1] = images
+    fixed = _fixed(matrices)
+    fixed[:, [2, 5]] += 1 << _BITS  # the frame
+    dtype = torch.int32 if max(height, width) <= _LARGEST_INT32 else torch.int64
+    x = torch.arange(width, device=images.device, dtype=dtype)
+    y = torch.arange(height, device=images.device, dtype=dtype)[:, None]
+    a, b, c, d, e, f = torch.from_numpy(fixed).to(images.device, dtype).view(batch, 6, 1, 1).unbind(1)
+    source_x = (a * x + c) + b * y
+    source_x.bitwise_right_shift_(_BITS).clamp_(0, width + 1)
+    source_y = (d * x + f) + e * y
+    source_y.bitwise_right_shift_(_BITS).clamp_(0, height + 1)
+    index = source_x.add_(source_y, alpha=width + 2).long().view(batch, 1, -1).expand(-1, channels, -1)
+    return padded.flatten(2).gather(2, index).view_as(images)
+
+
+def _fixed(matrices: np.ndarray) -> np.ndarray:
+    """PIL's fixed-point coefficients, int64 [B, 6]; it samples at pixel centres."""
+    centred = matrices.copy()
     centred[:, [2, 5]] += 0.5 * matrices[:, [0, 3]] + 0.5 * matrices[:, [1, 4]]
-    fixed = torch.from_numpy(np.floor(centred * 65536 + 0.5).astype(np.int64)).to(images.device)
-    per_x, per_y, offset = fixed.view(batch, 2, 3, 1, 1).unbind(2)  # each [B, (x, y), 1, 1]
-    x = torch.arange(width, device=images.device)
-    y = torch.arange(height, device=images.device)[:, None]
-    source_x, source_y = ((per_x * x + per_y * y + offset) >> 16).unbind(1)  # each [B, H, W]
-    inside = (source_x >= 0) & (source_x < width) & (source_y >= 0) & (source_y < height)
-    index = (source_y * width + source_x).mul_(inside).view(batch, 1, -1).expand(-1, channels, -1)
-    sampled = images.flatten(2).gather(2, index).view_as(images)
-    return sampled.masked_fill_(~inside[:, None], fill)
+    return np.floor(centred * (1 << _BITS) + 0.5).astype(np.int64)
 
 
-def _identity(count: int) -> np.ndarray:
-    return np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (count, 1))
+def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
+    """Whole pixels by which line 0 .. length - 1 moves: int64 [B, length], in PIL's fixed point."""
+    identity = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(amount), 1))
+    identity[:, 1] = amount
+    _, slope, offset, *_ = _fixed(identity).T
+    return (slope[:, None] * np.arange(length) + offset[:, None]) >> _BITS
 
 
-def _pixels(strength: np.ndarray, side: int) -> np.ndarray:
-    """Whole pixels, float64 [B]."""
-    return np.round(strength * TRANSLATE * side)
+@register_op("shear_x", amount=magnitudes.shear)
+def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """data = (1, amount, 0, 0, 1, 0)."""
+    return move_rows(images, right=_sheared(amount, images.shape[2]), fill=given.fill)
 
 
-@register_op("shear_x")
-def shear_x(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
-    """data = (1, 0.3 strength, 0, 0, 1, 0)."""
-    matrices = _identity(len(images))
-    matrices[:, 1] = SHEAR * strength
-    return transform(images, matrices, fill=fill)
+@register_op("shear_y", amount=magnitudes.shear)
+def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """data = (1, 0, 0, amount, 1, 0)."""
+    return move_columns(images, down=_sheared(amount, images.shape[3]), fill=given.fill)
 
 
-@register_op("shear_y")
-def shear_y(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
-    """data = (1, 0, 0, 0.3 strength, 1, 0)."""
-    matrices = _identity(len(images))
-    matrices[:, 3] = SHEAR * strength
-    return transform(images, matrices, fill=fill)
+@register_op("translate_x", amount=magnitudes.columns)
+def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """data = (1, 0, pixels, 0, 1, 0)."""
+    return translate(images, amount, np.zeros_like(amount), fill=given.fill)
 
 
-@register_op("translate_x")
-def translate_x(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
-    """data = (1, 0, pixels, 0, 1, 0), pixels = round(strength * width * 100/331)."""
-    matrices = _identity(len(images))
-    matrices[:, 2] = _pixels(strength, images.shape[3])
-    return transform(images, matrices, fill=fill)
+@register_op("translate_y", amount=magnitudes.rows)
+def translate_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """data = (1, 0, 0, 0, 1, pixels)."""
+    return translate(images, np.zeros_like(amount), amount, fill=given.fill)
 
 
-@register_op("translate_y")
-def translate_y(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
-    """data = (1, 0, 0, 0, 1, pixels), pixels = round(strength * height * 100/331)."""
-    matrices = _identity(len(images))
-    matrices[:, 5] = _pixels(strength, images.shape[2])
-    return transform(images, matrices, fill=fill)
-
-
-@register_op("rotate")
-def rotate(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
-    """Image.rotate(30 strength, NEAREST, fillcolor=fill): counter-clockwise degrees about the centre."""
-    angle = -np.radians(ROTATE_DEGREES * strength)
+@register_op("rotate", amount=magnitudes.degrees)
+def rotate(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """Image.rotate(degrees, NEAREST, fillcolor=fill): counter-clockwise about the centre."""
+    angle = -np.radians(amount)
     cosine, sine = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
     centre_x, centre_y = images.shape[3] / 2, images.shape[2] / 2
     shift_x = -cosine * centre_x - sine * centre_y + centre_x
     shift_y = sine * centre_x - cosine * centre_y + centre_y
-    return transform(images, np.stack([cosine, sine, shift_x, -sine, cosine, shift_y], axis=1), fill=fill)
+    matrices = np.stack([cosine, sine, shift_x, -sine, cosine, shift_y], axis=1)
+    return transform(images, matrices, fill=given.fill)

@@ -1,42 +1,83 @@
-"""Operations that depend on an image's histogram, channel by channel; they have no magnitude."""
+"""Operations that depend on an image's values, channel by channel, through one table of 256 entries for each."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-from mpl_scale.augment.registry import register_op
+from mpl_scale.augment.registry import Given, register_op
+
+_LEVELS = 256
+_LARGE = 1 << 14
+_PIECE = 1 << 16
+
+
+def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
+    """The table's entry for each pixel.
+
+    Args:
+        images: uint8 [B, 3, H, W].
+        tables: uint8 [B, 3, 256].
+    """
+    if (
+        images.device.type == "cpu" and images.shape[2] * images.shape[3] >= _LARGE
+    ):  # one table at a time needs no offsets
+        result = torch.empty_like(images)
+        planes = zip(images.flatten(0, 1), tables.flatten(0, 1), result.flatten(0, 1), strict=True)
+        for plane, table, out in planes:
+            for pixels, entries in zip(plane.flatten().split(_PIECE), out.view(-1).split(_PIECE), strict=True):
+                torch.index_select(table, 0, pixels.int(), out=entries)
+        return result
+    index = images.int()
+    index += _offsets(images)
+    return tables.flatten().index_select(0, index.flatten()).view_as(images)
+
+
+def histograms(images: torch.Tensor) -> torch.Tensor:
+    """Pixels of each value, int64 [B, 3, 256]."""
+    batch, channels = images.shape[:2]
+    if images.device.type == "cpu":  # bincount reads bytes faster than the widened copy of all of them is made
+        counts = [torch.bincount(channel, minlength=_LEVELS) for channel in images.view(batch * channels, -1)]
+        return torch.stack(counts).view(batch, channels, _LEVELS)
+    index = (images.int() + _offsets(images)).flatten()
+    return torch.bincount(index, minlength=batch * channels * _LEVELS).view(batch, channels, _LEVELS)
+
+
+def _offsets(images: torch.Tensor) -> torch.Tensor:
+    """Where each channel's table starts, int32 [B, 3, 1, 1]."""
+    batch, channels = images.shape[:2]
+    starts = torch.arange(0, batch * channels * _LEVELS, _LEVELS, device=images.device, dtype=torch.int32)
+    return starts.view(batch, channels, 1, 1)
 
 
 @register_op("autocontrast")
-def autocontrast(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
+def autocontrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.autocontrast with cutoff 0: stretch each channel to 0..255.
 
     PIL computes int(x * (255 / (high - low)) - low * (255 / (high - low))) in double precision; so does this, in the
     same order, because the integer quotient differs from it by one level where the double falls just below an integer.
     """
     flat = images.flatten(2)
-    low, high = (extreme.view(*images.shape[:2], 1, 1).double() for extreme in flat.aminmax(dim=2))
-    scale = torch.full_like(high, 255) / (high - low).clamp(min=1)  # 255 / tensor would multiply by a reciprocal
-    stretched = (images * scale - low * scale).clamp_(0, 255).to(torch.uint8)
-    return torch.where(high > low, stretched, images)
+    low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
+    scale = torch.full_like(high, 255) / (high - low).clamp_(min=1)  # 255 / tensor would multiply by a reciprocal
+    level = torch.arange(_LEVELS, device=images.device, dtype=torch.float64)
+    stretched = torch.where(high > low, level * scale - low * scale, level)
+    return look_up(images, stretched.clamp_(0, 255).to(torch.uint8))
 
 
 @register_op("equalize")
-def equalize(images: torch.Tensor, strength: np.ndarray, *, fill: int) -> torch.Tensor:
+def equalize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.equalize: the lookup table is the running count over (pixels below the maximum) // 255.
 
     Channels with fewer than 255 pixels below their maximum are left alone, as in PIL: 8x8 images never change.
     """
-    batch, channels, height, width = images.shape
-    if height * width <= 255:
-        return images
-    offsets = torch.arange(batch * channels, device=images.device).view(batch, channels, 1) * 256
-    index = images.flatten(2) + offsets
-    counts = torch.bincount(index.flatten(), minlength=batch * channels * 256).view(batch, channels, 256)
+    pixels = images.shape[2] * images.shape[3]
+    if pixels <= 255:
+        return images.clone()
+    counts = histograms(images)
     brightest = counts.gather(2, images.flatten(2).amax(2, keepdim=True).long())
-    step = (height * width - brightest) // 255
+    step = (pixels - brightest) // 255
     below = counts.cumsum(2) - counts
-    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255).to(torch.uint8)
-    equalized = table.flatten()[index].view_as(images)
-    return torch.where((step > 0)[..., None], equalized, images)
+    table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
+    table = torch.where(step > 0, table, torch.arange(_LEVELS, device=images.device))
+    return look_up(images, table.to(torch.uint8))

@@ -1,57 +1,135 @@
-"""Augmentation operations by name."""
+"""Augmentation operations by name, and the named lists of them that a config may draw from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mpl_scale.config.names import Registry, require_known
+from mpl_scale.config.schema import StrongConfig
 
-Operation = Callable[..., torch.Tensor]
-"""`(images, strength, *, fill) -> images`
+CHUNK_BYTES = 1 << 16
+"""Images an operation sees at once on a CPU: its int32 intermediates then stay in a core's second-level cache."""
 
-images: uint8 [B, 3, H, W], and so is the result; each image is treated by itself.
-strength: float64 [B] on the host in [-1, 1], magnitude / 10 with a random sign; operations without a direction read
-    its absolute value, and 0 leaves an image as it is unless the operation has no magnitude.
-fill: value of pixels that come from outside the image, 0 to 255.
+
+@dataclass(frozen=True)
+class Given:
+    """What an operation may need beside the images and the amount.
+
+    Attributes:
+        fill: value of pixels that come from outside the image, 0 to 255.
+        partners: uint8 [B, 3, H, W], the images to mix in; None where no operation of the list asks for them.
+        centres: float64 [B, 2] in (0, 1), a place in each image as shares of its height and width.
+    """
+
+    fill: int = 0
+    partners: torch.Tensor | None = None
+    centres: np.ndarray | None = None
+
+    def rows(self, which: slice | np.ndarray) -> Given:
+        """The same for some of the images."""
+        if self.partners is None and self.centres is None:
+            return self
+        partners = self.partners
+        if partners is not None:
+            index = which if isinstance(which, slice) else torch.from_numpy(which).to(partners.device)
+            partners = partners[index]
+        return Given(self.fill, partners, None if self.centres is None else self.centres[which])
+
+
+Apply = Callable[[torch.Tensor, np.ndarray, Given], torch.Tensor]
+"""`(images, amount, given) -> images`
+
+images: uint8 [B, 3, H, W], contiguous, and so is the result; each image is treated by itself and none is written to.
+amount: float64 [B] on the host, in the units of PIL's function (degrees, pixels, factor, bits, threshold).
 """
+Amount = Callable[[np.ndarray, StrongConfig, tuple[int, int]], np.ndarray]
+"""`(strength, limits, (height, width)) -> amount`, float64 [B]; see magnitudes.py."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation: what it does to images, and how far it goes at a strength.
+
+    Attributes:
+        apply: the operation.
+        amount: its argument at a strength of magnitude / 10, signed; None: it has no magnitude.
+        pairs: whether it needs `Given.partners`.
+    """
+
+    apply: Apply
+    amount: Amount | None = None
+    pairs: bool = False
+
+    def __call__(self, images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+        """Apply; on a CPU to a few images at a time."""
+        images = images.contiguous()
+        count = max(1, CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
+        if images.device.type != "cpu" or len(images) <= count:
+            return self.apply(images, amount, given)
+        result = torch.empty_like(images)
+        for first in range(0, len(images), count):
+            part = slice(first, first + count)
+            result[part] = self.apply(images[part], amount[part], given.rows(part))
+        return result
+
+
 OPS: Registry[Operation] = Registry("augmentation")
-register_op = OPS.register
-"""Make an operation available in `mpl_scale.data.strong.ops`."""
-TABLE_5 = (
-    "autocontrast",
-    "brightness",
-    "color",
-    "contrast",
-    "equalize",
-    "invert",
-    "sharpness",
-    "posterize",
-    "solarize",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
+
+
+def register_op(name: str, *, amount: Amount | None = None, pairs: bool = False) -> Callable[[Apply], Apply]:
+    """Make an operation available in `mpl_scale.data.strong.ops`; see `Operation` for the arguments."""
+
+    def add(apply: Apply) -> Apply:
+        OPS[name] = Operation(apply, amount, pairs)
+        return apply
+
+    return add
+
+
+_COLOURS = ("autocontrast", "brightness", "color", "contrast", "equalize", "invert", "sharpness", "posterize")
+_GEOMETRY = ("rotate", "shear_x", "shear_y", "translate_x", "translate_y")
+OP_SETS: Registry[tuple[str, ...]] = Registry("set of augmentations")
+"""`mpl_scale.data.strong.op_set`. The first three are Table 5; no_pairing: without Sample Pairing."""
+OP_SETS["cifar10"] = (*_COLOURS, "sample_pairing", "solarize", *_GEOMETRY)
+OP_SETS["imagenet"] = OP_SETS["cifar10"]
+OP_SETS["svhn"] = (*_COLOURS, "solarize", "shear_x", "shear_y", "translate_y")
+OP_SETS["no_pairing"] = (*_COLOURS, "solarize", *_GEOMETRY)
+OP_SETS["released_code"] = (
+    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "color", "contrast", "brightness"),
+    *("sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "cutout"),
 )
-"""The paper's list for CIFAR-10 and ImageNet, without Sample Pairing: that one mixes in another image of the batch, so
-its result would depend on how the batch is divided over ranks. For SVHN (and digits) the paper also leaves out rotate
-and translate_x."""
+DEFAULT_SET = "no_pairing"
 
 
-def find_ops(names: Sequence[str]) -> list[Operation]:
-    """The operations of `mpl_scale.data.strong.ops`; none named: those of Table 5.
+def find_ops(config: StrongConfig) -> list[Operation]:
+    """The operations that a config draws from: `ops`, or those of `op_set`.
 
     Raises:
         ValueError: an unknown name, with the closest one.
     """
-    for name in names:
+    for name in config.ops:
         require_known("mpl_scale.data.strong.ops", name, OPS)
-    return [OPS[name] for name in names or TABLE_5]
+    if config.ops:
+        return [OPS[name] for name in config.ops]
+    op_set = config.op_set or DEFAULT_SET
+    require_known("mpl_scale.data.strong.op_set", op_set, OP_SETS)
+    return [OPS[name] for name in OP_SETS[op_set]]
 
 
-def per_image(values: np.ndarray, images: torch.Tensor, *, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-    """Host values [B] as a tensor [B, 1, 1, 1] on the images' device."""
-    return torch.from_numpy(values).to(images.device, dtype).view(-1, 1, 1, 1)
+def bands(images: torch.Tensor) -> list[slice]:
+    """The rows of images [B, 3, H, W] in bands, on a CPU small enough for their int32 copies to stay in its cache."""
+    batch, channels, height, width = images.shape
+    step = height
+    if images.device.type == "cpu":
+        step = max(1, CHUNK_BYTES // max(1, batch * channels * width))
+    return [slice(first, min(first + step, height)) for first in range(0, height, step)]
+
+
+def per_image(values: np.ndarray, images: torch.Tensor, *, dtype: type[np.generic] = np.int32) -> torch.Tensor:
+    """Whole numbers [B] of the host as a tensor [B, 1, 1, 1] on the images' device."""
+    return torch.from_numpy(values.astype(dtype).reshape(-1, 1, 1, 1)).to(images.device)

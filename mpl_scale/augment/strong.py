@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from mpl_scale.augment.registry import find_ops, per_image
+from mpl_scale.augment.affine import translate
+from mpl_scale.augment.cutout import cutout
+from mpl_scale.augment.registry import Given, find_ops
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
 
@@ -13,19 +17,51 @@ MAX_MAGNITUDE = 10
 STREAM_LIMIT = 1 << 24
 _STREAM_BASE = 0xFF << 24  # apart from the streams of mpl_scale.data and of the networks
 _DRAWS_PER_OP = 4  # operation, magnitude, sign, applied
+_CUTOUT = 2  # centre
+_PROBABILITY = 1
+_PARTNER = 2  # a number of 24 bits is too short for 130 million candidates
+_CROP = 3  # rows, columns, flip
+_PLACE_PER_OP = 2
+_LARGE = 1 << 15  # numbers of an image
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What is done to each image.
+
+    Attributes:
+        which: int64 [U, N], position of the operation in the list; its length: none.
+        strength: float64 [U, N], signed, 1 at magnitude 10.
+        places: float64 [N, U, 2], where an operation that needs a place has it.
+        cutout: float64 [U, 2], the centre of the final cutout.
+        crop: float64 [U, 3], the final shift of rows and columns, and flip.
+    """
+
+    which: np.ndarray
+    strength: np.ndarray
+    places: np.ndarray
+    cutout: np.ndarray
+    crop: np.ndarray
+
+    def rows(self, part: slice) -> Drawn:
+        """The same for some of the images."""
+        return Drawn(self.which[part], self.strength[part], self.places[:, part], self.cutout[part], self.crop[part])
 
 
 class StrongView:
     """Callable on a batch; an image's result depends on its pixels, id, epoch and the seed alone.
 
-    So it does not depend on the other images of the batch, nor on how the batch is divided over ranks.
+    So it does not depend on the other images of the batch, nor on how the batch is divided over ranks. Sample Pairing
+    depends on one more image, its partner's, drawn by id from all candidates: `partners` names it, the caller brings
+    its pixels.
     """
 
-    def __init__(self, config: StrongConfig, *, seed: int, stream: int) -> None:
+    def __init__(self, config: StrongConfig, *, seed: int, stream: int, candidates: np.ndarray | None = None) -> None:
         """Args:
         config: operations, their number, magnitudes and the cutout.
         seed: the run's seed.
         stream: phases with different streams draw differently; in [0, 2**24).
+        candidates: int64, sample ids of the unlabelled images, for partners; may be memory-mapped.
 
         Raises:
             ValueError: an unknown operation, or a stream outside its range.
@@ -33,61 +69,141 @@ class StrongView:
         if not 0 <= stream < STREAM_LIMIT:
             raise ValueError(f"stream = {stream} is outside [0, {STREAM_LIMIT}); number the phases from 0")
         self._config = config
-        self._ops = find_ops(config.ops)
+        self._ops = find_ops(config)
+        self._pairing = np.array([operation.pairs for operation in self._ops] + [False])  # the last: left alone
         self._seed = seed
         self._stream = _STREAM_BASE | stream
+        self._candidates = candidates
 
-    def __call__(self, images: torch.Tensor, ids: np.ndarray, epochs: np.ndarray) -> torch.Tensor:
+    @property
+    def pairs(self) -> bool:
+        """Whether an operation of the list needs partners."""
+        return bool(self._pairing.any())
+
+    def partners(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The sample to mix into each image.
+
+        Args:
+            ids: int64 [U], sample ids.
+            epochs: int64 [U], the epoch each sample is drawn in.
+
+        Returns:
+            int64 [U], a sample id, or -1 where no drawn operation needs one.
+
+        Raises:
+            ValueError: partners are needed and there are no candidates.
+        """
+        result = np.full(len(ids), -1, dtype=np.int64)
+        if not self.pairs or not len(ids):
+            return result
+        if self._candidates is None or not len(self._candidates):
+            raise ValueError(
+                "mpl_scale.data.strong draws sample_pairing, which mixes in other unlabelled images, and there are "
+                'none; set op_set to "no_pairing"'
+            )
+        uniform = self._uniform(ids, epochs)
+        needed = self._pairing[self._draw(uniform).which].any(axis=1)
+        first = _DRAWS_PER_OP * self._config.num_ops + _CUTOUT + _PROBABILITY
+        high, low = uniform[needed, first], uniform[needed, first + 1]
+        share = (np.floor(high * (1 << 24)) + low) / (1 << 24)  # 48 bits
+        position = np.minimum((share * len(self._candidates)).astype(np.int64), len(self._candidates) - 1)
+        result[needed] = self._candidates[position]
+        return result
+
+    def __call__(
+        self, images: torch.Tensor, ids: np.ndarray, epochs: np.ndarray, partners: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """The strong views.
 
         Args:
             images: uint8 [U, 3, H, W], the weak views.
             ids: int64 [U], sample ids.
             epochs: int64 [U], the epoch each sample is drawn in.
+            partners: uint8 [U, 3, H, W], weak views of the samples that `partners` names; rows without one are not
+                read. None: there are none.
 
         Returns:
             uint8 [U, 3, H, W].
+
+        Raises:
+            ValueError: partners are needed and not given.
         """
         if not len(images):
             return images
-        count = self._config.num_ops * _DRAWS_PER_OP
-        uniform = uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=count + 2)
-        for first in range(0, count, _DRAWS_PER_OP):
-            images = self._apply_one(images, uniform[:, first : first + _DRAWS_PER_OP])
-        if self._config.cutout:
-            images = cutout(images, uniform[:, count:], side=self._config.cutout, fill=self._config.fill)
-        return images
+        drawn = self._draw(self._uniform(ids, epochs))
+        if partners is None and self._pairing[drawn.which].any():
+            raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
+        if images.device.type != "cpu" or images[0].numel() < _LARGE:
+            return self._view(images, drawn, partners)
+        result = torch.empty_like(images, memory_format=torch.contiguous_format)
+        for index in range(len(images)):  # one large image stays in a core's cache from operation to operation
+            part = slice(index, index + 1)
+            result[part] = self._view(images[part], drawn.rows(part), None if partners is None else partners[part])
+        return result
 
-    def _apply_one(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
-        """One operation per image, uniform [U, 4] deciding which; images are grouped by operation."""
+    def _view(self, images: torch.Tensor, drawn: Drawn, partners: torch.Tensor | None) -> torch.Tensor:
+        """All that is drawn, in order."""
         config = self._config
-        which = (uniform[:, 0] * len(self._ops)).astype(np.int64)
-        magnitude = config.magnitude * (uniform[:, 1] if config.random_magnitude else 1.0)
-        strength = magnitude / MAX_MAGNITUDE * np.where(uniform[:, 2] < 0.5, -1.0, 1.0)
-        which[uniform[:, 3] >= config.probability] = len(self._ops)  # left alone
+        for number in range(config.num_ops):
+            given = Given(config.fill, partners, drawn.places[number])
+            images = self._apply_one(images, drawn.which[:, number], drawn.strength[:, number], given)
+        if config.cutout:
+            images = cutout(images, np.full(len(images), config.cutout), centres=drawn.cutout, fill=config.fill)
+        return self._crop_and_flip(images, drawn.crop)
+
+    def _uniform(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """float64 [U, columns]; a column's numbers do not depend on how many columns follow it."""
+        columns = (_DRAWS_PER_OP + _PLACE_PER_OP) * self._config.num_ops + _CUTOUT + _PROBABILITY + _PARTNER + _CROP
+        return uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=columns)
+
+    def _draw(self, uniform: np.ndarray) -> Drawn:
+        """Every decision, from the uniform numbers [U, columns]."""
+        config, rows = self._config, len(uniform)
+        count = _DRAWS_PER_OP * config.num_ops
+        widths = (count, _CUTOUT, _PROBABILITY, _PARTNER, _CROP)
+        per_op, centre, share, _, crop, places = np.split(uniform, np.cumsum(widths), axis=1)
+        per_op = per_op.reshape(rows, config.num_ops, _DRAWS_PER_OP)
+        which = (per_op[..., 0] * len(self._ops)).astype(np.int64)
+        magnitude = config.magnitude * (per_op[..., 1] if config.random_magnitude else 1.0)
+        strength = magnitude / MAX_MAGNITUDE * np.where(per_op[..., 2] < 0.5, -1.0, 1.0)
+        probability: np.ndarray | float = config.probability
+        if config.probability_range is not None:
+            low, high = config.probability_range
+            probability = low + (high - low) * share
+        which[per_op[..., 3] >= probability] = len(self._ops)  # left alone
+        places = places.reshape(rows, config.num_ops, _PLACE_PER_OP).swapaxes(0, 1)
+        return Drawn(which=which, strength=strength, places=places, cutout=centre, crop=crop)
+
+    def _apply_one(self, images: torch.Tensor, which: np.ndarray, strength: np.ndarray, given: Given) -> torch.Tensor:
+        """One operation per image, `which` [U] deciding; images are grouped by operation."""
+        if len(images) == 1:
+            return self._apply(int(which[0]), images, strength, given)
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)])
         indices = torch.from_numpy(order).to(images.device)
-        parts = list(images[indices].split([len(group) for group in groups]))
-        for position, operation in enumerate(self._ops):
-            if len(groups[position]):
-                parts[position] = operation(parts[position], strength[groups[position]], fill=config.fill)
+        parts = list(images.index_select(0, indices).split([len(group) for group in groups]))
+        for position in range(len(self._ops)):
+            group = groups[position]
+            if len(group):
+                parts[position] = self._apply(position, parts[position], strength[group], given.rows(group))
         return torch.empty_like(images).index_copy_(0, indices, torch.cat(parts))
 
+    def _apply(self, position: int, images: torch.Tensor, strength: np.ndarray, given: Given) -> torch.Tensor:
+        """One operation of the list to all images; past its end: none."""
+        if position == len(self._ops):
+            return images
+        operation = self._ops[position]
+        if operation.amount is not None:
+            strength = operation.amount(strength, self._config, (images.shape[2], images.shape[3]))
+        return operation(images, strength, given)
 
-def cutout(images: torch.Tensor, uniform: np.ndarray, *, side: int, fill: int) -> torch.Tensor:
-    """Fill a square centred on a uniformly drawn pixel; the part outside the image is lost.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        uniform: float64 [B, 2] in (0, 1), the centre's row and column as shares of the height and width.
-        side: pixels.
-        fill: value inside the square.
-    """
-    height, width = images.shape[2:]
-    top = per_image(np.floor(uniform[:, 0] * height) - side // 2, images)
-    left = per_image(np.floor(uniform[:, 1] * width) - side // 2, images)
-    y = torch.arange(height, device=images.device)[:, None]
-    x = torch.arange(width, device=images.device)
-    square = (y >= top) & (y < top + side) & (x >= left) & (x < left + side)  # [B, 1, H, W]
-    return images.masked_fill(square, fill)
+    def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
+        """A second shifted crop and flip: the released code's strong view ends with them."""
+        config = self._config
+        if config.crop_pad:
+            shift = np.floor(uniform[:, :2] * (2 * config.crop_pad + 1)) - config.crop_pad
+            images = translate(images, shift[:, 1], shift[:, 0], fill=config.fill)
+        if config.flip:
+            rows = torch.from_numpy(np.flatnonzero(uniform[:, 2] < 0.5)).to(images.device)
+            images = images.index_copy(0, rows, images.index_select(0, rows).flip(3))
+        return images

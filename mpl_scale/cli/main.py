@@ -8,10 +8,11 @@ import sys
 from collections.abc import Sequence
 
 from mpl_scale.cli.check import CHECK
+from mpl_scale.cli.index import INDEX
 from mpl_scale.cli.split import SPLIT
 from mpl_scale.cli.train import TRAIN
 
-COMMANDS = (TRAIN, CHECK, SPLIT)
+COMMANDS = (TRAIN, CHECK, SPLIT, INDEX)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

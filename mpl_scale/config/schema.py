@@ -21,6 +21,9 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
 
+Recompute = Literal["none", "bn_act", "block"]
+
+
 class Section(BaseModel):
     """Base of every section: frozen, strict about types, closed to unknown keys."""
 
@@ -107,7 +110,7 @@ class StrongConfig(Section):
         "distance", description="Whether 0 leaves an image alone (distance), or is one end of a range (released code)."
     )
     probability: Probability = Field(1.0, description="Of applying each drawn operation.")
-    probability_range: tuple[Probability, Probability] | None = Field(
+    probability_range: Annotated[tuple[Probability, Probability], Field(strict=False)] | None = Field(
         None, description="Draw one probability for all operations of an image from U(low, high) instead."
     )
     enhance: Positive = Field(0.9, description="Limit of brightness, color, contrast, sharpness: factor 1 +- enhance.")
@@ -119,7 +122,9 @@ class StrongConfig(Section):
     )
     sample_pairing: Probability = Field(0.4, description="Limit of sample_pairing: weight of the other image.")
     cutout_op: Fraction = Field(0.125, description="Limit of the operation cutout: half its square's side, as a share.")
-    cutout: CountOrZero = Field(0, description="Side of the square set to `fill` after the operations, pixels; 0: none.")
+    cutout: CountOrZero = Field(
+        0, description="Side of the square set to `fill` after the operations, pixels; 0: none."
+    )
     crop_pad: CountOrZero = Field(0, description="At the end, shift by up to so many pixels each way; 0: no shift.")
     flip: bool = Field(False, description="At the end, flip horizontally with probability 1/2.")
     fill: Annotated[int, Field(ge=0, le=255)] = Field(
@@ -145,16 +150,36 @@ class StrongConfig(Section):
 class DataConfig(Section):
     """Where images come from and how they are split, viewed and batched."""
 
-    source: str = Field("digits", description="A registered source: digits, folder.")
+    source: str = Field(
+        "digits", description="Registered: digits, folder, tfrecord, webdataset, cifar10, svhn, arrays."
+    )
     root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
+    index: str | None = Field(
+        None, description="An index built by mpl-scale index; null: built at the first run where the source needs one."
+    )
+    label_offset: int | None = Field(
+        None, description="The first class's label in the files; null: the format's custom (tfrecord 1, others 0)."
+    )
+    check_data: bool = Field(True, description="Whether TFRecord data are compared with their checksum when indexed.")
+    split: str = Field(
+        "stratified",
+        description="Registered: stratified, test_files (the source's own test part), and those of C.1: cifar10_4k, "
+        "svhn_1k, imagenet_10.",
+    )
+    evaluate_on: Literal["test", "held_out"] = Field(
+        "test", description="held_out: the images that a split of C.1 keeps for tuning, instead of the test part."
+    )
+    labelled_fraction: Fraction = Field(0.1, description="imagenet_10: labelled share of the training shards.")
+    held_out_shards: CountOrZero = Field(20, description="imagenet_10: last training shards, kept for tuning (C.1).")
     labelled_per_class: Count = Field(4, description="Labelled training images per class.")
     test_fraction: Fraction = Field(
         0.3333, description="Share held out for evaluation, stratified; nothing trains on it."
     )
     split_seed: int | None = Field(None, description="Seed of the split; null: the run's seed.")
-    unlabelled_from: Literal["training", "rest", "labelled"] = Field(
-        "training",
-        description="Unlabelled images: all training images, those without a label, or the labelled ones (D.2).",
+    unlabelled_from: Literal["auto", "training", "rest", "labelled"] = Field(
+        "auto",
+        description="Unlabelled images: all training images, those without a label, or the labelled ones (D.2); auto: "
+        "rest for the splits of C.1, training for others.",
     )
     unlabelled_ratio: Count = Field(1, description="mu: unlabelled images per labelled image in a step.")
     weak: WeakConfig = WeakConfig()
@@ -230,7 +255,7 @@ class MethodConfig(Section):
 class OptimConfig(Section):
     """Optimiser and schedule of one network."""
 
-    name: str = Field("sgd", description="Registered: sgd, rmsprop.")
+    name: str = Field("sgd", description="Registered: sgd, rmsprop, lars.")
     lr: NonNegative
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     nesterov: bool = True
@@ -238,6 +263,7 @@ class OptimConfig(Section):
     decay_bn_and_bias: bool = Field(False, description="Whether weight decay covers BN parameters and biases.")
     rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")
     eps: Positive = Field(1e-3, description="RMSProp: added under the root (TF variant).")
+    trust: Positive = Field(1e-3, description="LARS: eta, a parameter's step as a share of its norm at lr 1.")
     schedule: Literal["cosine", "exponential", "constant"] = "cosine"
     warmup_steps: CountOrZero = Field(0, description="Linear: lr * (step + 1) / warmup_steps.")
     decay_rate: Fraction = Field(0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps).")
@@ -285,11 +311,15 @@ class ParallelConfig(Section):
     channels_last: Literal["auto", "on", "off"] = Field(
         "auto", description="Layout of the images; auto: on on a GPU where images are whole (width 1)."
     )
-    recompute: Literal["none", "bn_act", "block"] = Field(
+    recompute: Recompute | list[Recompute] = Field(
         "none",
-        description="Activations recomputed in the backward pass: none, all but each block's input and convolutions "
-        "(bn_act), or all but each block's input (block).",
+        description="Activations recomputed in the backward pass: none, all but each block's input and dense "
+        "convolutions (bn_act), or all but each block's input (block). A list gives one for each stage of the network.",
     )
+    recompute_backend: Literal["native", "fairscale"] = Field(
+        "native", description="Who recomputes; fairscale's is for whole blocks, outside CUDA graphs."
+    )
+    recompute_offload: bool = Field(False, description="fairscale: keep the blocks' inputs in the host's memory.")
     shard_size: Count | None = Field(None, description="Consecutive ranks that share one copy of the state; null: all.")
     graph: Literal["off", "auto", "required"] = Field("auto", description="Replay the step as one CUDA graph.")
     timeout_seconds: Positive = Field(600.0, description="A collective that takes longer ends the run.")

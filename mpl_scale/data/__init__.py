@@ -1,8 +1,10 @@
 """Images as batches: sources, splits, stateless sample order, DALI decoding (DESIGN 7)."""
 
-from mpl_scale.data import digits, folder
+from mpl_scale.data import arrays, cifar, digits, folder, svhn, tfrecord, webdataset
 from mpl_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from mpl_scale.data.loader import StrongViewFunction, TrainLoader, check_batches
+from mpl_scale.data.manifest import write_manifest
+from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import SOURCES, ImageFiles, ImageSet, load_images, register_source
 from mpl_scale.data.splits import Splits, make_splits
 
@@ -11,14 +13,21 @@ __all__ = [
     "EvaluationBatch",
     "ImageFiles",
     "ImageSet",
+    "Quarantine",
     "Splits",
     "StrongViewFunction",
     "TrainLoader",
+    "arrays",
     "check_batches",
+    "cifar",
     "digits",
     "evaluation_batches",
     "folder",
     "load_images",
     "make_splits",
     "register_source",
+    "svhn",
+    "tfrecord",
+    "webdataset",
+    "write_manifest",
 ]

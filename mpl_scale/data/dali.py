@@ -1,15 +1,16 @@
 """NVIDIA DALI: encoded files to uint8 views. The only file that imports DALI.
 
-DALI decides nothing. Python hands it, batch by batch, the files with their crop windows and flips (plan.py), and it
+DALI decides nothing. Python hands it, batch by batch, the files and what a view does with each (views.py), and it
 decodes, resizes, crops and mirrors: on CPU threads (`device_id=None`), or on the GPU with hardware-assisted ("mixed")
-decoding. Both run the same graph.
+decoding. Both can run the same graph; on a CPU it is ended after decoding, because others resize faster (resize.py).
+Where a view shows a part of the image, no more than that part is decoded; its pixels are those of a whole decode, bit
+for bit.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,145 +18,145 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from mpl_scale.data.probe import UnreadableImage, unreadable_error
-from mpl_scale.data.registry import ImageSet
+from mpl_scale.data.views import View
+
+_INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
+_STEP_TYPES = {  # of views.Placement: type, and dimensions per image
+    "crop_starts": (DALIDataType.INT32, 1),
+    "crop_shapes": (DALIDataType.INT32, 1),
+    "sizes": (DALIDataType.FLOAT, 1),
+    "windows": (DALIDataType.INT32, 1),
+    "flips": (DALIDataType.INT32, 0),
+}
 
 
-@dataclass(frozen=True)
-class DecodeRequest:
-    """What one batch is made of."""
+class DecodeError(RuntimeError):
+    """DALI gave up on a batch, and with that the whole graph.
 
-    samples: np.ndarray  # int64 [n], sample ids
-    windows: np.ndarray  # int32 [n, 2], top and left of the crop window in the resized image, pixels
-    flips: np.ndarray  # int32 [n], 1: mirrored
+    position: of the image that DALI names, in some batch that was in flight; None: it names none.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        named = re.search(r"sample #(\d+)", message)
+        self.position = int(named.group(1)) if named else None
 
 
-class DecodePipeline:
-    """Runs requests through DALI, reading and decoding a few ahead."""
+class Graph:
+    """A running DALI pipeline for one view."""
 
     def __init__(
         self,
-        requests: Iterator[DecodeRequest],
+        source: Callable[[], list[Any]],
         *,
-        images: ImageSet,
-        batch: int,
-        image_size: int,
-        resize: bool,
-        fill: int,
+        view: View,
+        resizes: bool,
+        capacity: int,
         device: torch.device,
         threads: int,
         prefetch: int,
     ) -> None:
         """Args:
-        requests: one per batch, endless or not; consumed up to `prefetch` batches ahead of `next`.
-        images: what the requests' samples are.
-        batch: images of every request; 0: nothing is decoded, and requests are consumed one by one.
-        image_size: height and width of the result, pixels.
-        resize: False promises that every file already has that size.
-        fill: value of pixels outside the image.
+        source: called for each batch, some batches ahead: the encoded files, a list of uint8 [bytes], then the arrays
+            of the view's steps, those that are run here. StopIteration ends the batches.
+        view: what is done with the images.
+        resizes: False: only decodes the parts.
+        capacity: most images of a batch.
         device: cpu or cuda.
         threads: CPU threads.
         prefetch: batches prepared ahead.
         """
-        self._requests, self._images = requests, images
-        self._in_flight: deque[DecodeRequest] = deque()
-        self._device = device
-        self._nothing = None if batch else torch.empty(0, 3, image_size, image_size, dtype=torch.uint8, device=device)
-        self._pipeline: Any = None
-        if batch:
-            self._pipeline = _views(
-                self._read_next,
-                image_size=image_size,
-                resize=resize,
-                fill=fill,
-                decoder=_decoder(device),
-                batch_size=batch,
-                num_threads=threads,
-                device_id=_device_id(device),
-                prefetch_queue_depth=prefetch,
-            )
-            self._pipeline.build()
+        self._device, self._resizes = device, resizes
+        self._pipeline: Any = _views(
+            source,
+            view=view,
+            steps=steps_of(view, resizes=resizes),
+            resizes=resizes,
+            decoder=_decoder(device),
+            batch_size=capacity,
+            num_threads=threads,
+            device_id=_device_id(device),
+            prefetch_queue_depth=prefetch,
+        )
+        self._pipeline.build()
 
-    def next(self) -> torch.Tensor:
-        """The views of the next request: uint8 [n, 3, H, W] on the device, contiguous and the caller's own.
+    def run(self) -> list[torch.Tensor] | torch.Tensor:
+        """The next batch on the device, in DALI's own memory, good until the next call.
+
+        Returns:
+            The views, uint8 [n, H, W, 3]; where nothing is resized, the decoded parts, uint8 [h, w, 3] each.
 
         Raises:
-            StopIteration: the requests have ended.
-            ValueError: files that cannot be read or decoded, with their names.
+            StopIteration: the source has ended.
+            DecodeError: some image cannot be decoded; build another graph.
         """
-        if self._nothing is not None:
-            next(self._requests)
-            return self._nothing
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         try:
             (images,) = self._pipeline.run(stream)
         except RuntimeError as error:
-            culprits = self._culprits()
-            if culprits is None:
-                raise
-            raise culprits from error
-        self._in_flight.popleft()
-        # DALI reuses its buffer: copy, into the layout of the networks.
-        return torch.from_dlpack(images.as_tensor()).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
-
-    def close(self) -> None:
-        """Stop DALI's threads and free its buffers; `next` may not be called again."""
-        self._pipeline = None
-
-    def _read_next(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        request = next(self._requests)
-        self._in_flight.append(request)
-        return [self._read(int(sample)) for sample in request.samples], request.windows, request.flips
-
-    def _culprits(self) -> ValueError | None:
-        """DALI does not say which image failed: decode every file in flight by itself."""
-        samples = dict.fromkeys(int(sample) for request in self._in_flight for sample in request.samples)
-        failed = [sample for sample in samples if not _decodes(self._read(sample), self._device)]
-        return (
-            unreadable_error(dict.fromkeys(map(self._images.name, failed), "DALI cannot decode it")) if failed else None
-        )
-
-    def _read(self, sample: int) -> np.ndarray:
-        try:
-            return self._images.read(sample)
-        except UnreadableImage as error:
-            raise unreadable_error({self._images.name(sample): str(error)}) from error
+            raise DecodeError(str(error)) from error
+        if self._resizes:
+            return torch.from_dlpack(images.as_tensor())
+        return [torch.from_dlpack(image) for image in images]
 
 
-@pipeline_def
-def _views(source: Callable[[], Any], *, image_size: int, resize: bool, fill: int, decoder: str) -> Any:
-    """The graph: encoded files, windows and flips to uint8 [image_size, image_size, 3] views."""
-    encoded, windows, flips = fn.external_source(
-        source,
-        num_outputs=3,
-        dtype=[DALIDataType.UINT8, DALIDataType.INT32, DALIDataType.INT32],
-        ndim=[1, 1, 0],
-        batch=True,
-    )
-    images: Any = fn.decoders.image(encoded, device=decoder, output_type=DALIImageType.RGB)
-    if resize:
-        images = fn.resize(
-            images, size=[image_size, image_size], interp_type=DALIInterpType.INTERP_LINEAR, antialias=True
-        )
-    images = fn.slice(
-        images, windows, [image_size, image_size], axes=(0, 1), out_of_bounds_policy="pad", fill_values=fill
-    )
-    return fn.flip(images, horizontal=flips)
+def steps_of(view: View, *, resizes: bool) -> tuple[str, ...]:
+    """The steps of a view that DALI runs."""
+    return view.steps if resizes else tuple(step for step in view.steps if step.startswith("crop_"))
 
 
-@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
-def _decode_one(encoded: np.ndarray, *, decoder: str) -> Any:
-    source = fn.external_source(lambda: [encoded], dtype=DALIDataType.UINT8, ndim=1, batch=True)
-    return fn.decoders.image(source, device=decoder, output_type=DALIImageType.RGB)
-
-
-def _decodes(encoded: np.ndarray, device: torch.device) -> bool:
-    pipeline = _decode_one(encoded, decoder=_decoder(device), device_id=_device_id(device))
+def decodes(encoded: np.ndarray, device: torch.device, *, crop: tuple[np.ndarray, np.ndarray] | None = None) -> bool:
+    """Whether DALI decodes an image, or the part of it that starts at crop[0] and has the shape crop[1]."""
+    pipeline = _decode_one(encoded, crop, decoder=_decoder(device), device_id=_device_id(device))
     try:
         pipeline.run()
     except RuntimeError:
         return False
     return True
+
+
+@pipeline_def
+def _views(source: Callable[[], Any], *, view: View, steps: tuple[str, ...], resizes: bool, decoder: str) -> Any:
+    """The graph: encoded files and the view's steps to uint8 [image_size, image_size, 3] views, or to decoded parts."""
+    types, dimensions = zip((DALIDataType.UINT8, 1), *(_STEP_TYPES[name] for name in steps), strict=True)
+    encoded, *inputs = fn.external_source(
+        source, num_outputs=1 + len(steps), dtype=list(types), ndim=list(dimensions), batch=True
+    )
+    step: dict[str, Any] = dict(zip(steps, inputs, strict=True))
+    square = [view.image_size, view.image_size]
+    images: Any = _decoded(encoded, step.get("crop_starts"), step.get("crop_shapes"), decoder=decoder)
+    if not resizes:
+        return images
+    if view.interpolation is not None:
+        images = fn.resize(
+            images, size=step.get("sizes", square), interp_type=_INTERPOLATION[view.interpolation], antialias=True
+        )
+    if "windows" in step:
+        images = fn.slice(
+            images, step["windows"], square, axes=(0, 1), out_of_bounds_policy="pad", fill_values=view.fill
+        )
+    return fn.flip(images, horizontal=step["flips"]) if "flips" in step else images
+
+
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+def _decode_one(encoded: np.ndarray, crop: tuple[np.ndarray, np.ndarray] | None, *, decoder: str) -> Any:
+    source = fn.external_source(lambda: [encoded], dtype=DALIDataType.UINT8, ndim=1, batch=True)
+    return _decoded(source, *(crop or (None, None)), decoder=decoder)
+
+
+def _decoded(encoded: Any, starts: Any, shapes: Any, *, decoder: str) -> Any:
+    if starts is None:
+        return fn.decoders.image(encoded, device=decoder, output_type=DALIImageType.RGB)
+    return fn.decoders.image_slice(
+        encoded,
+        starts,
+        shapes,
+        axes=(0, 1),
+        normalized_anchor=False,
+        normalized_shape=False,
+        device=decoder,
+        output_type=DALIImageType.RGB,
+    )
 
 
 def _decoder(device: torch.device) -> str:

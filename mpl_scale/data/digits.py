@@ -6,7 +6,6 @@ tests run the whole pipeline (files, headers, DALI) without a download.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.data.folder import read_folder
-from mpl_scale.data.registry import ImageFiles, register_source
+from mpl_scale.data.registry import ImageFiles, data_folder, register_source
 
 COUNT = 1797
 GREY_LEVELS = 16  # the data set's values run from 0 to 16
@@ -30,7 +29,7 @@ def read_digits(root: Path | None) -> ImageFiles:
     Raises:
         ValueError: scikit-learn is needed and missing, or the folder holds something else.
     """
-    root = root or Path(os.environ.get("MPL_SCALE_DATA", "~/.cache/mpl_scale")).expanduser() / "digits"
+    root = root or data_folder() / "digits"
     if not root.is_dir() or not any(root.iterdir()):
         _write(root)
     images = read_folder(root)

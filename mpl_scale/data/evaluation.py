@@ -9,15 +9,17 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.dali import DecodePipeline, DecodeRequest
+from mpl_scale.data.decode import DecodePipeline, Rows
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.slices import Columns, WidthExchange, share
+from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
+from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh
 
 
 class EvaluationBatch(NamedTuple):
-    """One batch; rows that are not valid are padding."""
+    """One batch; rows that are not valid are padding, or stand in for images that cannot be decoded."""
 
     images: torch.Tensor  # [b, 3, H, W], normalised
     labels: torch.Tensor  # int64 [b]
@@ -32,8 +34,10 @@ def evaluation_batches(
     mesh: Mesh,
     columns: Columns | None = None,
     dtype: torch.dtype = torch.float32,
+    channels_last: bool = False,
+    quarantine: Quarantine | None = None,
 ) -> Iterator[EvaluationBatch]:
-    """Every test image once over all data ranks, decoded and resized, without augmentation.
+    """Every readable test image once over all data ranks, as `data.evaluation` sees it.
 
     Every rank yields the same number of equally large batches, so collectives may follow each: the fewest batches of at
     most `evaluation_batch` images per data rank, with the padding spread by making them as small as that number allows.
@@ -45,6 +49,8 @@ def evaluation_batches(
         mesh: this rank's place; the ranks of one width group receive the same images.
         columns: [start, stop) of the image on each width rank, which then receives only these; None: whole images.
         dtype: floating type of the images.
+        channels_last: memory layout of the images.
+        quarantine: where bad images are kept; None: in a list of its own.
     """
     images = len(splits.test)
     batches = -(-images // (config.evaluation_batch * mesh.data))
@@ -59,26 +65,32 @@ def evaluation_batches(
         own = shares[mesh.width_index]
         exchange = WidthExchange(columns, image_size=image_size, shares=[shares], mesh=mesh)
     count = own.stop - own.start
-    requests = (DecodeRequest(batch[own], np.zeros((count, 2), np.int32), np.zeros(count, np.int32)) for batch in ids)
+    requests = ([Rows(batch[own], np.zeros((count, 0)), splits.test)] for batch in ids)
     decoder = DecodePipeline(
         requests,
         images=splits.images,
-        batch=count,
-        image_size=image_size,
-        resize=bool((splits.images.sizes != image_size).any()),
-        fill=0,
+        view=evaluation_view(config.evaluation, image_size),
+        capacity=count,
         device=mesh.device,
         threads=config.threads,
         prefetch=config.prefetch,
+        quarantine=quarantine or Quarantine(max_fraction=config.max_bad_fraction),
+        max_pixels=config.max_pixels,
+        channels_last=channels_last,
     )
-    normalise = Normalise(config, device=mesh.device, dtype=dtype)
+
+    def decode() -> Views:
+        decoded = decoder.next()
+        return [decoded.views], decoded.samples
+
+    normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
     try:
         for batch, batch_valid in zip(ids, valid, strict=True):
-            (views,) = [decoder.next()] if exchange is None else exchange(lambda: [decoder.next()])
+            (views,), samples = decode() if exchange is None else exchange(decode)
             yield EvaluationBatch(
                 images=normalise(views),
                 labels=torch.from_numpy(splits.images.labels[batch]).to(mesh.device),
-                valid=torch.from_numpy(batch_valid).to(mesh.device),
+                valid=torch.from_numpy(batch_valid & (samples == batch)).to(mesh.device),
             )
     finally:
         decoder.close()

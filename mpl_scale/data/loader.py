@@ -1,7 +1,8 @@
 """Training batches: this data rank's rows of the global batch of each step, endlessly (DESIGN 7).
 
-One DALI run per step decodes labelled and unlabelled images together, each file once. The weak view is that decode
-(shifted crop and flip); the strong view is computed from the weak pixels on the device.
+One DALI run per step decodes labelled and unlabelled images together, each file once, and with them the few others that
+the strong view mixes in (sample pairing). The weak view is that decode (views.py); the strong view is computed from the
+weak pixels on the device. The next good image takes the place of one that cannot be decoded (decode.py).
 """
 
 from __future__ import annotations
@@ -9,23 +10,38 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Self
+from typing import NamedTuple, Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.dali import DecodePipeline, DecodeRequest
+from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan
-from mpl_scale.data.slices import Columns, WidthExchange, share
+from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
 from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.views import weak_view
 from mpl_scale.mesh import Mesh
 from mpl_scale.types import Batch
 
-StrongViewFunction = Callable[[torch.Tensor, np.ndarray, np.ndarray], torch.Tensor]
-"""(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]"""
+StrongViewFunction = Callable[..., torch.Tensor]
+"""(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]; or a PairingView."""
+
+
+@runtime_checkable
+class PairingView(Protocol):
+    """A strong view that mixes the weak views of other images in."""
+
+    def partners(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """int64 [U]: the sample id of each row's other image, one of the unlabelled ones, or -1: it needs none."""
+
+    def __call__(
+        self, images: torch.Tensor, ids: np.ndarray, epochs: np.ndarray, partners: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """partners: uint8 [U, 3, H, W], defined in the rows that need one; None: no row does."""
 
 
 class TrainLoader:
@@ -51,6 +67,8 @@ class TrainLoader:
         strong_view: StrongViewFunction | None,
         columns: Columns | None = None,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Args:
         config: the data section.
@@ -66,9 +84,11 @@ class TrainLoader:
         columns: [start, stop) of the image on each width rank; None: whole images. Not read where the mesh has no
             width.
         dtype: floating type of the images.
+        channels_last: memory layout of the images.
+        quarantine: where bad images are kept; None: in a list of its own.
 
         Raises:
-            ValueError: batches that do not divide, or too few images.
+            ValueError: batches that do not divide, too few images, or an unknown view.
         """
         check_batches(
             config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data
@@ -87,11 +107,13 @@ class TrainLoader:
             own_rows = unlabelled_rows[unlabelled_shares[mesh.width_index]]
             shares = [labelled_shares] + [unlabelled_shares] * (1 if strong_view is None else 2)
             self._exchange = WidthExchange(columns, image_size=image_size, shares=shares, mesh=mesh)
+        view = weak_view(config.weak, image_size)
+        self._splits = splits
         self._labelled = SamplePlan(
             splits.labelled,
             batch=labelled_batch,
             rows=labelled_rows,
-            weak=config.weak,
+            columns=view.columns,
             seed=seed,
             order_stream=stream_of(Purpose.LABELLED_ORDER, stream),
             view_stream=stream_of(Purpose.LABELLED_VIEW, stream),
@@ -100,28 +122,30 @@ class TrainLoader:
             splits.unlabelled,
             batch=unlabelled_batch,
             rows=own_rows,
-            weak=config.weak,
+            columns=view.columns,
             seed=seed,
             order_stream=stream_of(Purpose.UNLABELLED_ORDER, stream),
             view_stream=stream_of(Purpose.UNLABELLED_VIEW, stream),
         )
-        self._images = splits.images
         self._device = mesh.device
         self._strong_view = strong_view
-        self._normalise = Normalise(config, device=mesh.device, dtype=dtype)
+        self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
         self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
         self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
-        self._in_flight: deque[tuple[Draws, Draws]] = deque()  # labelled: of all rows; unlabelled: of this rank's share
+        self._in_flight: deque[_Step] = deque()
+        pairs = len(own_rows) if isinstance(strong_view, PairingView) else 0
+        self.quarantine = quarantine or Quarantine(max_fraction=config.max_bad_fraction)
         self._decoder = DecodePipeline(
             self._requests(start_step),
             images=splits.images,
-            batch=self._share.stop - self._share.start + len(own_rows),
-            image_size=image_size,
-            resize=bool((splits.images.sizes != image_size).any()),
-            fill=config.weak.fill,
+            view=view,
+            capacity=self._share.stop - self._share.start + len(own_rows) + pairs,
             device=mesh.device,
             threads=config.threads,
             prefetch=config.prefetch,
+            quarantine=self.quarantine,
+            max_pixels=config.max_pixels,
+            channels_last=channels_last,
         )
 
     def __iter__(self) -> Self:
@@ -131,11 +155,11 @@ class TrainLoader:
         """The next step's batch.
 
         Raises:
-            ValueError: files that cannot be decoded, with their names.
+            ValueError: too many files cannot be decoded; it names the first ones.
         """
-        views = self._views() if self._exchange is None else self._exchange(self._views)
-        labelled, _ = self._in_flight.popleft()
-        labels = torch.from_numpy(self._images.labels[labelled.ids])
+        views, labelled = self._views() if self._exchange is None else self._exchange(self._views)
+        self._in_flight.popleft()
+        labels = torch.from_numpy(np.asarray(self._splits.images.labels[labelled], np.int64))
         return Batch(
             labelled=self._normalise(views[0]),
             labels=labels.to(self._device),
@@ -149,26 +173,57 @@ class TrainLoader:
         """Stop reading ahead."""
         self._decoder.close()
 
-    def _views(self) -> list[torch.Tensor]:
-        """This rank's labelled, weak and, where they differ, strong views of the next step: uint8 [*, 3, H, W]."""
+    def _views(self) -> Views:
+        """This rank's labelled, weak and, where they differ, strong views of the next step; the labelled ids decoded.
+
+        The random numbers of a substitute are those of the image it stands for.
+        """
         decoded = self._decoder.next()
-        _, unlabelled = self._in_flight[0]
-        labelled_views, weak = decoded.split([len(decoded) - len(unlabelled.ids), len(unlabelled.ids)])
+        _, unlabelled, partners = self._in_flight[0]
+        own, paired = self._share.stop - self._share.start, np.flatnonzero(partners >= 0)
+        labelled_views, weak, others = decoded.views.split([own, len(unlabelled.ids), len(paired)])
+        samples = decoded.samples[:own]
         if self._strong_view is None:
-            return [labelled_views, weak]
-        strong = self._strong_view(weak, unlabelled.ids, unlabelled.epochs) if len(unlabelled.ids) else weak
-        return [labelled_views, weak, strong]
+            return [labelled_views, weak], samples
+        if not len(unlabelled.ids):
+            return [labelled_views, weak, weak], samples
+        weak_planes = weak.contiguous()
+        if not len(paired):
+            return [labelled_views, weak, self._strong_view(weak_planes, unlabelled.ids, unlabelled.epochs)], samples
+        mixed_in = torch.empty_like(weak_planes)
+        mixed_in[torch.from_numpy(paired).to(self._device)] = others.contiguous()
+        strong = self._strong_view(weak_planes, unlabelled.ids, unlabelled.epochs, partners=mixed_in)
+        return [labelled_views, weak, strong], samples
 
     def _requests(self, start_step: int) -> Iterator[DecodeRequest]:
-        for step in itertools.count(start_step):
-            labelled, unlabelled = self._labelled.draw(step), self._unlabelled.draw(step)
-            self._in_flight.append((labelled, unlabelled))
-            own = self._share
-            yield DecodeRequest(
-                samples=np.concatenate([labelled.ids[own], unlabelled.ids]),
-                windows=np.concatenate([labelled.windows[own], unlabelled.windows]),
-                flips=np.concatenate([labelled.flips[own], unlabelled.flips]),
-            )
+        splits, own = self._splits, self._share
+        for number in itertools.count(start_step):
+            labelled, unlabelled = self._labelled.draw(number), self._unlabelled.draw(number)
+            partners = self._partners(unlabelled)
+            self._in_flight.append(_Step(labelled, unlabelled, partners))
+            request = [
+                Rows(labelled.ids[own], labelled.uniform[own], splits.labelled),
+                Rows(unlabelled.ids, unlabelled.uniform, splits.unlabelled),
+            ]
+            paired = partners >= 0
+            if paired.any():
+                numbers = self._unlabelled.view_numbers(partners[paired], unlabelled.epochs[paired])
+                request.append(Rows(partners[paired], numbers, splits.unlabelled))
+            yield request
+
+    def _partners(self, unlabelled: Draws) -> np.ndarray:
+        """The other image that each unlabelled row needs, or -1; int64 [U]."""
+        if not isinstance(self._strong_view, PairingView) or not len(unlabelled.ids):
+            return np.full(len(unlabelled.ids), -1)
+        return self._strong_view.partners(unlabelled.ids, unlabelled.epochs)
+
+
+class _Step(NamedTuple):
+    """What was drawn for a step."""
+
+    labelled: Draws  # of all rows
+    unlabelled: Draws  # of this rank's share
+    partners: np.ndarray  # int64 [U of this rank's share], ids, or -1
 
 
 def _rows_of_rank(batch: int, mesh: Mesh) -> np.ndarray:

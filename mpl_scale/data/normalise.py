@@ -10,13 +10,17 @@ from mpl_scale.config.schema import DataConfig
 class Normalise:
     """(x / 255 - mean) / std per channel, in at least float32, then cast."""
 
-    def __init__(self, config: DataConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: DataConfig, *, device: torch.device, dtype: torch.dtype, channels_last: bool = False
+    ) -> None:
         """Args:
         config: `mean` and `std` are read.
         device: where the images are.
         dtype: floating type of the result.
+        channels_last: memory layout of the result.
         """
         self._dtype = dtype
+        self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compute = torch.float64 if dtype == torch.float64 else torch.float32
         mean = torch.tensor(config.mean, dtype=torch.float64).view(1, 3, 1, 1)
         std = torch.tensor(config.std, dtype=torch.float64).view(1, 3, 1, 1)
@@ -24,5 +28,6 @@ class Normalise:
         self._scale = (1 / (255 * std)).to(device, self._compute)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, H, W] to `dtype` [n, 3, H, W]."""
-        return images.to(self._compute).sub_(self._shift).mul_(self._scale).to(self._dtype)
+        """uint8 [n, 3, H, W] of any layout to `dtype` [n, 3, H, W]."""
+        pixels = images.to(self._compute, memory_format=self._layout)
+        return pixels.sub_(self._shift).mul_(self._scale).to(self._dtype)

@@ -1,8 +1,8 @@
 """Which samples make up the global batch of a step and how each is seen: a pure function of the step.
 
-Position k = step * batch + row of an endless stream is sample `shuffled(k mod n)` of epoch k // n. The crop window and
-the flip come from Philox keyed by (seed, epoch, sample id). No rank, worker or history enters, so a restart at any step
-and any number of data ranks reproduce the same global batches.
+Position k = step * batch + row of an endless stream is sample `shuffled(k mod n)` of epoch k // n. The numbers that
+place its view come from Philox keyed by (seed, epoch, sample id). No rank, worker or history enters, so a restart at
+any step and any number of data ranks reproduce the same global batches.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpl_scale.config.schema import WeakConfig
 from mpl_scale.data.order import shuffled
 from mpl_scale.philox import uniform_numpy
 
@@ -24,8 +23,7 @@ class Draws:
 
     ids: np.ndarray  # int64 [n], sample ids
     epochs: np.ndarray  # int64 [n]
-    windows: np.ndarray  # int32 [n, 2], top and left of the crop window, pixels; may be negative
-    flips: np.ndarray  # int32 [n], 1: mirrored
+    uniform: np.ndarray  # float64 [n, columns] in (0, 1), for the view
 
 
 class SamplePlan:
@@ -37,7 +35,7 @@ class SamplePlan:
         *,
         batch: int,
         rows: np.ndarray,
-        weak: WeakConfig,
+        columns: int,
         seed: int,
         order_stream: int,
         view_stream: int,
@@ -46,12 +44,12 @@ class SamplePlan:
         ids: int64 [n], the sample ids to draw from.
         batch: images of the global batch.
         rows: int64 [r], this rank's rows of the global batch.
-        weak: the weak view.
+        columns: random numbers per image that the view needs.
         seed: the run's seed.
         order_stream: Philox stream of the epochs' orders.
-        view_stream: Philox stream of windows and flips.
+        view_stream: Philox stream of the views.
         """
-        self._ids, self._batch, self._rows, self._weak, self._seed = ids, batch, rows, weak, seed
+        self._ids, self._batch, self._rows, self._columns, self._seed = ids, batch, rows, columns, seed
         self._order_stream, self._view_stream = order_stream, view_stream
         self._steps = max(1, _CHUNK_ROWS // max(1, len(rows)))
         self._chunk = -1
@@ -66,17 +64,24 @@ class SamplePlan:
             self._chunk = chunk
         part = slice(offset * len(self._rows), (offset + 1) * len(self._rows))
         planned = self._planned
-        return Draws(planned.ids[part], planned.epochs[part], planned.windows[part], planned.flips[part])
+        return Draws(planned.ids[part], planned.epochs[part], planned.uniform[part])
+
+    def view_numbers(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The numbers that place the view of each sample in an epoch, float64 [n, columns].
+
+        Args:
+            ids: int64 [n], sample ids.
+            epochs: int64 [n].
+        """
+        if not self._columns or not len(ids):
+            return np.zeros((len(ids), self._columns))
+        return uniform_numpy(seed=self._seed, stream=self._view_stream, epoch=epochs, ids=ids, columns=self._columns)
 
     def _draw_all(self, positions: np.ndarray) -> Draws:
         if not len(positions):
-            return Draws(positions, positions, np.zeros((0, 2), np.int32), np.zeros(0, np.int32))
+            return Draws(positions, positions, self.view_numbers(positions, positions))
         count = len(self._ids)
         epochs, index = np.divmod(positions, count)
         order = shuffled(index, size=count, seed=self._seed, epoch=epochs, stream=self._order_stream)
-        ids = self._ids[order]
-        uniform = uniform_numpy(seed=self._seed, stream=self._view_stream, epoch=epochs, ids=ids, columns=3)
-        pad = self._weak.pad
-        windows = np.floor(uniform[:, :2] * (2 * pad + 1)).astype(np.int32) - pad
-        flips = (uniform[:, 2] < 0.5) & self._weak.flip
-        return Draws(ids, epochs, windows, flips.astype(np.int32))
+        ids = np.asarray(self._ids[order])
+        return Draws(ids, epochs, self.view_numbers(ids, epochs))

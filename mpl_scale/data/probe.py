@@ -1,4 +1,4 @@
-"""Is this file an image that can be decoded? Answered from its first and last bytes, in about 10 microseconds.
+"""Are these bytes an image that can be decoded? Answered from the first and last of them, in about 10 microseconds.
 
 DALI ends the whole pipeline at an undecodable image, by design (and version 2.4 may even crash the process when a
 prefetched batch holds a file that is no image), so nothing reaches the decoder that has not passed this probe.
@@ -6,19 +6,21 @@ prefetched batch holds a file that is no image), so nothing reaches the decoder 
 
 from __future__ import annotations
 
+import os
+import re
 import struct
-from collections.abc import Iterable, Mapping
-
-import numpy as np
+from collections.abc import Mapping
 
 MAX_PIXELS = 50_000_000
 _HEAD_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 12
+_PPM = re.compile(rb"P6\s+(\d{1,9})\s+(\d{1,9})\s+255\s")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_TRAILER = b"IEND\xaeB`\x82"
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _JPEG_TRAILER = b"\xff\xd9"
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman: what libjpeg-turbo decodes
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
 _JPEG_OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}  # C4, C8 and CC are tables
 
 
@@ -26,15 +28,16 @@ class UnreadableImage(ValueError):
     """Why the bytes are no decodable image."""
 
 
-def probe(head: bytes, tail: bytes) -> tuple[int, int]:
-    """Height and width of a PNG or JPEG image, pixels.
+def probe(head: bytes, tail: bytes, *, length: int | None = None) -> tuple[int, int]:
+    """Height and width of a PNG, JPEG or binary PPM image, pixels.
 
     Args:
-        head: the first bytes of the file, or all of them.
-        tail: the last bytes of the file, or all of them.
+        head: the first bytes, or all of them.
+        tail: the last bytes, or all of them.
+        length: how many there are in all; None: `head` is all of them. Only a PPM's completeness depends on it.
 
     Raises:
-        UnreadableImage: empty, neither PNG nor JPEG, truncated, or above MAX_PIXELS.
+        UnreadableImage: empty, no such image, truncated, of a kind that is not decoded, or above MAX_PIXELS.
     """
     if not head:
         raise UnreadableImage("the file is empty")
@@ -44,6 +47,9 @@ def probe(head: bytes, tail: bytes) -> tuple[int, int]:
     elif head.startswith(_JPEG_MAGIC):
         height, width = _jpeg_size(head)
         complete = _JPEG_TRAILER in tail[-_TAIL_BYTES:]
+    elif head.startswith(b"P6"):
+        height, width, begin = _ppm_size(head)
+        complete = begin + 3 * height * width <= (len(head) if length is None else length)
     else:
         raise UnreadableImage("neither a PNG nor a JPEG file")
     if not complete:
@@ -53,58 +59,71 @@ def probe(head: bytes, tail: bytes) -> tuple[int, int]:
     return height, width
 
 
-def probe_file(path: str) -> tuple[int, int]:
+def ppm(pixels: bytes, *, height: int, width: int) -> bytes:
+    """RGB pixels [H, W, 3] as a binary PPM file: what a decoder reads without changing a value."""
+    return b"P6\n%d %d\n255\n" % (width, height) + pixels
+
+
+def probe_file(path: str | bytes) -> tuple[int, int]:
     """The same for a file, reading no more of it than needed.
 
     Raises:
         UnreadableImage: as `probe`, or the file cannot be opened.
     """
     try:
-        with open(path, "rb") as file:
-            head = file.read(_HEAD_BYTES)
-            if len(head) < _HEAD_BYTES:
-                return probe(head, head)
-            file.seek(-_TAIL_BYTES, 2)
-            tail = file.read()
-            try:
-                return probe(head, tail)
-            except UnreadableImage:  # a JPEG's dimensions may follow long metadata
-                file.seek(0)
-                return probe(file.read(), tail)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not hold the run
+        try:
+            return probe_at(descriptor, offset=0, length=os.fstat(descriptor).st_size)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise UnreadableImage(f"cannot be read: {error.strerror}") from error
 
 
-def probe_files(paths: Iterable[str]) -> np.ndarray:
-    """Heights and widths of all files, int32 [N, 2].
+def probe_at(descriptor: int, *, offset: int, length: int) -> tuple[int, int]:
+    """The same for the bytes [offset, offset + length) of an open file.
 
     Raises:
-        ValueError: one error that names the unreadable files, the reasons and the fix.
+        UnreadableImage: as `probe`, or the bytes cannot be read.
     """
-    sizes: list[tuple[int, int]] = []
-    reasons: dict[str, str] = {}
-    for path in paths:
+    try:
+        head = os.pread(descriptor, min(length, _HEAD_BYTES), offset)
+        if length <= _HEAD_BYTES:
+            return probe(head, head)
+        tail = os.pread(descriptor, _TAIL_BYTES, offset + length - _TAIL_BYTES)
         try:
-            sizes.append(probe_file(path))
-        except UnreadableImage as error:
-            reasons[path] = str(error)
-    if reasons:
-        raise unreadable_error(reasons)
-    return np.array(sizes, np.int32).reshape(-1, 2)
+            return probe(head, tail, length=length)
+        except UnreadableImage:
+            if not head.startswith(_JPEG_MAGIC):
+                raise
+            return probe(os.pread(descriptor, length, offset), tail)  # its dimensions may follow long metadata
+    except OSError as error:
+        raise UnreadableImage(f"cannot be read: {error.strerror}") from error
 
 
-def unreadable_error(reasons: Mapping[str, str]) -> ValueError:
-    """The error for unreadable files, from the reason of each path."""
+def unreadable_error(reasons: Mapping[str, str], *, count: int | None = None) -> ValueError:
+    """The error for unreadable files, from the reason of each path; count: how many there are, where not all given."""
+    count = len(reasons) if count is None else count
     listed = [f"{path}: {reason}" for path, reason in list(reasons.items())[:5]]
-    if len(reasons) > len(listed):
-        listed.append(f"and {len(reasons) - len(listed)} more")
-    return ValueError(f"{len(reasons)} unreadable image(s), delete or replace each: {'; '.join(listed)}")
+    if count > len(listed):
+        listed.append(f"and {count - len(listed)} more")
+    return ValueError(f"{count} unreadable image(s), delete or replace each: {'; '.join(listed)}")
+
+
+def _ppm_size(head: bytes) -> tuple[int, int, int]:
+    """Height, width, and where the pixels begin."""
+    match = _PPM.match(head)
+    if match is None:
+        raise UnreadableImage("a PPM file with another header than 'P6 width height 255'")
+    return int(match[2]), int(match[1]), match.end()
 
 
 def _png_size(head: bytes) -> tuple[int, int]:
-    if len(head) < 24 or head[12:16] != b"IHDR":
+    if len(head) < 26 or head[12:16] != b"IHDR":
         raise UnreadableImage("truncated: a PNG file without a complete header")
     width, height = struct.unpack(">II", head[16:24])
+    if head[24] not in _PNG_DEPTHS.get(head[25], ()):
+        raise UnreadableImage(f"a PNG file of colour type {head[25]} with {head[24]} bits is not defined")
     return height, width
 
 
@@ -118,6 +137,8 @@ def _jpeg_size(head: bytes) -> tuple[int, int]:
             position += 1
             continue
         if marker in _JPEG_FRAMES:
+            if head[position + 4] != 8:
+                raise UnreadableImage(f"a JPEG file of {head[position + 4]} bits a sample is not supported")
             height, width = struct.unpack(">HH", head[position + 5 : position + 9])
             return height, width
         if marker in _JPEG_OTHER_FRAMES:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +14,15 @@ import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.probe import UnreadableImage, probe
+from mpl_scale.data.descriptors import read_file
+from mpl_scale.data.formats import FORMATS, ScanOptions
+from mpl_scale.data.index import VERSION, IndexedImages
+from mpl_scale.data.index_progress import IndexProgress
+from mpl_scale.data.indexing import open_or_build
+from mpl_scale.data.probe import UnreadableImage, probe, unreadable_error
+
+MOST_WORKERS = 16
+"""Processes that index a data set on the way to a run; `mpl-scale index --workers` decides otherwise."""
 
 
 class ImageSet(Protocol):
@@ -19,7 +30,7 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> np.ndarray:
-        """Integers [N], in [0, len(classes))."""
+        """int64 [N], in [0, len(classes))."""
 
     @property
     def sizes(self) -> np.ndarray:
@@ -29,13 +40,24 @@ class ImageSet(Protocol):
     def classes(self) -> Sequence[str]:
         """Names."""
 
+    @property
+    def refused(self) -> np.ndarray:
+        """int64 [R], sorted ids that cannot be used: label 0, size 0 x 0, and in no split."""
+
+    @property
+    def bad(self) -> int:
+        """How much was refused: the ids, and what never got one (the rest of a damaged shard counts once)."""
+
     def __len__(self) -> int: ...
 
     def read(self, sample: int) -> np.ndarray:
-        """The encoded image, uint8 [bytes]. Raises UnreadableImage with the reason."""
+        """The encoded image, uint8 [bytes]; from any thread. Raises UnreadableImage with the reason."""
 
     def name(self, sample: int) -> str:
         """Where it is, for people: a path, or a path and an offset."""
+
+    def refusals(self, most: int) -> Mapping[str, str]:
+        """The first things refused: reason by name."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +68,25 @@ class ImageFiles:
     labels: np.ndarray  # int64 [N]
     sizes: np.ndarray  # int32 [N, 2]
     classes: tuple[str, ...]
+    reasons: Mapping[int, str] = field(default_factory=dict)  # of the refused ones, by id
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def refused(self) -> np.ndarray:
+        """int64 [R], sorted."""
+        return np.array(sorted(self.reasons), np.int64)
+
+    @property
+    def bad(self) -> int:
+        """Refused files."""
+        return len(self.reasons)
+
     def read(self, sample: int) -> np.ndarray:
         """The whole file, if it passes the probe."""
         try:
-            with open(self.paths[sample], "rb", buffering=0) as file:
-                encoded = file.read()
+            encoded = read_file(str(self.paths[sample]))
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror}") from error
         probe(encoded, encoded)
@@ -64,18 +96,82 @@ class ImageFiles:
         """The path."""
         return str(self.paths[sample])
 
+    def refusals(self, most: int) -> dict[str, str]:
+        """The first ones: reason by path."""
+        return {self.name(sample): self.reasons[sample] for sample in self.refused[:most].tolist()}
+
 
 Source = Callable[[Path | None], ImageSet]
 SOURCES: Registry[Source] = Registry("data source")
 register_source = SOURCES.register
-"""Make a function `(root or None) -> ImageSet` available as `mpl_scale.data.source`."""
+"""Make a function `(root or None) -> ImageSet` available as `mpl_scale.data.source`; formats.register_format adds one
+that is read through an index."""
 
 
 def load_images(config: DataConfig) -> ImageSet:
-    """The files of the configured source, every header checked.
+    """The images of the configured source, every header checked, now or when they were indexed.
+
+    A format without `mpl_scale.data.index` is indexed the first time, once per machine: below $MPL_SCALE_DATA, or
+    ~/.cache/mpl_scale.
 
     Raises:
-        ValueError: unknown source, missing root, or an unreadable image; each says how to mend it.
+        ValueError: unknown source, missing root, a stale index, or more unreadable images than
+            `max_bad_fraction`; each says how to mend it.
     """
-    require_known("mpl_scale.data.source", config.source, SOURCES)
-    return SOURCES[config.source](None if config.root is None else Path(config.root).expanduser())
+    require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
+    root = None if config.root is None else Path(config.root).expanduser()
+    if config.index is not None:
+        images: ImageSet = _indexed(config, Path(config.index).expanduser(), root)
+    elif config.source in SOURCES:
+        images = SOURCES[config.source](root)
+    else:
+        images = _cached(config, root)
+    if images.bad > config.max_bad_fraction * max(1, len(images)):
+        raise ValueError(
+            f"{images.bad} of {len(images)} images are more than mpl_scale.data.max_bad_fraction = "
+            f"{config.max_bad_fraction:g}: {unreadable_error(images.refusals(6), count=images.bad)}"
+        )
+    return images
+
+
+def data_folder() -> Path:
+    """Where data that can be made again are kept: $MPL_SCALE_DATA, or ~/.cache/mpl_scale."""
+    return Path(os.environ.get("MPL_SCALE_DATA", "~/.cache/mpl_scale")).expanduser()
+
+
+def _indexed(config: DataConfig, folder: Path, root: Path | None) -> IndexedImages:
+    images = IndexedImages(folder, root=root)
+    if images.source != config.source:
+        raise ValueError(
+            f"mpl_scale.data.index = '{folder}' was built from source {images.source}, not mpl_scale.data.source = "
+            f"'{config.source}'; set '{images.source}'"
+        )
+    return images
+
+
+def _cached(config: DataConfig, root: Path | None) -> IndexedImages:
+    """The index of this data set with these options, built the first time."""
+    if root is None:
+        raise ValueError(f"mpl_scale.data.root = null; source {config.source} needs the folder that holds its files")
+    if not root.is_dir():
+        raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
+    options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data)
+    names = [shard.name for shard in FORMATS[config.source].shards(root)]  # one more or less is another data set
+    key = json.dumps([VERSION, config.source, str(root.resolve()), asdict(options), names])
+    progress = IndexProgress()
+    try:
+        return open_or_build(
+            config.source,
+            root,
+            output=data_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.index",
+            workers=min(MOST_WORKERS, os.cpu_count() or 1),
+            options=options,
+            report=progress,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"no index of '{root}' could be written: {error}; set MPL_SCALE_DATA to a folder with room, or build one "
+            "with mpl-scale index and set mpl_scale.data.index"
+        ) from error
+    finally:
+        progress.close()

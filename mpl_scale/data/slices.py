@@ -7,8 +7,8 @@ images. Then one uint8 all-to-all sends every rank its columns of all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -16,6 +16,8 @@ from mpl_scale.mesh import Mesh
 
 Columns = Sequence[tuple[int, int]]
 """[start, stop) of each width rank, in order and without gaps."""
+Views = tuple[Sequence[torch.Tensor], np.ndarray]
+"""Images by kind, uint8 [*, 3, H, W], and the sample ids of the first kind, int64 [*]."""
 
 
 def share(count: int, *, ranks: int, index: int, extra_last: bool = False) -> slice:
@@ -55,50 +57,57 @@ class WidthExchange:
         self._received = list(zip(*counts, strict=True))  # of each rank, images by kind
         own = sum(self._received[mesh.width_index])
         line = 3 * image_size
+        self._rows = shares[0][mesh.width_index]  # of the first kind, this rank's
+        self._group_rows = shares[0][-1].stop
         self._send = [own * line * (stop - start) for start, stop in columns]
         self._width = columns[mesh.width_index][1] - columns[mesh.width_index][0]
         self._receive = [sum(images) * line * self._width for images in self._received]
 
-    def __call__(self, views: Callable[[], Sequence[torch.Tensor]]) -> list[torch.Tensor]:
+    def __call__(self, views: Callable[[], Views]) -> Views:
         """The images of the whole group, this rank's columns of them.
 
         Args:
-            views: makes this rank's images: of each kind, uint8 [share, 3, image_size, image_size].
+            views: makes this rank's images: of each kind, uint8 [share, 3, image_size, image_size]; and the sample ids
+                of the first kind, int64 [share].
 
         Returns:
-            Of each kind, uint8 [rows of the group, 3, image_size, own columns].
+            Of each kind, uint8 [rows of the group, 3, image_size, own columns]; and the sample ids of the first kind,
+            int64 [rows of the group].
 
         Raises:
             ValueError: on every rank of the group, with the file's name, if `views` failed on one.
         """
-        whole = torch.cat(list(_together(views, self._group)))
+        images, samples = self._together(views)
+        whole = torch.cat(list(images))
         sent = torch.cat([whole[..., start:stop].reshape(-1) for start, stop in self._columns])
         received = sent.new_empty(sum(self._receive))
         dist.all_to_all_single(received, sent, self._receive, self._send, group=self._group)
         by_rank = [
-            pixels.view(sum(images), 3, self._height, self._width).split(images)
-            for pixels, images in zip(received.split(self._receive), self._received, strict=True)
+            pixels.view(sum(counts), 3, self._height, self._width).split(counts)
+            for pixels, counts in zip(received.split(self._receive), self._received, strict=True)
         ]
-        return [torch.cat(kind) for kind in zip(*by_rank, strict=True)]
+        return [torch.cat(kind) for kind in zip(*by_rank, strict=True)], samples
 
+    def _together(self, views: Callable[[], Views]) -> Views:
+        """This rank's images and the group's sample ids, or an exception on every rank of the group if one failed.
 
-def _together(views: Callable[[], Sequence[torch.Tensor]], group: Any) -> Sequence[torch.Tensor]:
-    """views(), or an exception on every rank of the group if it failed on one: nobody waits for a rank that is gone.
-
-    The agreement is on host values, so that no GPU is waited for; what failed is told only when something did.
-    """
-    made: Sequence[torch.Tensor] = ()
-    failure: Exception | None = None
-    try:
-        made = views()
-    except Exception as error:  # of any kind: raised below, once the others know
-        failure = error
-    failed = torch.tensor(failure is not None, dtype=torch.int32)
-    dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
-    if not failed:
-        return made
-    reasons: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(reasons, None if failure is None else str(failure), group=group)
-    if failure is not None:
-        raise failure
-    raise ValueError("; ".join(reason for reason in reasons if reason is not None))
+        Nobody waits for a rank that is gone. The agreement is on host values, so that no GPU is waited for; what failed
+        is told only when something did.
+        """
+        images: Sequence[torch.Tensor] = ()
+        failure: Exception | None = None
+        told = torch.zeros(1 + self._group_rows, dtype=torch.int64)  # failed or not, then the ids; else 0
+        try:
+            images, samples = views()
+            told[1:][self._rows] = torch.from_numpy(samples)
+        except Exception as error:  # of any kind: raised below, once the others know
+            failure = error
+            told[0] = 1
+        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
+        if not told[0]:
+            return images, told[1:].numpy()
+        reasons: list[str | None] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(reasons, None if failure is None else str(failure), group=self._group)
+        if failure is not None:
+            raise failure
+        raise ValueError("; ".join(reason for reason in reasons if reason is not None))

@@ -65,6 +65,7 @@ class DeepSpeedNetwork:
         self._shards = open_shards(self._engine)
         self._restore(initial)
         self._shards.allocate_state()
+        self._shards.base.bind(self._shards.masters, self._shards.layout, group=self.dot_group)
 
     def _adopt_rank_0(self) -> None:
         """Rank 0's parameters and buffers everywhere, contiguous: DeepSpeed itself reaches the shard group only."""

@@ -60,6 +60,7 @@ class FlatNetwork:
             optim,
         )
         self._optimizer.init_state()
+        self._optimizer.bind(self._master, self._layout, group=mesh.shard_group)
         self._shards = [[torch.zeros_like(shard.data) for shard in self._master] for _ in range(2)]
         self._clipped = [torch.zeros_like(shard.data) for shard in self._master] if gradient_clipping else []
         narrow = accumulates and self._dtype != wide

@@ -98,13 +98,16 @@ class StepRunner:
         return self._slots
 
 
-def why_not_captured(*, graph: str, device: torch.device, flat_engine: bool) -> str | None:
+def why_not_captured(
+    *, graph: str, device: torch.device, flat_engine: bool, recompute_backend: str = "native"
+) -> str | None:
     """The reason why a step is called and not replayed; None: it can be captured.
 
     Args:
         graph: mpl_scale.parallel.graph.
         device: the mesh's.
         flat_engine: whether the flat engine shards the networks.
+        recompute_backend: mpl_scale.parallel.recompute_backend.
 
     Raises:
         ValueError: graph = required, and it cannot be.
@@ -116,6 +119,8 @@ def why_not_captured(*, graph: str, device: torch.device, flat_engine: bool) -> 
         reason = f"the run computes on {device.type}"
     elif not flat_engine:
         reason = "engine deepspeed reads the device on the host; engine flat does not"
+    elif recompute_backend != "native":
+        reason = f"recompute_backend {recompute_backend} reads the device's random state; native does not"
     if graph == "required" and reason is not None:
         raise ValueError(f"mpl_scale.parallel.graph = required, but {reason}; set auto, or change that")
     return reason

@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
         if self.training and (self.kernels == "compiled" or self.group is not None):
             drops = self.drop is not None and not isinstance(self.drop, nn.Identity)
             fused = None if drops or self.kernels == "eager" else activation_of(self.act)
-            x = self._normalise(x, loops(self.kernels, fused or IDENTITY))
+            x = self._normalise(x, loops(self.kernels, fused or IDENTITY, x.dtype))
             if fused is not None:
                 return x
         else:

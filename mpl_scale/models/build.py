@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def build_model(
     """
     builder = find_builder(network.name, field=f"{field}.name")
     kwargs = dict(network.kwargs)
-    if network.name not in MODELS and network.drop_path:
+    takes_drop_path = network.name not in MODELS or "drop_path_rate" in inspect.signature(builder).parameters
+    if network.drop_path and takes_drop_path:
         kwargs["drop_path_rate"] = network.drop_path
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from types import FunctionType
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,8 @@ class Loops:
 
 
 @cache
-def loops(mode: Mode, activation: Activation = IDENTITY) -> Loops:
-    """The loops of a mode; compiled ones are built when they first meet a kind of shape."""
+def loops(mode: Mode, activation: Activation = IDENTITY, dtype: torch.dtype = torch.float32) -> Loops:
+    """The loops of a mode for inputs of a dtype; compiled ones are built when they first meet a kind of shape."""
 
     def wide(x: torch.Tensor) -> torch.Tensor:
         return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -135,7 +136,13 @@ def loops(mode: Mode, activation: Activation = IDENTITY) -> Loops:
         "realize_reads_threshold": 64,
         "realize_opcount_threshold": 256,
     }
-    return Loops(*(torch.compile(function, dynamic=True, options=options) for function in functions))
+    return Loops(*(torch.compile(_own_code(function), dynamic=True, options=options) for function in functions))
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: the compiler bounds the variants of each code object."""
+    code = function.__code__.replace()
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

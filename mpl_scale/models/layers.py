@@ -47,7 +47,7 @@ class DropPath(Dropout):
         """x [B, ...] -> x with whole samples zeroed with probability `rate`, the rest divided by 1 - rate."""
         if not self.active:
             return x
-        keep = self.passes.uniform(self.site, 1).view(-1, *(1,) * (x.ndim - 1)) >= self.rate
+        keep = self.passes.per_row(self.site).view(-1, *(1,) * (x.ndim - 1)) >= self.rate
         return x * (keep.to(x.dtype) / (1.0 - self.rate))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,7 +25,7 @@ class Pass:
 
     seed: the run's seed. stream: the number of this pass within a step. step: int64 [], on the device.
     rows: int64 [B], the global rows of the batch. update_statistics: whether BN's moving averages see the batch.
-    dropout: whether dropout and drop-path act.
+    dropout: whether dropout and drop-path act. drawn: see Passes.per_row.
     """
 
     seed: int
@@ -34,6 +34,7 @@ class Pass:
     rows: torch.Tensor
     update_statistics: bool = True
     dropout: bool = True
+    drawn: list[torch.Tensor] = field(init=False, default_factory=list, repr=False, compare=False)
 
 
 class Passes:
@@ -81,3 +82,13 @@ class Passes:
             raise ValueError("dropout or drop-path ran in training mode outside `with model.passes(Pass(...))`")
         now = self.current
         return uniform(seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=now.rows, columns=columns)
+
+    def per_row(self, site: int) -> torch.Tensor:
+        """`uniform(site, 1)`, [B, 1]; the first site that asks draws for all of them: a pass launches Philox once."""
+        now = self.current
+        if now is None:
+            return self.uniform(site, 1)
+        if not now.drawn:
+            streams = now.stream * SITES + torch.arange(self._sites, device=now.rows.device)
+            now.drawn.append(uniform(seed=now.seed, stream=streams, step=now.step, rows=now.rows, columns=1))
+        return now.drawn[0][site]

@@ -1,5 +1,10 @@
-"""What a run tells: metrics.jsonl, the progress on the screen, other monitors, the summary and tables of results."""
+"""What a run tells: metrics.jsonl, progress on the screen, other monitors, a heartbeat, the summary, tables of results.
 
+And what it is told on the way: files that ask it to save or to stop.
+"""
+
+from mpl_scale.monitor.control import ControlFiles, Request
+from mpl_scale.monitor.heartbeat import Heartbeat
 from mpl_scale.monitor.metrics import MetricsWriter, read_metrics
 from mpl_scale.monitor.progress import Progress
 from mpl_scale.monitor.summary import config_hash, mark_done, versions, write_summary
@@ -7,9 +12,12 @@ from mpl_scale.monitor.table import format_table
 from mpl_scale.monitor.writers import EventMonitor, Writers
 
 __all__ = [
+    "ControlFiles",
     "EventMonitor",
+    "Heartbeat",
     "MetricsWriter",
     "Progress",
+    "Request",
     "Writers",
     "config_hash",
     "format_table",

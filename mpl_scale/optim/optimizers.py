@@ -1,20 +1,24 @@
 """SGD with Nesterov momentum and TensorFlow's RMSProp, elementwise, so that they update any shard of any parameter.
 
 Under ZeRO an engine replaces a group's parameters by flat fp32 shards; both rules are elementwise, so sharding cannot
-change their result. torch's own SGD and RMSprop call `.item()` on a tensor learning rate, which a CUDA graph forbids:
-here `group["lr"]` is a 0-d device tensor, the state is allocated at construction, and every update is in place.
+change their result. A rule that looks at whole parameters (lars.py) is told by `bind` which elements are whose.
+torch's own SGD and RMSprop call `.item()` on a tensor learning rate, which a CUDA graph forbids: here `group["lr"]` is
+a 0-d device tensor, the state is allocated at construction, and every update is in place.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import OptimConfig
+from mpl_scale.types import Slice
 
 OPTIMIZERS: Registry[type[ShardOptimizer]] = Registry("optimizer")
 register_optimizer = OPTIMIZERS.register
@@ -32,6 +36,17 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
         super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
+
+    def bind(
+        self, masters: Sequence[torch.Tensor], layout: Sequence[Slice], *, group: dist.ProcessGroup | None
+    ) -> None:
+        """Told by an engine, once: which elements of the shards are which parameter's.
+
+        Args:
+            masters: the shards as they are in the groups' `params`, by the layout's numbers.
+            layout: this rank's slices of parameters; elements in none are padding.
+            group: ranks that hold the other slices; None: all are here.
+        """
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that has none (zeros, see each rule)."""
@@ -53,13 +68,16 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients = [p.grad for p in parameters]
-            if group["weight_decay"]:
-                gradients = list(torch._foreach_add(gradients, parameters, alpha=group["weight_decay"]))
+            gradients = self._gradients(parameters, group["weight_decay"])
             states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
             lr = group["lr"]
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
             self._update(parameters, gradients, states, lr)
+
+    def _gradients(self, parameters: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
+        """What the rule takes for gradients: with coupled weight decay. The parameters' own are left untouched."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
 
     @abstractmethod
     def _update(

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mpl_scale.config import Config
-from mpl_scale.data import Splits, evaluation_batches
+from mpl_scale.data import Quarantine, Splits, evaluation_batches
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl.losses import cross_entropy
@@ -26,14 +26,14 @@ Results = dict[str, float]
 class Evaluator:
     """Evaluates networks by name ("teacher"; anything else has the student's architecture)."""
 
-    def __init__(self, config: Config, *, splits: Splits, mesh: Mesh) -> None:
-        self._config, self._splits, self._mesh = config, splits, mesh
+    def __init__(self, config: Config, *, splits: Splits, mesh: Mesh, quarantine: Quarantine | None = None) -> None:
+        self._config, self._splits, self._mesh, self._quarantine = config, splits, mesh, quarantine
         self._modules: dict[str, nn.Module] = {}
 
     def evaluate(self, weights: Mapping[str, Weights]) -> dict[str, Results]:
         """Results by network: top1 and top5 in percent, loss (mean CE), images.
 
-        Every test image counts once, however it is spread over ranks. Collective over the world.
+        Every readable test image counts once, however they are spread over ranks. Collective over the world.
         """
         modules = {name: self._loaded(name, values) for name, values in weights.items()}
         sums = {name: torch.zeros(4, dtype=torch.float64, device=self._mesh.device) for name in modules}
@@ -43,6 +43,7 @@ class Evaluator:
             image_size=self._config.model.image_size,
             mesh=self._mesh,
             columns=input_columns(self._config.model.image_size, self._mesh.width),
+            quarantine=self._quarantine,
         )
         with torch.no_grad():
             for images, labels, valid in batches:

@@ -14,13 +14,13 @@ from torch import nn
 from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
-from mpl_scale.data import Splits, load_images, make_splits
-from mpl_scale.engine.recompute import apply_recompute
+from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data.views import evaluation_view, weak_view
 from mpl_scale.models import build_model
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
-from mpl_scale.trainer.phases import initial_seed
+from mpl_scale.trainer.phases import initial_seed, recomputed
 
 
 def check_names(run: RunConfig) -> None:
@@ -31,6 +31,8 @@ def check_names(run: RunConfig) -> None:
     require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
     require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
     StrongView(run.mpl.data.strong, seed=0, stream=0)
+    weak_view(run.mpl.data.weak, run.mpl.model.image_size)
+    evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
 
 
 def load_splits(run: RunConfig) -> Splits:
@@ -43,6 +45,18 @@ def load_splits(run: RunConfig) -> Splits:
             f"classes; set {len(images.classes)}"
         )
     return make_splits(images, config=data, seed=config.seed)
+
+
+def record_splits(splits: Splits, output: Path) -> list[str]:
+    """Write the splits' manifest into the run's folder, on one rank; what people should know about the data."""
+    notes = []
+    if write_manifest(splits, output / "splits"):
+        notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
+    images = splits.images
+    if images.bad:
+        named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
+        notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
+    return notes
 
 
 def check_models(run: RunConfig) -> None:
@@ -64,7 +78,7 @@ def check_models(run: RunConfig) -> None:
         if logits.shape != (1, config.model.num_classes):
             raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
         _check_split(model, run, field=field, name=section.name)
-        apply_recompute(model, config.parallel.recompute)
+        recomputed(model, config.parallel)
 
 
 def _check_split(model: nn.Module, run: RunConfig, *, field: str, name: str) -> None:

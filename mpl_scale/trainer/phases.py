@@ -116,7 +116,7 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         )
         if source in weights:
             module.load_state_dict(weights[source])
-        module = apply_recompute(split(module, config, mesh=mesh), parallel.recompute)
+        module = recomputed(split(module, config, mesh=mesh), parallel)
         flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
         return build_network(
             module.to(mesh.device),
@@ -148,6 +148,13 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         world_group=mesh.world_group,
         micro_batches=phase.micro_batches,
         deferred_teacher=parallel.teacher == "deferred" or (parallel.teacher == "auto" and phase.micro_batches > 1),
+    )
+
+
+def recomputed(module: nn.Module, parallel: ParallelConfig) -> nn.Module:
+    """The module, recomputing activations as `parallel` says. Raises ValueError where it cannot."""
+    return apply_recompute(
+        module, parallel.recompute, backend=parallel.recompute_backend, offload=parallel.recompute_offload
     )
 
 

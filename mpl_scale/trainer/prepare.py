@@ -17,15 +17,26 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
-from mpl_scale.data import Splits, check_batches
+from mpl_scale.data import Quarantine, Splits, check_batches
 from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
-from mpl_scale.monitor import MetricsWriter, Progress, Writers, config_hash, mark_done, versions, write_summary
-from mpl_scale.trainer.input import check_models, check_names, check_output, load_splits
+from mpl_scale.monitor import (
+    ControlFiles,
+    Heartbeat,
+    MetricsWriter,
+    Progress,
+    Writers,
+    config_hash,
+    mark_done,
+    versions,
+    write_summary,
+)
+from mpl_scale.trainer.input import check_models, check_names, check_output, load_splits, record_splits
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshots
+from mpl_scale.trainer.watchdog import Watchdog
 
 SHOWN = (
     "student_loss",
@@ -118,6 +129,8 @@ def _run(
         if finished is not None:
             return finished
         trainer = _make_trainer(run, options, batches, splits, mesh, writers, stop_requested)
+        if trainer.watchdog is not None:
+            held.callback(trainer.watchdog.close)
         if not trainer.train():
             return None
         summary = {"config_hash": fingerprint, **_summary(trainer)}
@@ -138,7 +151,12 @@ def _make_trainer(
 ) -> Trainer:
     """A trainer at the start or at its newest checkpoint, and its files opened to go on from there."""
     flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
-    eager_because = why_not_captured(graph=run.mpl.parallel.graph, device=mesh.device, flat_engine=flat)
+    eager_because = why_not_captured(
+        graph=run.mpl.parallel.graph,
+        device=mesh.device,
+        flat_engine=flat,
+        recompute_backend=run.mpl.parallel.recompute_backend,
+    )
     phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
     writers.note(batches.equation())
     if eager_because is not None and mesh.device.type == "cuda":
@@ -155,6 +173,14 @@ def _make_trainer(
         snapshots=snapshots,
         stop_requested=stop_requested,
         capture=eager_because is None,
+        control=ControlFiles(options.output) if mesh.is_main else None,
+        heartbeat=Heartbeat(options.output) if mesh.is_main else None,
+        watchdog=_watchdog(run, options, mesh, writers),
+        quarantine=Quarantine(
+            max_fraction=run.mpl.data.max_bad_fraction,
+            path=options.output / f"quarantine-rank{mesh.rank}.jsonl",
+            warn=writers.note,
+        ),
     )
     snapshot = snapshots.find(options.resume)
     if snapshot is not None:
@@ -162,11 +188,25 @@ def _make_trainer(
         writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
     if mesh.is_main:
         (options.output / "DONE").unlink(missing_ok=True)
+        for line in record_splits(splits, options.output):
+            writers.note(line)
         (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.global_step
         writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
         writers.monitor = _deepspeed_monitor(run)
     return trainer
+
+
+def _watchdog(run: RunConfig, options: Options, mesh: Mesh, writers: Writers) -> Watchdog | None:
+    seconds, limit = run.mpl.guard.hang_seconds, run.mpl.parallel.timeout_seconds
+    if seconds is None:
+        return None
+    if seconds >= limit:
+        writers.note(
+            f"mpl_scale.guard.hang_seconds = {seconds:g} comes too late: mpl_scale.parallel.timeout_seconds = "
+            f"{limit:g} ends the run before; set less"
+        )
+    return Watchdog(options.output, seconds=seconds, mesh=mesh)
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:

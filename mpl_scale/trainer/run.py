@@ -7,24 +7,27 @@ the same weights as a run that was never stopped.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from mpl_scale.augment import StrongView
+from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
-from mpl_scale.data import Splits, TrainLoader
+from mpl_scale.data import Quarantine, Splits, TrainLoader
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
-from mpl_scale.monitor import Writers
+from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
 from mpl_scale.spatial import input_columns
 from mpl_scale.trainer.evaluation import Evaluator, Results
-from mpl_scale.trainer.phases import Phase, Weights, build_state, collect_weights
+from mpl_scale.trainer.guard import batch_ids, nonfinite_metrics, nonfinite_weights
+from mpl_scale.trainer.phases import Phase, Weights, build_state, channels_last, collect_weights
 from mpl_scale.trainer.snapshots import Snapshot, Snapshots
+from mpl_scale.trainer.watchdog import Watchdog
 from mpl_scale.types import StepMetrics
 
 
@@ -32,7 +35,8 @@ from mpl_scale.types import StepMetrics
 class Trainer:
     """A run, ready to start.
 
-    stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together.
+    stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
+    and heartbeat: on rank 0 only. watchdog: on every rank or on none.
     capture: replay the step as a CUDA graph.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
@@ -45,6 +49,10 @@ class Trainer:
     snapshots: Snapshots
     stop_requested: Callable[[], bool]
     capture: bool
+    control: ControlFiles | None = None
+    heartbeat: Heartbeat | None = None
+    watchdog: Watchdog | None = None
+    quarantine: Quarantine = field(default_factory=Quarantine)
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
     global_step: int = 0
@@ -66,15 +74,17 @@ class Trainer:
     def train(self) -> bool:
         """Run the phases that are left. True at the end, False if asked to stop (state saved)."""
         self._began = time.monotonic()
-        self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh)
+        self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh, quarantine=self.quarantine)
         weights: Mapping[str, Weights] = {}
         state, step, self._state = self._state, self._step, None  # each phase's state is freed before the next's
         for phase in self.phases[self._first :]:
+            self._tell("start", phase, step)
             state = state or build_state(phase, self.run, mesh=self.mesh, weights=weights)
             if not self._train_phase(phase, state, step):
                 return False
             weights = collect_weights(state, mesh=self.mesh)
             state, step = None, 0
+        self._tell("done", self.phases[-1], self.phases[-1].steps)
         return True
 
     def elapsed(self) -> float:
@@ -95,8 +105,12 @@ class Trainer:
             seed=config.seed,
             stream=phase.index,
             start_step=step,
-            strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
+            strong_view=StrongView(
+                config.data.strong, seed=config.seed, stream=phase.index, candidates=self.splits.unlabelled
+            ),
             columns=input_columns(config.model.image_size, self.mesh.width),
+            channels_last=channels_last(config.parallel, self.mesh.device),
+            quarantine=self.quarantine,
         )
         images = phase.labelled + phase.unlabelled
         if self.writers.progress is not None:
@@ -113,7 +127,13 @@ class Trainer:
                 self.global_step += 1
                 clock.steps += 1
                 if step % every == 0 or step == phase.steps:
-                    values = {**self._averages(metrics), **clock.rates(images)}
+                    bad = torch.tensor(float(self.quarantine.count * self.mesh.world), device=self.mesh.device)
+                    values = self._averages({**metrics, "bad_images": bad})  # of all ranks together
+                    if config.guard.nonfinite == "stop" and (found := nonfinite_metrics(values)):
+                        self._refuse(found, phase, state, step)
+                    values |= clock.rates(images)
+                    if self.heartbeat is not None:
+                        self.heartbeat.images_per_second = values["images_per_second"]
                     self.writers.write(values, phase=phase.name, step=step, global_step=self.global_step)
                 done = self._end_of_step(phase, state, step)
                 if done is not None:
@@ -125,19 +145,54 @@ class Trainer:
     def _end_of_step(self, phase: Phase, state: State, step: int) -> bool | None:
         """Evaluate, save, agree to stop. None: go on; True: the phase is over; False: stop."""
         config, last = self.run.mpl, step == phase.steps
+        self._tell("train", phase, step)
         every = config.phases.train.evaluate_every if phase.name == "train" else 0
         if last or (every and step % every == 0):
+            self._tell("evaluate", phase, step)
             self._evaluate(phase, state, step)
-        stop = self._agreed_to_stop(step)
-        if last or stop or (config.checkpoint.every and self.global_step % config.checkpoint.every == 0):
+        request = self._agreed_request(step)
+        stop = request == Request.STOP
+        if last or request or (config.checkpoint.every and self.global_step % config.checkpoint.every == 0):
+            self._tell("save", phase, step)
+            if config.guard.nonfinite == "stop" and (found := nonfinite_weights(state, mesh=self.mesh)):
+                self._refuse(found, phase, state, step)
             metadata = {"results": self.results, "seconds": self.elapsed(), "config": self.run.resolved()}
             self.snapshots.save(phase, state, step=step, global_step=self.global_step, metadata=metadata)
+            if self.control is not None and request:
+                self.control.answered(request)
         if stop and not (last and phase is self.phases[-1]):
             self.writers.note(
                 f"stopped as asked after step {step} of {phase.name}; the same command goes on from there"
             )
             return False
+        self._tell("train", phase, step)
         return True if last else None
+
+    def _tell(self, doing: str, phase: Phase, step: int) -> None:
+        """The heartbeat and the watchdog of what goes on: only training has to end a step in time."""
+        if self.heartbeat is not None:
+            self.heartbeat.beat(doing, phase=phase.name, step=step, steps=phase.steps, global_step=self.global_step)
+        if self.watchdog is None:
+            return
+        if doing == "train" and step < phase.steps:
+            self.watchdog.beat(self.global_step)
+        else:
+            self.watchdog.rest()
+
+    def _refuse(self, found: Sequence[str], phase: Phase, state: State, step: int) -> NoReturn:
+        """End the run over numbers that are none, its state set aside; the same on every rank."""
+        self._tell("save", phase, step)
+        aside = replace(self.snapshots, root=self.snapshots.root.parent / f"bad-{self.global_step}", keep=1)
+        try:
+            aside.save(phase, state, step=step, global_step=self.global_step, metadata={"results": {}, "seconds": 0.0})
+            saved = f"the state is in {aside.root}"
+        except CheckpointError as error:
+            saved = f"the state could not be saved ({error})"
+        ids = batch_ids(phase, config=self.run.mpl, splits=self.splits, step=step)
+        raise ValueError(
+            f"{', '.join(found)} after step {step} of {phase.name}, whose batch was {ids}; {saved}, no resume takes "
+            "it; lower the learning rate, look at these images, or go on with mpl_scale.guard.nonfinite = off"
+        )
 
     def _evaluate(self, phase: Phase, state: State, step: int) -> None:
         """Measure every network of the state; the finetuned student is a result of its own."""
@@ -155,15 +210,16 @@ class Trainer:
             dist.all_reduce(stacked, group=self.mesh.world_group)
         return dict(zip(metrics, (stacked / self.mesh.world).tolist(), strict=True))
 
-    def _agreed_to_stop(self, step: int) -> bool:
-        """Whether any rank was asked to. On GPUs only now and then, because the answer waits for the device."""
+    def _agreed_request(self, step: int) -> Request:
+        """The most that any rank is asked for. On GPUs only now and then, because the answer waits for the device."""
         if self.mesh.device.type == "cuda" and step % self.run.mpl.logging.every:
-            return False
+            return Request.NONE
+        own = Request.STOP if self.stop_requested() else self.control() if self.control is not None else Request.NONE
         if self.mesh.world_group is None:
-            return self.stop_requested()
-        asked = torch.tensor(float(self.stop_requested()), device=self.mesh.device)
+            return own
+        asked = torch.tensor(float(own), device=self.mesh.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
-        return bool(asked.item())
+        return Request(int(asked.item()))
 
 
 class _Clock:

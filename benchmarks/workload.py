@@ -1,0 +1,182 @@
+"""A training step of any configuration, ready to be called again and again: state, batches, runner.
+
+Imports neither DALI nor DeepSpeed unless the configuration asks for them (real data, engine deepspeed).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from typing import Any, Literal
+
+import torch
+
+from mpl_scale.config import Batches, RunConfig, check
+from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.engine.graph import StepRunner, why_not_captured
+from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.models import build_model
+from mpl_scale.mpl import FEEDBACK_RULES, State
+from mpl_scale.planner import count_macs, step_flops
+from mpl_scale.spatial import input_columns
+from mpl_scale.trainer.phases import Phase, build_state, channels_last, plan_phases
+from mpl_scale.types import Batch
+
+GRADIENT_RULES = ("cosine", "dot", "flipped", "per_sample", "soft_exact")
+"""Feedback rules that take g_l by a backward pass."""
+
+
+@dataclass
+class Workload:
+    """The main phase of a configuration on this process's ranks."""
+
+    run: RunConfig
+    mesh: Mesh
+    phase: Phase
+    state: State
+    runner: StepRunner
+    source: Iterator[Batch]
+    batches: Batches
+    eager_because: str | None
+    """Why the step is not replayed as a graph; None: it is. Set when a capture fails."""
+
+    def step(self) -> Any:
+        """One step as a run makes it."""
+        return self.runner(next(self.source))
+
+    @property
+    def images(self) -> int:
+        """Of a step, over all ranks: labelled and unlabelled, each counted once however many views it has."""
+        return self.phase.labelled + self.phase.unlabelled
+
+    def flops(self, *, recompute: bool = False) -> int:
+        """Of a step, on one rank (its share of images, its columns)."""
+        config, method = self.run.mpl, self.run.mpl.method
+        macs = {
+            name: count_macs(
+                build_model(section, config.model, field=name, seed=0, device="meta"), config.model.image_size
+            )
+            for name, section in (("teacher", config.model.teacher), ("student", config.model.student))
+        }
+        total = step_flops(
+            method.name,
+            teacher_macs=macs["teacher"],
+            student_macs=macs["student"],
+            labelled=self.phase.labelled,
+            unlabelled=self.phase.unlabelled,
+            student_sees_labelled=method.student_sees_labelled,
+            gradient_feedback=method.feedback.rule in GRADIENT_RULES and method.feedback.rule in FEEDBACK_RULES,
+            deferred=self.state.deferred_teacher,
+            recompute=recompute and config.parallel.recompute != "none",
+        )
+        return total // self.mesh.world
+
+
+def make_workload(
+    run: RunConfig, *, device: torch.device, data: Literal["synthetic", "real"] = "synthetic"
+) -> Workload:
+    """Networks under their engines and batches on the device.
+
+    Args:
+        run: as loaded.
+        device: of this rank; the process group is joined already where there are several.
+        data: synthetic: one random batch, on the device before the first step; real: the configuration's loader.
+
+    Raises:
+        ValueError: what a run of the configuration would refuse.
+    """
+    cuda = device.type == "cuda"
+    batches = check(run, world=int(os.environ.get("WORLD_SIZE", "1")), cuda=cuda)
+    parallel, flat = run.mpl.parallel, uses_flat_engine(run, cuda=cuda)
+    shard_size = 1 if flat and zero_stage(run) == 0 else parallel.shard_size
+    mesh = build_mesh(device=device, width=parallel.width, shard_size=shard_size)
+    phase = next(phase for phase in plan_phases(run.mpl, batches, max_steps=None) if phase.name == "train")
+    eager_because = why_not_captured(graph=parallel.graph, device=device, flat_engine=flat)
+    state = build_state(phase, run, mesh=mesh, weights={})
+    source = repeat(synthetic_batch(run, phase, mesh)) if data == "synthetic" else _loader(run, phase, mesh)
+    workload = Workload(run, mesh, phase, state, None, source, batches, eager_because)  # type: ignore[arg-type]
+
+    def fall_back(reason: str) -> None:
+        workload.eager_because = reason
+
+    workload.runner = StepRunner(phase.method.step, state, capture=eager_because is None, fall_back=fall_back)
+    return workload
+
+
+def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
+    """Normal pixels and random labels: this rank's rows and columns of one global batch."""
+    size, device = run.mpl.model.image_size, mesh.device
+    start, stop = input_columns(size, mesh.width)[mesh.width_index]
+    generator = torch.Generator(device).manual_seed(1234 + mesh.rank)
+    wide = channels_last(run.mpl.parallel, device)
+    memory_format = torch.channels_last if wide else torch.contiguous_format
+
+    def rows(total: int) -> torch.Tensor:
+        count = total // mesh.data
+        return torch.arange(mesh.data_index * count, (mesh.data_index + 1) * count, device=device)
+
+    def images(count: int) -> torch.Tensor:
+        values = torch.randn(count, 3, size, stop - start, generator=generator, device=device)
+        return values.contiguous(memory_format=memory_format)
+
+    labelled, unlabelled = rows(phase.labelled), rows(phase.unlabelled)
+    labels = labelled % run.mpl.model.num_classes  # the same on all ranks of a width group
+    return Batch(images(len(labelled)), labels, labelled, images(len(unlabelled)), images(len(unlabelled)), unlabelled)
+
+
+def _loader(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
+    from mpl_scale.augment import StrongView
+    from mpl_scale.data import TrainLoader  # imports DALI
+    from mpl_scale.trainer.input import load_splits
+
+    config = run.mpl
+    return TrainLoader(
+        config=config.data,
+        splits=load_splits(run),
+        image_size=config.model.image_size,
+        labelled_batch=phase.labelled,
+        unlabelled_batch=phase.unlabelled,
+        mesh=mesh,
+        seed=config.seed,
+        stream=phase.index,
+        start_step=0,
+        strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
+        columns=input_columns(config.model.image_size, mesh.width),
+    )
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far (GPU), and free what nobody holds."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """GPU: the allocator's peak since reset_peak; CPU: the process's largest resident size, ever."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+_PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0}
+"""Dense bf16 tensor-core rates of the vendors' datasheets (SXM)."""
+
+
+def peak_tflops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Of the device in bf16: the datasheet's; on a CPU what a matrix product reaches now. None: unknown."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        return next((value for key, value in _PEAK_TFLOPS.items() if key in name), None)
+    from benchmarks.timing import interleave
+
+    n = 1024
+    a, b = (torch.randn(n, n).to(dtype) for _ in range(2))
+    torch.mm(a, b)
+    seconds = interleave({"mm": lambda: torch.mm(a, b)}, rounds=5, count=2, device=device)["mm"]
+    return 2 * n**3 / min(seconds) / 1e12

@@ -1,0 +1,67 @@
+"""How far each operation goes: from a strength to the argument of PIL's function.
+
+A strength is magnitude / 10 with a random sign; at 1 an operation reaches its limit, a setting of `StrongConfig` whose
+default is AutoAugment's (Cubuk et al. 2019, Table 6). Two rules (`magnitude_rule`):
+
+- distance: 0 leaves the image alone and distortion grows with the strength, as a uniformly drawn magnitude needs.
+- level: the released code's. Enhancers, posterize and solarize read the magnitude without a sign, from one end of
+  their range to the other: 0 is the greyest, the fewest bits, everything inverted. Solarize's threshold is an 8-bit
+  number there, so 409 means 153.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mpl_scale.config.schema import StrongConfig
+
+_MOST_BITS = 8
+
+
+def degrees(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Counter-clockwise."""
+    return limits.rotate * strength
+
+
+def shear(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Columns per row, or rows per column."""
+    return limits.shear * strength
+
+
+def columns(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Whole pixels, to the left."""
+    return np.round(strength * limits.translate * size[1])
+
+
+def rows(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Whole pixels, upwards."""
+    return np.round(strength * limits.translate * size[0])
+
+
+def factor(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """PIL's enhancement factor; 1 leaves the image alone. Never negative, which would swap light and dark."""
+    if limits.magnitude_rule == "level":
+        return (1 - limits.enhance) + 2 * limits.enhance * np.abs(strength)
+    return np.maximum(1 + limits.enhance * strength, 0.0)
+
+
+def bits(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Bits kept, 1 (PIL's least) to 8."""
+    amount = np.floor(limits.posterize * np.abs(strength))
+    return np.clip(amount if limits.magnitude_rule == "level" else _MOST_BITS - amount, 1, _MOST_BITS)
+
+
+def threshold(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Least value that is inverted, 0 to 256."""
+    amount = np.floor(256 * np.abs(strength))
+    return amount % 256 if limits.magnitude_rule == "level" else np.maximum(256 - amount, 0)
+
+
+def share(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Weight of the partner's pixels, 0 to 1."""
+    return np.minimum(limits.sample_pairing * np.abs(strength), 1.0)
+
+
+def side(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
+    """Side of the square that is filled, an even number of pixels."""
+    return 2 * np.floor(limits.cutout_op * min(size) * np.abs(strength))

@@ -1,0 +1,71 @@
+"""`mpl-scale index`: index a data set once, in parallel, so that runs open it in no time."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from mpl_scale.cli.command import Command, positive
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", type=Path, metavar="SRC", help="the folder of the data set")
+    parser.add_argument(
+        "--source", required=True, metavar="NAME", help="folder, tfrecord, webdataset, cifar10, svhn or arrays"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="the index; default: SRC.index")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
+    parser.add_argument(
+        "--label_offset", type=int, metavar="N", help="the first class's label in the files; tfrecord: 1, others: 0"
+    )
+    parser.add_argument("--skip_data_crc", action="store_true", help="trust the data of TFRecord files; faster")
+    parser.add_argument("--force", action="store_true", help="build again what is up to date")
+    parser.add_argument("--verify", action="store_true", help="build nothing; compare an index with its checksums")
+
+
+def _run(options: argparse.Namespace) -> int:
+    output = options.output or options.root.with_name(f"{options.root.name}.index")
+    # DALI and torch come with the data package: seconds
+    from mpl_scale.data.formats import ScanOptions
+    from mpl_scale.data.index import IndexedImages, verify
+    from mpl_scale.data.index_progress import IndexProgress
+    from mpl_scale.data.indexing import build_index, current
+
+    if options.verify:
+        verify(output)
+        IndexedImages(output)
+        print(f"'{output}' is whole, and its shards have not changed")
+        return 0
+    scan = ScanOptions(label_offset=options.label_offset, check_data=not options.skip_data_crc)
+    root = options.root.expanduser().resolve()
+    if not options.force and current(output, source=options.source, root=root, options=scan):
+        print(f"'{output}' is up to date; --force builds it again")
+        return 0
+    progress, start = IndexProgress(), time.monotonic()
+    workers = options.workers or os.cpu_count() or 1
+    try:
+        built = build_index(options.source, root, output=output, workers=workers, options=scan, report=progress)
+    finally:
+        progress.close()
+    seconds = time.monotonic() - start
+    again = f", {built.reused} of them from a stopped build" if built.reused else ""
+    print(f"{built.images:,} images of {built.shards:,} shards{again} in {seconds:.1f} s: {output}")
+    if built.refused:
+        print(f"{built.refused:,} refused, listed in {output / 'refused.jsonl'}:")
+        for reason, count in built.reasons.most_common():
+            print(f"  {count:>8,}  {reason}")
+    return 0
+
+
+INDEX = Command(
+    name="index",
+    help="index a data set: check every header, list what is refused",
+    examples=(
+        "mpl-scale index /data/imagenet-tfrecord --source tfrecord --output /data/imagenet.index --workers 16",
+        "mpl-scale index /data/images --source folder",
+    ),
+    options=_options,
+    run=_run,
+)

@@ -1,0 +1,15 @@
+"""What a run costs before it runs: multiply-accumulates, bytes kept for backward, static bytes per rank."""
+
+from mpl_scale.planner.activations import StorageCensus, kept_bytes, to_compute_dtype
+from mpl_scale.planner.macs import count_macs, step_flops
+from mpl_scale.planner.static import reachable_bytes, static_bytes
+
+__all__ = [
+    "StorageCensus",
+    "count_macs",
+    "kept_bytes",
+    "reachable_bytes",
+    "static_bytes",
+    "step_flops",
+    "to_compute_dtype",
+]

@@ -1,0 +1,237 @@
+"""A made-up ImageNet of 6 classes x 8 real photographs' parts, and a writer of it for each format that is read.
+
+The writers are written against the formats' descriptions, not against the readers: scipy writes the .mat files, pickle
+and tarfile theirs, and the protocol buffers and checksums of TFRecord are built here, bit by bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import pickle
+import struct
+import tarfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+
+from tests.photographs import encoded, photograph
+
+CLASSES, PER_CLASS, SIDE = 6, 8, 32
+COUNT = CLASSES * PER_CLASS
+
+
+@functools.cache
+def pictures() -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [48, 32, 32, 3] and labels int64 [48], classes in turn."""
+    photographs = [np.asarray(photograph(index, 320, 240)) for index in range(3)]
+    images, labels = [], []
+    for index in range(COUNT):
+        top, left = 7 * (index % 8) * 4 % 208, 41 * index % 288
+        images.append(photographs[index % 3][top : top + SIDE, left : left + SIDE])
+        labels.append(index % CLASSES)
+    return np.stack(images), np.array(labels)
+
+
+def files(kind: str = "PNG") -> list[bytes]:
+    """The pictures as encoded files."""
+    from PIL import Image
+
+    return [encoded(Image.fromarray(image), kind) for image in pictures()[0]]
+
+
+def write_folder(root: Path, kind: str = "PNG") -> None:
+    """Named so that the order within a class is that of the pictures."""
+    for index, (content, label) in enumerate(zip(files(kind), pictures()[1], strict=True)):
+        path = root / f"class{label}" / f"{index:03d}.{'png' if kind == 'PNG' else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def crc32c_bitwise(data: bytes) -> int:
+    """The definition, one bit at a time."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data: bytes) -> bytes:
+    crc = crc32c_bitwise(data)
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def varint(value: int) -> bytes:
+    out = b""
+    while value >= 128:
+        out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+
+def field(number: int, content: bytes) -> bytes:
+    return varint(number << 3 | 2) + varint(len(content)) + content
+
+
+def example(image: bytes, label: int, **others: bytes) -> bytes:
+    """A serialised tf.train.Example of Inception's layout."""
+    features = {
+        "image/height": field(3, field(1, varint(SIDE))),
+        "image/class/label": field(3, field(1, varint(label))),  # packed
+        "image/class/text": field(1, field(1, f"name of {label}".encode())),
+        "image/object/bbox/xmin": field(2, field(1, struct.pack("<2f", 0.25, 0.5))),
+        "image/encoded": field(1, field(1, image)),
+        **{name: field(1, field(1, content)) for name, content in others.items()},
+    }
+    return field(1, b"".join(field(1, field(1, name.encode()) + field(2, value)) for name, value in features.items()))
+
+
+def record(data: bytes) -> bytes:
+    """A TFRecord record."""
+    length = struct.pack("<Q", len(data))
+    return length + masked(length) + data + masked(data)
+
+
+def write_tfrecord(root: Path, kind: str = "PNG", *, shards: int = 4, first: int = 1) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    contents, labels = files(kind), pictures()[1]
+    each = -(-COUNT // shards)
+    for shard in range(shards):
+        rows = range(shard * each, min(COUNT, (shard + 1) * each))
+        path = root / f"train-{shard:05d}-of-{shards:05d}"
+        path.write_bytes(b"".join(record(example(contents[row], int(labels[row]) + first)) for row in rows))
+
+
+def tar_of(members: Sequence[tuple[str, bytes]], **options: object) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", **options) as tar:  # type: ignore[call-overload]
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def samples(rows: range, kind: str = "PNG") -> list[tuple[str, bytes]]:
+    """The members of these pictures: labels as .cls of the even ones, .json of the odd ones."""
+    contents, labels, members = files(kind), pictures()[1], []
+    for row in rows:
+        label = json.dumps({"label": int(labels[row]), "w": 1}) if row % 2 else str(labels[row])
+        members.append((f"a/{row:04d}.{'png' if kind == 'PNG' else 'jpg'}", contents[row]))
+        members.append((f"a/{row:04d}.{'json' if row % 2 else 'cls'}", label.encode()))
+    return members
+
+
+def write_webdataset(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    each = -(-COUNT // shards)
+    for shard in range(shards):
+        style = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[shard % 3]
+        rows = range(shard * each, min(COUNT, (shard + 1) * each))
+        (root / f"train-{shard:06d}.tar").write_bytes(tar_of(samples(rows, kind), format=style))
+
+
+def _batches() -> list[tuple[str, slice]]:
+    """CIFAR's file names, with 8 pictures each."""
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    return [(name, slice(8 * index, 8 * index + 8)) for index, name in enumerate(names)]
+
+
+def write_cifar_binary(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    images, labels = pictures()
+    for name, rows in _batches():
+        planes = images[rows].transpose(0, 3, 1, 2).reshape(8, -1)
+        labelled = np.concatenate([labels[rows, None].astype(np.uint8), planes], axis=1)
+        (root / f"{name}.bin").write_bytes(labelled.tobytes())
+
+
+def cifar_batch(rows: slice = slice(0, 8), protocol: int = 2, python: int = 3) -> bytes:
+    """A pickled batch; Python 2 wrote text for the keys, and its strings for bytes."""
+    images, labels = pictures()
+    batch = {
+        b"batch_label": b"training batch",
+        b"labels": labels[rows].tolist(),
+        b"data": np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2)).reshape(-1, 3072),
+        b"filenames": [b"%d.png" % row for row in range(8)],
+    }
+    if python == 2:
+        return python2_pickle(batch)
+    named = {key.decode(): value for key, value in batch.items()} if protocol > 2 else batch
+    return pickle.dumps(named, protocol=protocol)
+
+
+def python2_pickle(batch: dict[bytes, object]) -> bytes:
+    """Protocol 2 as Python 2 and its numpy wrote the official files: strings are SHORT_BINSTRING and BINSTRING."""
+
+    def text(value: bytes) -> bytes:
+        if len(value) < 256:
+            return b"U" + bytes([len(value)]) + value
+        return b"T" + struct.pack("<i", len(value)) + value
+
+    def number(value: int) -> bytes:
+        return b"K" + bytes([value])
+
+    def value_of(value: object) -> bytes:
+        if isinstance(value, bytes):
+            return text(value)
+        if isinstance(value, list):
+            return b"](" + b"".join(number(v) if isinstance(v, int) else text(v) for v in value) + b"e"
+        assert isinstance(value, np.ndarray)
+        shape = b"".join(b"M" + struct.pack("<H", side) for side in value.shape)
+        dtype = b"cnumpy\ndtype\n(" + text(b"u1") + b"K\x00K\x01tR(K\x03" + text(b"|") + b"NNNJ\xff\xff\xff\xff"
+        dtype += b"J\xff\xff\xff\xffK\x00tb"
+        return (
+            b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\nK\x00\x85" + text(b"b") + b"tR(K\x01" + shape
+        ) + (b"\x86" + dtype + b"\x89" + text(value.tobytes()) + b"tb")
+
+    return b"\x80\x02}(" + b"".join(text(key) + value_of(value) for key, value in batch.items()) + b"u."
+
+
+def write_cifar_python(root: Path) -> None:
+    """Each file by another writer of pickles."""
+    root.mkdir(parents=True, exist_ok=True)
+    writers = [{"python": 2}, {"protocol": 0}, {"protocol": 1}, {"protocol": 2}, {"protocol": 3}, {"protocol": 4}]
+    for (name, rows), writer in zip(_batches(), writers, strict=True):
+        (root / name).write_bytes(cifar_batch(rows, **writer))
+
+
+def mat(images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> bytes:
+    """X [32, 32, 3, N] and y [N, 1], where the digit 0 is called 10."""
+    buffer = io.BytesIO()
+    y = np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+    scipy.io.savemat(buffer, {"X": images.transpose(1, 2, 3, 0), "y": y}, do_compression=compress)
+    return buffer.getvalue()
+
+
+def write_svhn(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    images, labels = pictures()
+    for name, rows in (("train", slice(0, 20)), ("extra", slice(20, 36)), ("test", slice(36, 48))):
+        content = mat(images[rows], labels[rows], compress=name != "extra")
+        (root / f"{name}_32x32.mat").write_bytes(content)
+
+
+def write_arrays(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    images, labels = pictures()
+    np.save(root / "images.npy", images[:40])
+    np.save(root / "labels.npy", labels[:40].astype(np.int32))
+    np.save(root / "test_images.npy", images[40:])
+    np.save(root / "test_labels.npy", labels[40:])
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "folder": ("folder", write_folder),
+    "tfrecord": ("tfrecord", write_tfrecord),
+    "webdataset": ("webdataset", write_webdataset),
+    "cifar10 binary": ("cifar10", write_cifar_binary),
+    "cifar10 python": ("cifar10", write_cifar_python),
+    "svhn": ("svhn", write_svhn),
+    "arrays": ("arrays", write_arrays),
+}
+"""The source and a writer by format."""

@@ -1,0 +1,269 @@
+"""Whatever bytes a parser meets, it raises its documented error or none: damaged files, and random ones.
+
+More examples: MPL_SCALE_FUZZ=100000 pytest tests/test_data_fuzz.py
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from mpl_scale.data.cifar import read_batch
+from mpl_scale.data.example import read_example
+from mpl_scale.data.formats import FORMATS, MalformedShard, ScanOptions, Shard
+from mpl_scale.data.matfile import read_arrays
+from mpl_scale.data.pickled import read_pickle
+from mpl_scale.data.probe import UnreadableImage, ppm, probe, probe_file
+from mpl_scale.data.tar import read_members
+from mpl_scale.data.tfrecord import read_records
+from tests import mini_imagenet as mini
+from tests.photographs import encoded
+
+EXAMPLES = int(os.environ.get("MPL_SCALE_FUZZ", "150"))
+SEEDS = range(3)
+
+
+def tfrecords(content: bytes) -> None:
+    for offset, record, intact in _from_file(read_records, content):
+        assert content[offset : offset + len(record)] == record
+        if intact:
+            read_example(record)
+
+
+def examples(content: bytes) -> None:
+    for feature in read_example(content).values():
+        if feature.span is not None:
+            start, length = feature.span
+            assert 0 <= start <= start + length <= len(content)
+
+
+def members(content: bytes) -> None:
+    for member in _from_file(read_members, content):
+        assert 0 <= member.offset <= member.offset + member.length <= len(content)
+        if member.refused is None:
+            assert not Path(member.name).is_absolute()
+            assert ".." not in Path(member.name).parts
+
+
+def pickles(content: bytes) -> None:
+    read_pickle(content)
+
+
+def batches(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
+        file.write(content)
+        file.flush()
+        pixels, labels = read_batch(Path(file.name))
+        assert pixels.shape == (len(labels), 3, 32, 32)
+
+
+def mats(content: bytes) -> None:
+    for array in _from_file(read_arrays, content):
+        count = int(np.prod(array.shape, dtype=np.float64))
+        for start in range(0, min(count, 10**6), 4096):
+            array.values.read(min(4096, count - start))
+
+
+def headers(content: bytes) -> None:
+    height, width = probe(content, content)
+    assert height * width > 0
+    assert type(height) is type(width) is int
+
+
+def header_files(content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
+        file.write(content)
+        file.flush()
+        try:
+            found = probe_file(file.name)
+        except UnreadableImage:
+            return
+        assert found == probe(content, content)
+
+
+def npy(content: bytes) -> None:
+    _scan("arrays", "images.npy", content, {"labels.npy": _valid()["labels"]})
+
+
+def whole_tfrecord(content: bytes) -> None:
+    _scan("tfrecord", "train.tfrecord", content)
+
+
+def whole_tar(content: bytes) -> None:
+    _scan("webdataset", "train.tar", content)
+
+
+def whole_cifar(content: bytes) -> None:
+    _scan("cifar10", "data_batch_1", content)
+    _scan("cifar10", "data_batch_1.bin", content)
+
+
+def whole_mat(content: bytes) -> None:
+    _scan("svhn", "train_32x32.mat", content)
+
+
+def _scan(source: str, name: str, content: bytes, others: dict[str, bytes] | None = None) -> None:
+    """A scan refuses, and raises nothing at all."""
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+        root = Path(folder)
+        for path, data in {name: content, **(others or {})}.items():
+            (root / path).write_bytes(data)
+        scan = FORMATS[source].scan(root, Shard(name), options=ScanOptions(), unpacked=root / "unpacked")
+        source_bytes = (root / "unpacked").read_bytes() if (root / "unpacked").exists() else content
+        assert ((scan.entries["offset"] >= 0) & (scan.entries["length"] >= 0)).all()
+        assert (scan.entries["offset"] + scan.entries["length"] <= len(source_bytes)).all()
+
+
+def _from_file(read: Callable[..., object], content: bytes) -> list:
+    with tempfile.TemporaryFile(dir=_memory()) as file:
+        file.write(content)
+        file.seek(0)
+        return list(read(file)) if read is not read_arrays else read(_kept(file))  # type: ignore[return-value]
+
+
+def _kept(file: object) -> object:
+    """A file that is read after this function's caller has returned."""
+    return os.fdopen(os.dup(file.fileno()), "rb")  # type: ignore[attr-defined]
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
+    "tfrecord": (tfrecords, ("tfrecord",)),
+    "example": (examples, ("example",)),
+    "tar": (members, ("ustar", "gnu", "pax")),
+    "pickle": (pickles, ("python 2", "protocol 0", "protocol 2", "protocol 4")),
+    "cifar batch": (batches, ("python 2", "protocol 4")),
+    "mat": (mats, ("mat", "mat, compressed")),
+    "probe": (headers, ("png", "jpeg", "ppm", "long jpeg")),
+    "probe of a file": (header_files, ("png", "jpeg", "ppm", "long jpeg")),
+    "npy": (npy, ("npy",)),
+    "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),
+    "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
+    "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
+    "scan of mat": (whole_mat, ("mat", "mat, compressed")),
+}
+
+
+@functools.cache
+def _valid() -> dict[str, bytes]:
+    """Small valid files to damage."""
+    import io
+    import tarfile
+
+    images, labels = mini.pictures()
+    small = [encoded(Image.fromarray(image[:4, :4])) for image in images[:4]]
+    two = [("a/1.png", small[0]), ("a/1.cls", b"3"), ("a/2.png", small[1]), ("a/2.json", b'{"label": 4}')]
+    long = [("d" * 200 + "/1.png", small[0]), ("d" * 200 + "/1.cls", b"3")]
+    jpeg = encoded(Image.fromarray(images[0][:8, :8]), "JPEG")
+    array, names = io.BytesIO(), io.BytesIO()
+    np.save(array, images[:2, :3, :3])
+    np.save(names, labels[:2])
+    planes = images[:1].transpose(0, 3, 1, 2).reshape(1, -1)
+    return {
+        "tfrecord": b"".join(mini.record(mini.example(content, 1)) for content in small[:2]),
+        "example": mini.example(small[0], 7, note=b"x"),
+        "ustar": mini.tar_of(two, format=tarfile.USTAR_FORMAT)[:5120],
+        "gnu": mini.tar_of(long, format=tarfile.GNU_FORMAT)[:6144],
+        "pax": mini.tar_of(long, format=tarfile.PAX_FORMAT)[:6144],
+        "python 2": mini.cifar_batch(slice(0, 1), python=2),
+        "protocol 0": mini.cifar_batch(slice(0, 1), protocol=0),
+        "protocol 2": mini.cifar_batch(slice(0, 1), protocol=2),
+        "protocol 4": mini.cifar_batch(slice(0, 1), protocol=4),
+        "mat": mini.mat(images[:2, :4, :4], labels[:2], compress=False),
+        "mat, compressed": mini.mat(images[:2, :4, :4], labels[:2]),
+        "png": small[0],
+        "jpeg": jpeg,
+        "ppm": ppm(images[0].tobytes(), height=32, width=32),
+        "long jpeg": jpeg[:2] + 2 * (b"\xff\xfe" + struct.pack(">H", 60000) + bytes(59998)) + jpeg[2:],
+        "npy": array.getvalue(),
+        "labels": names.getvalue(),
+        "binary": b"\3" + planes.tobytes(),
+    }
+
+
+@st.composite
+def damaged(draw: st.DrawFn, kinds: tuple[str, ...]) -> bytes:
+    """A valid file after some edits: bytes and words set to telling values, pieces cut out, doubled, put in; a repaired
+    checksum where the format would stop at a wrong one; or bytes of no file at all."""
+    if draw(st.integers(0, 9)) == 0:
+        return draw(st.binary(max_size=600))
+    kind = draw(st.sampled_from(kinds))
+    content = bytearray(_valid()[kind])
+    header = draw(st.booleans())  # where the structure is
+    for _ in range(draw(st.integers(1, 6))):
+        if not content:
+            break
+        limit = min(len(content), 700) if header else len(content)
+        at = draw(st.integers(0, limit - 1))
+        edit = draw(st.integers(0, 5))
+        if edit == 0:
+            content[at] = draw(st.sampled_from([0, 1, 0x2F, 0x30, 0x7F, 0x80, 0xFE, 0xFF]))
+        elif edit == 1:
+            content[at] ^= 1 << draw(st.integers(0, 7))
+        elif edit == 2:
+            value = draw(st.sampled_from([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, len(content), 1 << 20]))
+            content[at : at + 4] = struct.pack(draw(st.sampled_from(["<I", ">I"])), value)
+        elif edit == 3:
+            del content[at : at + draw(st.integers(1, 600))]
+        elif edit == 4:
+            piece = content[at : at + draw(st.integers(1, 600))]
+            content[at:at] = piece
+        else:
+            content[at : at + 1] = draw(st.binary(max_size=12))
+    result = bytes(content)
+    if kind in ("ustar", "gnu", "pax") and draw(st.booleans()):
+        return _with_tar_checksums(result)
+    if kind == "tfrecord" and draw(st.booleans()):
+        return mini.record(result[12:-4])
+    if kind == "mat" and draw(st.booleans()):
+        packed = zlib.compress(result[128:])
+        return result[:128] + struct.pack("<II", 15, len(packed)) + packed
+    return result
+
+
+def _with_tar_checksums(content: bytes) -> bytes:
+    """Every block whose place looks like a header's gets the checksum it should have."""
+    blocks = [content[start : start + 512] for start in range(0, len(content), 512)]
+    for number, block in enumerate(blocks):
+        if len(block) == 512 and block[257:262] == b"ustar":
+            total = sum(block[:148]) + sum(block[156:]) + 8 * 32
+            blocks[number] = block[:148] + b"%06o\0 " % total + block[156:]
+    return b"".join(blocks)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_only_the_documented_error(parser: str) -> None:
+    read, kinds = PARSERS[parser]
+    documented = UnreadableImage if parser.startswith("probe") else MalformedShard
+    for kind in kinds:
+        read(_valid()[kind])  # what is damaged below is good before
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        phases=(Phase.explicit, Phase.generate, Phase.shrink),
+        suppress_health_check=list(HealthCheck),
+        derandomize=EXAMPLES <= 1000,  # the suite tries the same files each time; a long run tries new ones
+        database=None,
+    )
+    @given(damaged(kinds))
+    def attempt(content: bytes) -> None:
+        with contextlib.suppress(documented):
+            read(content)
+
+    attempt()

@@ -1,0 +1,112 @@
+"""LARS over shards equals LARS on whole parameters: every engine and ZeRO stage, 1 and 2 ranks."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpl_scale.checkpoint.gather import gather_parameters
+from mpl_scale.config.schema import OptimConfig
+from mpl_scale.engine import build_network
+from mpl_scale.mesh import build_mesh
+from mpl_scale.models.passes import Passes
+from mpl_scale.optim import LARS, parameter_groups
+from mpl_scale.types import Slice
+from tests.ranks import pool
+from tests.test_deepspeed_engine import Net
+
+LRS = (0.5, 1.0, 0.25, 2.0)
+# A large trust coefficient and decay, so that a wrong norm moves the weights by far more than the tolerance.
+OPTIM = OptimConfig(name="lars", lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.3, trust=0.05)
+
+
+def make_net() -> nn.Module:
+    net = Net(width=5, seed=1)
+    nn.init.zeros_(net.head.weight)  # no norm: trust 1
+    return net
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(8, 3, 6, 6, generator=generator), torch.randint(0, 5, (8,), generator=generator)) for _ in LRS]
+
+
+@functools.cache
+def plain(nesterov: bool = True) -> dict[str, torch.Tensor]:
+    """You et al.'s rule, one parameter after the other."""
+    net = make_net()
+    velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
+    for (x, y), lr in zip(batches(), LRS, strict=True):
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        for name, p in net.named_parameters():
+            g, decay, trust = p.grad, 0.0, 1.0
+            assert g is not None
+            if p.ndim > 1:
+                decay = OPTIM.weight_decay
+                if p.norm() > 0 and g.norm() > 0:
+                    trust = OPTIM.trust * p.norm() / (g.norm() + decay * p.norm())
+            with torch.no_grad():
+                scaled = trust * (g + decay * p)
+                velocity[name] = 0.9 * velocity[name] + scaled
+                p -= lr * ((scaled + 0.9 * velocity[name]) if nesterov else velocity[name])
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def train(engine: str, ds_config: dict[str, Any], shard_size: int | None) -> dict[str, torch.Tensor]:
+    mesh = build_mesh(device=torch.device("cpu"), shard_size=shard_size)
+    net = make_net()
+    net.passes = Passes()  # type: ignore[assignment]
+    network = build_network(
+        net, engine=engine, optim=OPTIM, ds_config={**ds_config, "gradient_clipping": 0.0}, mesh=mesh
+    )
+    for (x, y), lr in zip(batches(), LRS, strict=True):
+        rows = torch.arange(len(x)).chunk(mesh.data)[mesh.data_index]
+        network.backward(F.cross_entropy(network.forward(x[rows]), y[rows]))
+        network.apply(torch.tensor(lr))
+    return gather_parameters(network.layout, network.master, group=mesh.world_group, owns=network.owns_shard)
+
+
+def assert_plain(results: list[dict[str, torch.Tensor]]) -> None:
+    for result in results:
+        assert set(result) == set(plain())
+        for name, value in plain().items():
+            # float32: 4 steps whose norms and gradients are summed in another order
+            torch.testing.assert_close(result[name].view_as(value), value, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("shard_size", [None, 1])
+def test_flat_engine(world: int, shard_size: int | None) -> None:
+    assert_plain([train("flat", {}, shard_size)] if world == 1 else pool(world).run(train, "flat", {}, shard_size))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_engine(stage: int) -> None:
+    zero = {"stage": stage, "reduce_bucket_size": 200, "stage3_param_persistence_threshold": 0}
+    assert_plain(pool(2).run(train, "deepspeed", {"zero_optimization": zero}, None))
+
+
+def test_norms_matter_here() -> None:
+    """The tolerance above tells shards' own norms from the parameters': these differ by more."""
+    weight = plain()["conv.weight"]
+    halves = [half.norm() for half in weight.flatten().chunk(2)]
+    assert all(abs(half / weight.norm() - 1) > 0.1 for half in halves)
+
+
+def test_an_unbound_step_only_allocates() -> None:
+    net = make_net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    optimizer = LARS(parameter_groups(net, OPTIM), OPTIM)
+    net(torch.randn(2, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    layout = [Slice(n, tuple(p.shape), 0, p.numel(), i, 0) for i, (n, p) in enumerate(net.named_parameters())]
+    optimizer.bind(list(net.parameters()), layout, group=None)
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters() if p.grad.abs().sum() > 0)
