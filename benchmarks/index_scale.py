@@ -4,8 +4,8 @@
 
 The arrays of an index are written directly (no images), then opened and split as a run does it (ImageNet-10% of 1,024
 shards), and SamplePlan draws batches of the unlabelled part. Prints one JSON object; bytes are of this process, from
-/proc/self/smaps_rollup: `private` counts what it alone holds, `mapped` the pages of the index that it has touched, which
-the ranks of a node share and the system may drop.
+/proc/self/smaps_rollup: `private` counts what it alone holds, `mapped` the pages of the index that it has touched,
+which the ranks of a node share and the system may drop.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The step reads no device value on the host: what a CUDA graph forbids, counted on the CPU.
+"""What a CUDA graph forbids, counted on the CPU: device values read on the host, storage that comes or moves.
 
 A dispatch mode sees every operator the step runs; those that bring a value or a data-dependent shape to the host are
 counted. The same counter must see a planted `.item()`, or it would prove nothing.
@@ -6,16 +6,23 @@ counted. The same counter must see a planted `.item()`, or it would prove nothin
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpl_scale.config.schema import FeedbackConfig
+from mpl_scale.config.schema import FeedbackConfig, ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.engine import build_network
+from mpl_scale.engine.graph import StepRunner
+from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import build_mesh
+from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, State
+from mpl_scale.spatial import input_columns, parallelize
 from tests.ranks import pool
 from tests.reference import Settings, make_batches
 from tests.sharded import make_network, make_state, rank_batch
@@ -78,6 +85,72 @@ def test_step_never_waits_for_the_device(world: int, method: str, rule: str) -> 
     for reads, in_place in results:
         assert not reads
         assert in_place
+
+
+def live_storages() -> dict[int, int]:
+    """Bytes by address of every tensor storage of this process."""
+    gc.collect()
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.untyped_storage().nbytes():
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return found
+
+
+def whole_step(width: int, micro_batches: int, recompute: str) -> tuple[Counter[str], int, list[int]]:
+    """The step with all that a run puts into it: RMSProp, clipping, EMA, dropout, drop-path, recomputation, halos.
+
+    Host reads of the fourth step, bytes alive after the second, and the sizes of storages that the two after it added
+    or moved.
+    """
+    mesh = build_mesh(device=torch.device("cpu"), width=width)
+    section = NetworkConfig(name="test_efficientnet", dropout=0.1, drop_path=0.1)
+    shared = ModelConfig(teacher=section, student=section, num_classes=7, image_size=32)
+    optim = OptimConfig(name="rmsprop", lr=0.01, weight_decay=1e-3)
+    networks = []
+    for seed in (1, 2):
+        model = build_model(section, shared, field="m", seed=seed, group=mesh.world_group)
+        model = apply_recompute(parallelize(model, mesh=mesh, image_size=32, switch_at="never"), recompute)
+        clipped = {"gradient_clipping": 0.5, "gradient_accumulation_steps": micro_batches}
+        networks.append(build_network(model, engine="flat", optim=optim, ds_config=clipped, mesh=mesh))
+    settings = Settings(size=32, micro_batches=micro_batches, deferred=micro_batches > 1)
+    state = make_state(settings, *networks, mesh, steps=9)
+    whole = rank_batch(make_batches(settings, torch.float32)[0], mesh)
+    begin, end = (input_columns(32, width) or [(0, 32)])[mesh.width_index]
+    own = {name: getattr(whole, name)[..., begin:end].contiguous() for name in ("labelled", "weak", "strong")}
+    runner = StepRunner(METHODS["mpl"].step, state, capture=False)
+    batch = replace(whole, **own)
+    for _ in range(2):
+        runner(batch)
+    before = live_storages()
+    runner(batch)
+    with HostReads() as counter:
+        runner(batch)
+    after = live_storages()
+    return counter.seen, sum(before.values()), [size for address, size in after.items() if before.get(address) != size]
+
+
+@pytest.mark.parametrize(
+    ("world", "width", "micro_batches", "recompute"),
+    [(1, 1, 1, "none"), (1, 1, 2, "block"), (2, 1, 1, "none"), (2, 2, 1, "none"), (2, 2, 2, "bn_act")],
+)
+def test_nothing_is_allocated_for_good_after_the_second_step(
+    world: int, width: int, micro_batches: int, recompute: str
+) -> None:
+    """A CUDA graph replays at fixed addresses: what is alive after a step stays where it was."""
+    arguments = (width, micro_batches, recompute)
+    results = pool(world).run(whole_step, *arguments) if world > 1 else [whole_step(*arguments)]
+    for reads, alive, changed in results:
+        assert not reads
+        assert alive > 100_000
+        assert not changed
+
+
+def test_the_census_sees_a_planted_storage() -> None:
+    before = live_storages()
+    planted = torch.zeros(12345)
+    changed = [size for address, size in live_storages().items() if before.get(address) != size]
+    assert planted.untyped_storage().nbytes() in changed
 
 
 def test_the_counter_sees_a_planted_read() -> None:

@@ -72,11 +72,18 @@ def test_a_stopped_build_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: p
     assert not (tmp_path / "index.partial").exists()
 
 
-def test_a_killed_worker_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mini.write_webdataset(tmp_path / "data")
-    monkeypatch.setattr(type(FORMATS["webdataset"]), "scan", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+def test_a_killed_worker_is_one_clear_error(tmp_path: Path) -> None:
+    mini.write_webdataset(tmp_path / "data", shards=48)
+    others = multiprocessing.active_children()  # the rank pools of other tests
+
+    def kill_workers(done: int, total: int, images: int) -> None:
+        for child in set(multiprocessing.active_children()) - set(others):
+            os.kill(child.pid, signal.SIGKILL)
+
     with pytest.raises(ValueError, match=r"--workers was killed .*run the same command again"):
-        build_index("webdataset", tmp_path / "data", output=tmp_path / "index", workers=2)
+        build_index("webdataset", tmp_path / "data", output=tmp_path / "index", workers=2, report=kill_workers)
+    built = build_index("webdataset", tmp_path / "data", output=tmp_path / "index")
+    assert 1 <= built.reused < 48
 
 
 @pytest.mark.parametrize("change", ["longer", "touched", "gone"])
@@ -224,7 +231,8 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere() -> None:
     assert [line.split()[1] for line in pipe.getvalue().splitlines()] == ["1/100", "41/100", "81/100", "100/100"]
 
 
-def _open_cached(root: str, start: object, results: object) -> None:
+def _open_cached(root: str, cache: str, start: object, results: object) -> None:
+    os.environ["MPL_SCALE_DATA"] = cache
     start.wait()
     images = load_images(DataConfig(source="cifar10", root=root))
     results.put((len(images), (images.folder / "meta.json").stat().st_mtime_ns))
@@ -233,9 +241,12 @@ def _open_cached(root: str, start: object, results: object) -> None:
 def test_ranks_that_start_at_once_build_one_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "cache"))
     mini.write_cifar_python(tmp_path / "data")
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     start, results = context.Barrier(3), context.Queue()
-    ranks = [context.Process(target=_open_cached, args=(str(tmp_path / "data"), start, results)) for _ in range(3)]
+    ranks = [
+        context.Process(target=_open_cached, args=(str(tmp_path / "data"), str(tmp_path / "cache"), start, results))
+        for _ in range(3)
+    ]
     for rank in ranks:
         rank.start()
     found = [results.get(timeout=60) for _ in ranks]
@@ -314,7 +325,7 @@ def _build_slowly(root: Path, output: Path, reached: Connection) -> None:
 
 def test_a_build_that_is_killed_leaves_no_index_and_no_lock(tmp_path: Path) -> None:
     mini.write_webdataset(tmp_path / "data", shards=24)
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_build_slowly, args=(tmp_path / "data", tmp_path / "index", theirs))
     process.start()

@@ -69,7 +69,7 @@ def _load_digits(root: str, start: object, results: object) -> None:
 
 
 def test_processes_may_write_the_digits_at_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
     start, results = context.Barrier(3), context.Queue()
     root = str(tmp_path / "digits")
     workers = [context.Process(target=_load_digits, args=(root, start, results)) for _ in range(3)]

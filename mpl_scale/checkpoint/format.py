@@ -13,19 +13,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 CHUNK_BYTES = 16 << 20
+_FILE_NAME = re.compile(r"rank_\d{5,}\.safetensors")
+_DTYPE_NAME = re.compile(r"float\d+|bfloat16|u?int\d+|bool")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be written, or cannot be read into this model."""
+
+
+class WriteFailed(CheckpointError):
+    """A checkpoint that the file system did not take; those before it are as they were."""
 
 
 class DamagedCheckpoint(CheckpointError):
@@ -137,6 +145,13 @@ def read_index(folder: Path) -> Index:
             f"checkpoint {folder} has format_version {version}, this program reads {FORMAT_VERSION}: "
             "use the version of mpl_scale that wrote it"
         )
+    try:
+        return _confined(_parse(content))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {INDEX_NAME} is not one: {error!r}") from error
+
+
+def _parse(content: Mapping[str, Any]) -> Index:
     return Index(
         step=content["step"],
         world=content["world"],
@@ -151,6 +166,35 @@ def read_index(folder: Path) -> Index:
     )
 
 
+def _confined(index: Index) -> Index:
+    """The index, if it names nothing but files of ranks in its own folder, and tensors that they hold in full.
+
+    A checksum finds damage, not forgery: a name such as "../other" must not lead a reader out of the folder.
+    """
+    for name in index.files:
+        if not _FILE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r} is no name of a rank's file")
+    for key, stored in index.table.items():
+        if not _DTYPE_NAME.fullmatch(stored.kind.dtype):
+            raise ValueError(f"entry {key} has dtype {stored.kind.dtype!r}")
+        if not covers(stored):
+            raise ValueError(f"entry {key} is not covered exactly once by its pieces")
+        for piece in stored.pieces:
+            if piece.file not in index.files:
+                raise ValueError(f"entry {key} lies in {piece.file!r}, which is not among the files")
+    return index
+
+
+def covers(stored: Stored) -> bool:
+    """Whether the pieces, in the order they stand in, hold every element exactly once."""
+    end = 0
+    for piece in stored.pieces:
+        if piece.start != end or piece.length < 1:
+            return False
+        end += piece.length
+    return end == prod(stored.kind.shape) and all(size >= 0 for size in stored.kind.shape)
+
+
 def measure(path: Path) -> FileRecord:
     """Size and CRC-32 of a file, read in chunks."""
     size = crc32 = 0
@@ -163,19 +207,22 @@ def measure(path: Path) -> FileRecord:
 
 def verify(folder: Path, files: Mapping[str, FileRecord]) -> None:
     """DamagedCheckpoint unless these files are those the index describes, byte for byte."""
+    for problem in problems(folder, files):
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {problem}")
+
+
+def problems(folder: Path, files: Mapping[str, FileRecord], *, checksums: bool = True) -> Iterator[str]:
+    """One line per file that is not the one the index describes; without `checksums` only sizes are compared."""
     for name, expected in files.items():
         path = folder / name
         try:
             size = path.stat().st_size
             if size != expected.size:
-                problem = f"has {size} bytes, its index says {expected.size}"
-            elif (found := measure(path)) != expected:
-                problem = f"has CRC-32 {found.crc32:08x}, its index says {expected.crc32:08x}"
-            else:
-                continue
+                yield f"{name} has {size} bytes, its index says {expected.size}"
+            elif checksums and (found := measure(path)) != expected:
+                yield f"{name} has CRC-32 {found.crc32:08x}, its index says {expected.crc32:08x}"
         except OSError as error:
-            problem = f"cannot be read ({error.strerror})"
-        raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} {problem}")
+            yield f"{name} cannot be read ({error.strerror})"
 
 
 def _checksum(content: Any) -> str:

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,8 @@ from mpl_scale.checkpoint.format import (
     Index,
     Piece,
     Stored,
+    WriteFailed,
+    covers,
     dump_index,
     file_name,
     measure,
@@ -129,17 +130,12 @@ def _merge(written: list[Written], *, step: int, metadata: dict[str, Any]) -> In
             table[key] = replace(earlier, pieces=earlier.pieces + stored.pieces)
     for key, stored in table.items():
         pieces = tuple(sorted(stored.pieces, key=lambda piece: piece.start))
-        end = 0
-        for piece in pieces:
-            if piece.start != end:
-                break
-            end += piece.length
-        if end != prod(stored.kind.shape) or end != sum(piece.length for piece in pieces):
+        table[key] = Stored(stored.kind, pieces)
+        if not covers(table[key]):
             raise CheckpointError(
                 f"checkpoint entry {key} of shape {list(stored.kind.shape)} is not covered exactly once by the pieces "
                 f"{[(piece.start, piece.start + piece.length) for piece in pieces]}: check `write` on each rank"
             )
-        table[key] = Stored(stored.kind, pieces)
     return Index(step=step, world=len(written), metadata=metadata, files=files, table=table)
 
 
@@ -160,7 +156,7 @@ def _writing(root: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
+        raise WriteFailed(
             f"cannot write a checkpoint to {root}: {error}; free space there or choose another output folder "
             "(the checkpoints before it are untouched)"
         ) from error

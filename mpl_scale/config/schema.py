@@ -41,6 +41,11 @@ class NetworkConfig(Section):
     )
     init_range: Positive = 0.1
     kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the model's builder.")
+    weights: str | None = Field(
+        None,
+        description="Start from this model.safetensors, or the folder that holds it: of mpl-scale export, or any with "
+        "the model's own keys.",
+    )
 
 
 class ModelConfig(Section):
@@ -372,6 +377,23 @@ class CheckpointConfig(Section):
 
     every: CountOrZero = Field(1000, description="Steps between checkpoints; 0: only at the end and on SIGTERM.")
     keep: Count = Field(3, description="Newest checkpoints kept.")
+    keep_every: CountOrZero = Field(
+        0, description="Checkpoints of steps that it divides are kept too, for good; a multiple of `every`; 0: none."
+    )
+    asynchronous: bool = Field(
+        False, description="Copy the state to the host's memory and write it while training goes on."
+    )
+    timeout_seconds: Positive = Field(
+        600.0, description="asynchronous: where a rank's file is not written by then, the checkpoint is given up."
+    )
+
+    @model_validator(mode="after")
+    def _keep_some(self) -> Self:
+        if self.every and self.keep_every % self.every:
+            raise ValueError(
+                f"keep_every = {self.keep_every} is no multiple of every = {self.every}; use a multiple, or 0"
+            )
+        return self
 
 
 class GuardConfig(Section):

@@ -173,8 +173,11 @@ def _scanned(tasks: Sequence[_Task], workers: int) -> Iterator[int]:
     if workers == 1 or len(tasks) < 2:
         yield from map(_scan, tasks)
         return
-    # A fork starts at once, where a new interpreter would import torch and DALI first; the children only read.
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=get_context("fork"))
+    # A fork of this process may inherit a lock that one of DALI's threads holds, and hang: that was seen. So a server
+    # is started that runs nothing, imports this module once (torch and DALI come with it), and is forked per worker.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context)
     try:
         for future in as_completed([pool.submit(_scan, task) for task in tasks]):
             yield future.result()

@@ -22,7 +22,9 @@ from mpl_scale.data.indexing import open_or_build
 from mpl_scale.data.probe import UnreadableImage, probe, unreadable_error
 
 MOST_WORKERS = 16
-"""Processes that index a data set on the way to a run; `mpl-scale index --workers` decides otherwise."""
+WORKER_BYTES = 1 << 28
+"""Processes that index a data set on the way to a run: one per so many bytes, since each takes seconds to start, and at
+most so many; `mpl-scale index --workers` decides otherwise."""
 
 
 class ImageSet(Protocol):
@@ -157,6 +159,7 @@ def _cached(config: DataConfig, root: Path | None) -> IndexedImages:
         raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
     options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data)
     names = [shard.name for shard in FORMATS[config.source].shards(root)]  # one more or less is another data set
+    size = sum((root / name).stat().st_size for name in names)
     key = json.dumps([VERSION, config.source, str(root.resolve()), asdict(options), names])
     progress = IndexProgress()
     try:
@@ -164,7 +167,7 @@ def _cached(config: DataConfig, root: Path | None) -> IndexedImages:
             config.source,
             root,
             output=data_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.index",
-            workers=min(MOST_WORKERS, os.cpu_count() or 1),
+            workers=min(MOST_WORKERS, os.cpu_count() or 1, 1 + size // WORKER_BYTES),
             options=options,
             report=progress,
         )

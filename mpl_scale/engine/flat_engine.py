@@ -60,6 +60,9 @@ class FlatNetwork:
             optim,
         )
         self._optimizer.init_state()
+        self._lr = torch.zeros((), device=self._master[0].device)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._lr
         self._optimizer.bind(self._master, self._layout, group=mesh.shard_group)
         self._shards = [[torch.zeros_like(shard.data) for shard in self._master] for _ in range(2)]
         self._clipped = [torch.zeros_like(shard.data) for shard in self._master] if gradient_clipping else []
@@ -120,8 +123,9 @@ class FlatNetwork:
         shards: Sequence[torch.Tensor] = self._shards[self._turn]
         if self._clip:
             shards = self._clipped_by_global_norm(shards)
-        for master, shard, group in zip(self._master, shards, self._optimizer.param_groups, strict=True):
-            master.grad, group["lr"] = shard, lr
+        self._lr.copy_(lr)
+        for master, shard in zip(self._master, shards, strict=True):
+            master.grad = shard
         self._optimizer.step()
         self.refresh_weights()
 

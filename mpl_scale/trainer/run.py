@@ -18,6 +18,7 @@ from mpl_scale.augment import StrongView
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits, TrainLoader
+from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
@@ -95,7 +96,7 @@ class Trainer:
         config = self.run.mpl
         if step >= phase.steps:  # a checkpoint of the phase's end
             return True
-        loader = TrainLoader(
+        source = TrainLoader(
             config=config.data,
             splits=self.splits,
             image_size=config.model.image_size,
@@ -112,6 +113,7 @@ class Trainer:
             channels_last=channels_last(config.parallel, self.mesh.device),
             quarantine=self.quarantine,
         )
+        loader = Prefetcher(source, self.mesh.device)
         images = phase.labelled + phase.unlabelled
         if self.writers.progress is not None:
             self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
