@@ -14,7 +14,9 @@ import pytest
 from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, make_splits
+from tests.bad_files import BAD, GOOD, NO_FILE
 from tests.configs import DIGITS, tiny, write
+from tests.photographs import encoded, photograph
 
 
 def arguments(tmp_path: Path, *overrides: str) -> list[str]:
@@ -130,6 +132,37 @@ def test_a_width_that_leaves_ranks_without_columns(
     line = error_line(capfd, arguments(tmp_path, *overrides, "mpl_scale.parallel.empty_slices=false"))
     assert "mpl_scale.parallel.width = 8 cannot split mpl_scale.model.teacher.name = digits_cnn" in line
     assert "4 columns leave some rank without one" in line
+
+
+def test_a_run_over_every_kind_of_bad_file_ends(tmp_path: Path) -> None:
+    """Every bad kind once in each of two classes: refused at the start or met while training, each counted once."""
+    root, bad = tmp_path / "images", set()
+    for label in range(2):
+        folder = root / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(40):
+            (folder / f"good{index:02d}.png").write_bytes(encoded(photograph(40 * label + index, 8, 8)))
+        for kind, make in GOOD.items():
+            (folder / f"unusual_{kind}").write_bytes(make())
+        for kind in [*BAD, *NO_FILE]:
+            path = folder / kind
+            if kind in BAD:
+                path.write_bytes(BAD[kind][0]())
+            else:
+                NO_FILE[kind](path)
+            if kind != "missing.jpg":  # what is not there is not listed
+                bad.add(str(path))
+    source = ("mpl_scale.data.source=folder", f"mpl_scale.data.root={root}", "mpl_scale.data.max_bad_fraction=0.9")
+    settings = ("mpl_scale.model.num_classes=2", "mpl_scale.data.weak.pad=0", "mpl_scale.parallel.engine=flat")
+    assert main(arguments(tmp_path, *source, *settings, "mpl_scale.phases.train.steps=12")) == 0
+    images = load_images(DataConfig(source="folder", root=str(root), max_bad_fraction=0.9))
+    refused = {images.name(int(sample)) for sample in images.refused}
+    lines = (tmp_path / "out" / "quarantine-rank0.jsonl").read_text().splitlines()
+    met = [json.loads(line)["name"] for line in lines]
+    assert len(met) == len(set(met))
+    assert refused.isdisjoint(met)
+    assert refused | set(met) == bad
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["results"]["finetuned"]["images"] > 20
 
 
 def test_a_run_over_a_few_bad_images_ends(tmp_path: Path) -> None:

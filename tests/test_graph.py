@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from mpl_scale.engine.graph import StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Schedules, State
+from mpl_scale.trainer.phases import collect_weights
+from mpl_scale.trainer.snapshots import Snapshots
 from mpl_scale.types import Batch
 
 STEPS = 20
@@ -82,6 +87,28 @@ def compare(device: torch.device, *, capture: bool, optimizer: str) -> list[tupl
 def test_static_slots_are_bitwise_the_eager_step(optimizer: str) -> None:
     """The CPU twin of the replay: 20 steps with changing rates, dropout, drop-path and sampling."""
     for found, expected in compare(torch.device("cpu"), capture=False, optimizer=optimizer):
+        assert torch.equal(found, expected)
+
+
+def test_what_lies_between_steps_touches_nothing(tmp_path: Path) -> None:
+    """Gathering the weights, evaluating a copy of them and saving a checkpoint, after every step: bitwise no change."""
+    device = torch.device("cpu")
+    mesh = build_mesh(device=device)
+    snapshots = Snapshots(tmp_path, 2, mesh, warn=lambda _: None)
+    plain, disturbed = make_state(device), make_state(device)
+    runners = [StepRunner(METHODS["mpl"].step, state, capture=False) for state in (plain, disturbed)]
+    assert disturbed.student is not None
+    phase = SimpleNamespace(name="train")
+    for step, batch in enumerate(batches(device)[:6], start=1):
+        for runner in runners:
+            runner(batch)
+        weights = collect_weights(disturbed, mesh=mesh)
+        copied = copy.deepcopy(disturbed.student.module).eval()
+        copied.load_state_dict(weights["ema"])
+        with torch.no_grad():
+            copied(batch.weak)
+        snapshots.save(phase, disturbed, step=step, global_step=step, metadata={"results": {}, "seconds": 0.0})
+    for found, expected in zip(everything(disturbed), everything(plain), strict=True):
         assert torch.equal(found, expected)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.flat_engine import FlatNetwork
 from mpl_scale.mesh import Mesh
+from mpl_scale.models.kernels import Mode
 from mpl_scale.mpl import Network
 
 
@@ -21,6 +22,7 @@ def build_network(
     optim: OptimConfig,
     ds_config: Mapping[str, Any],
     mesh: Mesh,
+    kernels: Mode = "eager",
 ) -> Network:
     """Put a module under ZeRO.
 
@@ -31,6 +33,7 @@ def build_network(
         ds_config: DeepSpeed's half of the configuration; the flat engine reads bf16, gradient_clipping and
             gradient_accumulation_steps, the mesh has the shard group.
         mesh: groups and device.
+        kernels: for the flat engine's optimiser.
     """
     if engine == "deepspeed":
         from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork  # imports deepspeed: 4 s and more
@@ -43,5 +46,6 @@ def build_network(
         mesh=mesh,
         dtype=torch.bfloat16 if bf16 else None,
         gradient_clipping=float(ds_config.get("gradient_clipping", 0.0)),
+        kernels=kernels,
         accumulates=ds_config.get("gradient_accumulation_steps", 1) > 1,
     )

@@ -17,6 +17,7 @@ from torch import nn
 
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.mesh import Mesh
+from mpl_scale.models.kernels import Mode
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
@@ -32,6 +33,7 @@ class FlatNetwork:
         dtype: of weights, gradients and activations; None: as the module is. The master shard is at least fp32.
         gradient_clipping: largest global gradient norm; 0: off.
         accumulates: whether `accumulate` will be called.
+        kernels: compiled makes the optimiser's update one loop over each shard.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class FlatNetwork:
         dtype: torch.dtype | None = None,
         gradient_clipping: float = 0.0,
         accumulates: bool = False,
+        kernels: Mode = "eager",
     ) -> None:
         self.module = module
         self._mesh, self._clip = mesh, gradient_clipping
@@ -60,6 +63,8 @@ class FlatNetwork:
             optim,
         )
         self._optimizer.init_state()
+        if kernels == "compiled":
+            self._optimizer.compile()
         self._lr = torch.zeros((), device=self._master[0].device)
         for group in self._optimizer.param_groups:
             group["lr"] = self._lr

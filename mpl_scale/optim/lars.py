@@ -41,6 +41,7 @@ class LARS(SGD):
     built.
     """
 
+    elementwise = False
     _shards: dict[int, _Shard] | None = None
 
     def bind(
@@ -83,18 +84,19 @@ class LARS(SGD):
         else:
             super().step(closure)
 
-    def _gradients(self, parameters: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
+    def _gradients(
+        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float
+    ) -> list[torch.Tensor]:
         """trust (g + decay w)."""
         assert self._shards is not None
         shards = [self._shards[id(parameter)] for parameter in parameters]
-        raw = [p.grad for p in parameters if p.grad is not None]
-        norms = torch.stack([self._squares(parameters, shards), self._squares(raw, shards)])
+        norms = torch.stack([self._squares(parameters, shards), self._squares(gradients, shards)])
         if self._group is not None:
             dist.all_reduce(norms, group=self._group)
         weight, gradient = norms.sqrt_().unbind()
         ratio = self.config.trust * weight / (gradient + weight_decay * weight)
         trust = torch.where(self._adapted & (weight > 0) & (gradient > 0), ratio, 1.0)
-        decayed = super()._gradients(parameters, weight_decay)
+        decayed = super()._gradients(parameters, gradients, weight_decay)
         return [self._scaled(values, shard, trust) for values, shard in zip(decayed, shards, strict=True)]
 
     def _squares(self, tensors: list[torch.Tensor], shards: list[_Shard]) -> torch.Tensor:

@@ -9,7 +9,7 @@ a 0-d device tensor, the state is allocated at construction, and every update is
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,18 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
     """
 
     state_names: tuple[str, ...] = ()
+    elementwise = True
+    """Whether the rule looks at one element at a time, so that all of it can be one loop."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
+        self._run: Callable[..., None] = self._whole_update
         super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
+
+    def compile(self) -> None:
+        """Make an elementwise rule, weight decay included, one compiled loop over each shard."""
+        if self.elementwise:
+            self._run = torch.compile(self._whole_update, dynamic=True)
 
     def bind(
         self, masters: Sequence[torch.Tensor], layout: Sequence[Slice], *, group: dist.ProcessGroup | None
@@ -68,15 +76,19 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
                 continue
-            gradients = self._gradients(parameters, group["weight_decay"])
+            gradients = [p.grad for p in parameters]
             states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
             lr = group["lr"]
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
-            self._update(parameters, gradients, states, lr)
+            self._run(parameters, gradients, states, lr, group["weight_decay"])
 
-    def _gradients(self, parameters: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
-        """What the rule takes for gradients: with coupled weight decay. The parameters' own are left untouched."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
+    def _whole_update(self, parameters, gradients, states, lr, weight_decay) -> None:  # type: ignore[no-untyped-def]
+        self._update(parameters, self._gradients(parameters, gradients, weight_decay), states, lr)
+
+    def _gradients(
+        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float
+    ) -> list[torch.Tensor]:
+        """What the rule takes for gradients: with coupled weight decay. Those given are left untouched."""
         return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
 
     @abstractmethod

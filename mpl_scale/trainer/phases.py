@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.kernels import Mode
+from mpl_scale.models.weights import load_weights
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
 from mpl_scale.spatial import parallelize
@@ -54,11 +56,16 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
         max_steps: shortens every phase, schedules included; None: as configured.
     """
     method, phases = config.method, config.phases
+    finetune = phases.finetune
     constant = OptimConfig(
-        lr=phases.finetune.lr,
-        momentum=phases.finetune.momentum,
-        nesterov=phases.finetune.nesterov,
-        weight_decay=phases.finetune.weight_decay,
+        name=finetune.optimizer,
+        lr=finetune.lr,
+        momentum=finetune.momentum,
+        nesterov=finetune.nesterov,
+        weight_decay=finetune.weight_decay,
+        rho=finetune.rho,
+        eps=finetune.eps,
+        trust=finetune.trust,
         schedule="constant",
     )
     finetuned = method.model_copy(update={"student_wait_steps": 0, "ema_decay": 0.0})
@@ -116,6 +123,8 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         )
         if source in weights:
             module.load_state_dict(weights[source])
+        elif section.weights:
+            load_weights(module, section, config.model, field=f"mpl_scale.model.{name}")
         module = recomputed(split(module, config, mesh=mesh), parallel)
         flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
         return build_network(
@@ -124,6 +133,7 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
             optim=optim,
             ds_config={**run.deepspeed, "gradient_accumulation_steps": phase.micro_batches},
             mesh=mesh,
+            kernels=kernels(parallel, mesh.device),
         )
 
     teacher = student = average = None
@@ -159,9 +169,9 @@ def recomputed(module: nn.Module, parallel: ParallelConfig) -> nn.Module:
 
 
 def kernels(parallel: ParallelConfig, device: torch.device) -> Mode:
-    """`parallel.kernels`, resolved: compiled on a GPU."""
+    """`parallel.kernels`, resolved: compiled on a GPU that Triton can compile for."""
     if parallel.kernels == "auto":
-        return "compiled" if device.type == "cuda" else "eager"
+        return "compiled" if device.type == "cuda" and find_spec("triton") is not None else "eager"
     return parallel.kernels
 
 
