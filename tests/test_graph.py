@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mpl_scale.config.schema import MethodConfig, ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.config.schema import CheckpointConfig, MethodConfig, ModelConfig, NetworkConfig, OptimConfig
 from mpl_scale.engine.flat_engine import FlatNetwork
 from mpl_scale.engine.graph import StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
@@ -94,7 +94,7 @@ def test_what_lies_between_steps_touches_nothing(tmp_path: Path) -> None:
     """Gathering the weights, evaluating a copy of them and saving a checkpoint, after every step: bitwise no change."""
     device = torch.device("cpu")
     mesh = build_mesh(device=device)
-    snapshots = Snapshots(tmp_path, 2, mesh, warn=lambda _: None)
+    snapshots = Snapshots(tmp_path, CheckpointConfig(keep=2), mesh, warn=lambda _: None)
     plain, disturbed = make_state(device), make_state(device)
     runners = [StepRunner(METHODS["mpl"].step, state, capture=False) for state in (plain, disturbed)]
     assert disturbed.student is not None

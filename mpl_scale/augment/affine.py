@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from mpl_scale.augment import magnitudes
-from mpl_scale.augment.registry import Given, register_op
+from mpl_scale.augment.lookup import sample
+from mpl_scale.augment.registry import Given, bands, register_op
 
 _BITS = 16
 _LARGEST_INT32 = 4096
@@ -56,9 +57,12 @@ def move_columns(images: torch.Tensor, *, down: np.ndarray, fill: int) -> torch.
     above, below = max(0, -int(down.min())), max(0, int(down.max()))
     padded = images.new_full((batch, channels, above + height + below, width), fill)
     padded[:, :, above : above + height] = images
-    top = torch.from_numpy((down + above) * width + np.arange(width)).to(images.device)
-    index = torch.arange(0, height * width, width, device=images.device)[:, None] + top[:, None]
-    return padded.flatten(2).gather(2, index.view(batch, 1, -1).expand(-1, channels, -1)).view_as(images)
+    top = torch.from_numpy(((down + above) * width + np.arange(width)).astype(np.int32)).to(images.device)
+    first = torch.arange(0, height * width, width, device=images.device, dtype=torch.int32)[:, None]
+    planes, result = padded.flatten(2), torch.empty_like(images)
+    for band in bands(images):
+        sample(planes, first[band] + top[:, None], out=result[:, :, band])
+    return result
 
 
 def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch.Tensor:
@@ -73,18 +77,21 @@ def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch
     # A frame of fill takes every coordinate from outside: clamping is cheaper than comparing and masking.
     padded = images.new_full((batch, channels, height + 2, width + 2), fill)
     padded[:, :, 1:-1, 1:-1] = images
-    fixed = _fixed(matrices)
-    fixed[:, [2, 5]] += 1 << _BITS  # the frame
-    dtype = torch.int32 if max(height, width) <= _LARGEST_INT32 else torch.int64
-    x = torch.arange(width, device=images.device, dtype=dtype)
-    y = torch.arange(height, device=images.device, dtype=dtype)[:, None]
-    a, b, c, d, e, f = torch.from_numpy(fixed).to(images.device, dtype).view(batch, 6, 1, 1).unbind(1)
-    source_x = (a * x + c) + b * y
-    source_x.bitwise_right_shift_(_BITS).clamp_(0, width + 1)
-    source_y = (d * x + f) + e * y
-    source_y.bitwise_right_shift_(_BITS).clamp_(0, height + 1)
-    index = source_x.add_(source_y, alpha=width + 2).long().view(batch, 1, -1).expand(-1, channels, -1)
-    return padded.flatten(2).gather(2, index).view_as(images)
+    a, b, c, d, e, f = np.moveaxis(_fixed(matrices), 1, 0)[..., None]
+    frame, x, y = 1 << _BITS, np.arange(width), np.arange(height)
+    lines = np.concatenate([a * x + (c + frame), b * y, d * x + (f + frame), e * y], axis=1)
+    dtype = np.int32 if max(height, width) <= _LARGEST_INT32 else np.int64
+    on_device = torch.from_numpy(lines.astype(dtype)).to(images.device).split([width, height] * 2, dim=1)
+    (column_x, column_y), (row_x, row_y) = (
+        (line[:, None] for line in on_device[::2]),
+        (line[..., None] for line in on_device[1::2]),
+    )
+    planes, result = padded.flatten(2), torch.empty_like(images)
+    for band in bands(images):
+        source_x = (column_x + row_x[:, band]).bitwise_right_shift_(_BITS).clamp_(0, width + 1)
+        source_y = (column_y + row_y[:, band]).bitwise_right_shift_(_BITS).clamp_(0, height + 1)
+        sample(planes, source_x.add_(source_y, alpha=width + 2), out=result[:, :, band])
+    return result
 
 
 def _fixed(matrices: np.ndarray) -> np.ndarray:
@@ -96,10 +103,9 @@ def _fixed(matrices: np.ndarray) -> np.ndarray:
 
 def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
     """Whole pixels by which line 0 .. length - 1 moves: int64 [B, length], in PIL's fixed point."""
-    identity = np.tile([1.0, 0.0, 0.0, 0.0, 1.0, 0.0], (len(amount), 1))
-    identity[:, 1] = amount
-    _, slope, offset, *_ = _fixed(identity).T
-    return (slope[:, None] * np.arange(length) + offset[:, None]) >> _BITS
+    slope = np.floor(amount * (1 << _BITS) + 0.5)
+    offset = np.floor((0.5 + 0.5 * amount) * (1 << _BITS) + 0.5)
+    return (slope[:, None] * np.arange(length) + offset[:, None]).astype(np.int64) >> _BITS
 
 
 @register_op("shear_x", amount=magnitudes.shear)

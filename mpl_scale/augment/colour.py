@@ -1,9 +1,8 @@
 """Operations that change pixel values by an amount: PIL's enhancers, posterize, solarize, invert; sample pairing.
 
-Enhancers blend with a degenerate image d: d + f (x - d). PIL truncates a float32 blend; with f a multiple of 1/4096
-that sum is exact, so the integer form below is PIL's result bit for bit. Where eight bits are enough, nothing wider is
-used: a CPU's vector registers then hold four times as many pixels, and comparisons, which torch does not vectorise for
-bytes, are avoided.
+Enhancers blend with a degenerate image d: d + f (x - d), which PIL computes in float32 and truncates. With f a multiple
+of 1/4096 (and below 8) every term and sum is exact in float32, in any order: the result is PIL's bit for bit. Where d
+is one level for the whole image, the blend is a table of 256 entries.
 """
 
 from __future__ import annotations
@@ -12,48 +11,55 @@ import numpy as np
 import torch
 
 from mpl_scale.augment import magnitudes
+from mpl_scale.augment.lookup import LEVELS, look_up
 from mpl_scale.augment.registry import Given, bands, per_image, register_op
 
-_SHIFT = 12
-_ONE = 1 << _SHIFT
+_STEPS = 4096
+_LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
+
+Weights = tuple[torch.Tensor, torch.Tensor]
 
 
-def _weights(factor: np.ndarray, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """f and 1 - f in multiples of 1/4096, each int32 [B, 1, 1, 1]."""
-    steps = np.round(factor * _ONE)
-    return per_image(steps, images), per_image(_ONE - steps, images)
+def _rounded(factor: np.ndarray) -> np.ndarray:
+    """The nearest multiples of 1/4096."""
+    return np.round(factor * _STEPS) / _STEPS
 
 
-def _blend(
-    degenerate: torch.Tensor | None, wide: torch.Tensor, weights: tuple[torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """d + f (x - d), truncated and clipped to 0..255, in place of x.
+def _weights(factor: np.ndarray, images: torch.Tensor) -> Weights:
+    """f and 1 - f, multiples of 1/4096, each float32 [B, 1, 1, 1]."""
+    rounded = _rounded(factor)
+    return per_image(rounded, images, dtype=np.float32), per_image(1 - rounded, images, dtype=np.float32)
+
+
+def _blend(degenerate: torch.Tensor | None, wide: torch.Tensor, weights: Weights) -> torch.Tensor:
+    """d + f (x - d), truncated and clipped to 0..255; x and d are overwritten.
 
     Args:
-        degenerate: int32 [B, 1 or 3, h or 1, w or 1], overwritten; None: black.
-        wide: int32 [B, 3, h, w].
+        degenerate: float32 [B, 1 or 3, h or 1, w or 1], whole numbers; None: black.
+        wide: float32 [B, 1 or 3, h, w], whole numbers.
         weights: of x and d.
+
+    Returns:
+        int16 [B, 1 or 3, h, w]: on a CPU torch makes bytes of them, but not of float32, with vector instructions.
     """
     wide.mul_(weights[0])
     if degenerate is not None:
         wide.add_(degenerate.mul_(weights[1]))
-    return wide.bitwise_right_shift_(_SHIFT).clamp_(0, 255)
+    return wide.clamp_(0, 255).short()
 
 
 def _luminance(wide: torch.Tensor) -> torch.Tensor:
-    """PIL's mode "L" (ITU-R 601-2 in 16-bit fixed point): int32 [B, 3, h, w] to [B, 1, h, w]."""
+    """PIL's mode "L" (ITU-R 601-2 in 16-bit fixed point): float32 [B, 3, h, w] to [B, 1, h, w]."""
     red, green, blue = wide.split(1, dim=1)
-    grey = (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471)
-    return grey.add_(0x8000).bitwise_right_shift_(16)
+    grey = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
+    return grey.add_(0.5).floor_()
 
 
 @register_op("brightness", amount=magnitudes.factor)
 def brightness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Brightness(factor): blend with black."""
-    weights, result = _weights(amount, images), torch.empty_like(images)
-    for band in bands(images):
-        result[:, :, band] = _blend(None, images[:, :, band].int(), weights)
-    return result
+    tables = np.minimum(_rounded(amount)[:, None, None] * np.arange(LEVELS), 255).astype(np.uint8)
+    return look_up(images, torch.from_numpy(tables).to(images.device))
 
 
 @register_op("color", amount=magnitudes.factor)
@@ -61,7 +67,7 @@ def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tenso
     """ImageEnhance.Color(factor): blend with the grey image."""
     weights, result = _weights(amount, images), torch.empty_like(images)
     for band in bands(images):
-        wide = images[:, :, band].int()
+        wide = images[:, :, band].float()
         result[:, :, band] = _blend(_luminance(wide), wide, weights)
     return result
 
@@ -69,14 +75,12 @@ def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tenso
 @register_op("contrast", amount=magnitudes.factor)
 def contrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Contrast(factor): blend with the rounded mean luminance."""
-    weights, result = _weights(amount, images), torch.empty_like(images)
-    parts = [_luminance(images[:, :, band].int()).to(torch.uint8).sum((1, 2, 3)) for band in bands(images)]
-    total = torch.stack(parts).sum(0)
-    pixels = images.shape[2] * images.shape[3]
-    mean = ((2 * total + pixels) // (2 * pixels)).int().view(-1, 1, 1, 1)
-    for band in bands(images):
-        result[:, :, band] = _blend(mean.clone(), images[:, :, band].int(), weights)
-    return result
+    # Sums of a row are exact in float32, those of an image are not.
+    sums = [_luminance(images[:, :, band].float()).sum(3).sum((1, 2), dtype=torch.float64) for band in bands(images)]
+    mean = (torch.stack(sums).sum(0) / (images.shape[2] * images.shape[3]) + 0.5).floor().float()
+    factor = per_image(_rounded(amount), images, dtype=np.float32)
+    tables = factor * torch.arange(LEVELS, device=images.device) + (1 - factor) * mean.view(-1, 1, 1, 1)
+    return look_up(images, tables.clamp_(0, 255).to(torch.uint8).squeeze(2))
 
 
 @register_op("sharpness", amount=magnitudes.factor)
@@ -92,10 +96,9 @@ def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.T
         rows.add_(wide[:, :, 2:])
         total = rows[..., :-2] + rows[..., 1:-1]
         total.add_(rows[..., 2:]).add_(wide[:, :, 1:-1, 1:-1], alpha=4)
-        # The kernel sums to 13; (2 total + 13) // 26 rounds to nearest, never a tie. 161320 / 2**22 is 1 / 26 closely
-        # enough for every total, which is at most 13 * 255.
-        smooth = total.int().mul_(2 * 161320).add_(13 * 161320).bitwise_right_shift_(22)
-        inner[:, :, band] = _blend(smooth, wide[:, :, 1:-1, 1:-1].int(), weights)
+        # The kernel sums to 13: total / 13 is never halfway between two levels, nor near it by float32's rounding.
+        smooth = total.float().add_(6.5).mul_(1 / 13).floor_()
+        inner[:, :, band] = _blend(smooth, wide[:, :, 1:-1, 1:-1].float(), weights)
     return result
 
 
@@ -108,10 +111,9 @@ def posterize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.T
 @register_op("solarize", amount=magnitudes.threshold)
 def solarize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.solarize(threshold): pixels from it on are inverted."""
-    base = per_image(np.maximum(amount - 1, 0), images, dtype=np.uint8)
-    floor = per_image(np.where(amount == 0, 1, amount - 1), images, dtype=np.uint8)  # threshold 0 inverts everything
-    excess = torch.maximum(images, floor).sub_(base)  # 0 below the threshold, else at least 1
-    return excess.clamp_(max=1).neg_().bitwise_xor_(images)  # -1 is 255: x ^ 255 = 255 - x
+    level = np.arange(LEVELS, dtype=np.uint8)
+    tables = torch.from_numpy(np.where(level >= amount[:, None], 255 - level, level)[:, None])
+    return look_up(images, tables.to(images.device))
 
 
 @register_op("invert")
@@ -126,5 +128,5 @@ def sample_pairing(images: torch.Tensor, amount: np.ndarray, given: Given) -> to
     assert given.partners is not None
     weights, result = _weights(amount, images), torch.empty_like(images)
     for band in bands(images):
-        result[:, :, band] = _blend(images[:, :, band].int(), given.partners[:, :, band].int(), weights)
+        result[:, :, band] = _blend(images[:, :, band].float(), given.partners[:, :, band].float(), weights)
     return result

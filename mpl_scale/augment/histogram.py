@@ -5,49 +5,19 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mpl_scale.augment.lookup import LEVELS, look_up
 from mpl_scale.augment.registry import Given, register_op
-
-_LEVELS = 256
-_LARGE = 1 << 14
-_PIECE = 1 << 16
-
-
-def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
-    """The table's entry for each pixel.
-
-    Args:
-        images: uint8 [B, 3, H, W].
-        tables: uint8 [B, 3, 256].
-    """
-    if (
-        images.device.type == "cpu" and images.shape[2] * images.shape[3] >= _LARGE
-    ):  # one table at a time needs no offsets
-        result = torch.empty_like(images)
-        planes = zip(images.flatten(0, 1), tables.flatten(0, 1), result.flatten(0, 1), strict=True)
-        for plane, table, out in planes:
-            for pixels, entries in zip(plane.flatten().split(_PIECE), out.view(-1).split(_PIECE), strict=True):
-                torch.index_select(table, 0, pixels.int(), out=entries)
-        return result
-    index = images.int()
-    index += _offsets(images)
-    return tables.flatten().index_select(0, index.flatten()).view_as(images)
 
 
 def histograms(images: torch.Tensor) -> torch.Tensor:
     """Pixels of each value, int64 [B, 3, 256]."""
     batch, channels = images.shape[:2]
     if images.device.type == "cpu":  # bincount reads bytes faster than the widened copy of all of them is made
-        counts = [torch.bincount(channel, minlength=_LEVELS) for channel in images.view(batch * channels, -1)]
-        return torch.stack(counts).view(batch, channels, _LEVELS)
-    index = (images.int() + _offsets(images)).flatten()
-    return torch.bincount(index, minlength=batch * channels * _LEVELS).view(batch, channels, _LEVELS)
-
-
-def _offsets(images: torch.Tensor) -> torch.Tensor:
-    """Where each channel's table starts, int32 [B, 3, 1, 1]."""
-    batch, channels = images.shape[:2]
-    starts = torch.arange(0, batch * channels * _LEVELS, _LEVELS, device=images.device, dtype=torch.int32)
-    return starts.view(batch, channels, 1, 1)
+        counts = [torch.bincount(channel, minlength=LEVELS) for channel in images.view(batch * channels, -1)]
+        return torch.stack(counts).view(batch, channels, LEVELS)
+    starts = torch.arange(0, batch * channels * LEVELS, LEVELS, device=images.device, dtype=torch.int32)
+    index = (images.int() + starts.view(batch, channels, 1, 1)).flatten()
+    return torch.bincount(index, minlength=batch * channels * LEVELS).view(batch, channels, LEVELS)
 
 
 @register_op("autocontrast")
@@ -60,7 +30,7 @@ def autocontrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torc
     flat = images.flatten(2)
     low, high = flat.amin(2, keepdim=True).double(), flat.amax(2, keepdim=True).double()
     scale = torch.full_like(high, 255) / (high - low).clamp_(min=1)  # 255 / tensor would multiply by a reciprocal
-    level = torch.arange(_LEVELS, device=images.device, dtype=torch.float64)
+    level = torch.arange(LEVELS, device=images.device, dtype=torch.float64)
     stretched = torch.where(high > low, level * scale - low * scale, level)
     return look_up(images, stretched.clamp_(0, 255).to(torch.uint8))
 
@@ -79,5 +49,5 @@ def equalize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Te
     step = (pixels - brightest) // 255
     below = counts.cumsum(2) - counts
     table = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
-    table = torch.where(step > 0, table, torch.arange(_LEVELS, device=images.device))
+    table = torch.where(step > 0, table, torch.arange(LEVELS, device=images.device))
     return look_up(images, table.to(torch.uint8))

@@ -65,13 +65,16 @@ def publish_draft(draft: Path, step: int) -> Path:
     return folder
 
 
-def prune(root: Path, keep: int) -> None:
-    """Delete all but the `keep` newest steps (the last version of each) and the one `latest` names."""
+def prune(root: Path, keep: int, *, keep_every: int = 0) -> None:
+    """Delete all but the `keep` newest steps, those that keep_every (0: none) divides, and the one `latest` names.
+
+    Of a kept step the last version stays.
+    """
     kept = {read_latest(root)}
     steps: set[int] = set()
     for folder in find(root):
         step, _ = _step_and_version(folder)
-        if step not in steps and len(steps) < keep:
+        if step not in steps and (len(steps) < keep or (keep_every and step % keep_every == 0)):
             kept.add(folder.name)
         steps.add(step)
         if folder.name not in kept:

@@ -157,13 +157,16 @@ def _parse(content: Mapping[str, Any]) -> Index:
         world=content["world"],
         metadata=content["metadata"],
         files={name: FileRecord(**record) for name, record in content["files"].items()},
-        table={
-            key: Stored(
-                Kind(tuple(stored["shape"]), stored["dtype"]), tuple(Piece(**piece) for piece in stored["pieces"])
-            )
-            for key, stored in content["entries"].items()
-        },
+        table=parse_table(content["entries"]),
     )
+
+
+def parse_table(entries: Mapping[str, Any]) -> dict[str, Stored]:
+    """The table as JSON has it: shape, dtype and pieces by key."""
+    return {
+        key: Stored(Kind(tuple(stored["shape"]), stored["dtype"]), tuple(Piece(**piece) for piece in stored["pieces"]))
+        for key, stored in entries.items()
+    }
 
 
 def _confined(index: Index) -> Index:

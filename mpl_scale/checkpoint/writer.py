@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from mpl_scale.checkpoint.format import (
     dump_index,
     file_name,
     measure,
+    parse_table,
     tensor_name,
 )
 from mpl_scale.mesh import Mesh
@@ -42,6 +43,16 @@ class Written:
     table: dict[str, Stored]
 
 
+def parse_written(plain: Mapping[str, Any]) -> Written:
+    """What `asdict` made of it, back from JSON."""
+    return Written(
+        files={name: FileRecord(**record) for name, record in plain["files"].items()},
+        table=parse_table(
+            {key: {**stored["kind"], "pieces": stored["pieces"]} for key, stored in plain["table"].items()}
+        ),
+    )
+
+
 def save(
     root: str | os.PathLike[str],
     *,
@@ -50,47 +61,57 @@ def save(
     metadata: dict[str, Any],
     mesh: Mesh,
     keep: int,
+    keep_every: int = 0,
 ) -> Path:
-    """Write the checkpoint of a step, make it the latest, delete all but the `keep` newest. Collective over the world.
+    """Write the checkpoint of a step, make it the latest, delete old ones. Collective over the world.
 
     Args:
         root: folder of the run's checkpoints, on a file system all ranks share.
         step: counted over all phases; names the folder.
         entries: this rank's pieces; those with `write` cover each key exactly once over the ranks.
         metadata: plain JSON that `load` hands back (counters, the phase, a hash of the config, ...).
+        keep: newest checkpoints that stay.
+        keep_every: those of steps that it divides stay too; 0: none.
 
-    Returns the checkpoint's folder. Raises CheckpointError, on all ranks alike, where it cannot be written; the
-    checkpoints before it and `latest` are then as they were.
+    Returns the checkpoint's folder. Raises, on all ranks alike, WriteFailed where the file system does not take it,
+    another CheckpointError where it must not be written; the checkpoints before it and `latest` are then as they were.
     """
     root = Path(root)
 
-    @_writing(root)
+    @writing(root)
     def begin() -> Path:
         return open_draft(root, step)
 
-    @_writing(root)
+    @writing(root)
     def write() -> Written:
-        return _write_shard(draft, entries, mesh.rank)
+        return write_shard(draft, entries, mesh.rank)
 
-    @_writing(root)
-    def publish(written: list[Written]) -> Path:
-        index = _merge(written, step=step, metadata=metadata)
-        _check_visible(draft, index)
-        write_text(draft / INDEX_NAME, dump_index(index))
-        folder = publish_draft(draft, step)
-        prune(root, keep)
-        return folder
+    @writing(root)
+    def finish(written: list[Written]) -> Path:
+        return publish(draft, written, step=step, metadata=metadata, keep=keep, keep_every=keep_every)
 
     draft = on_main(mesh, begin)
     try:
-        return together(mesh, write, publish)
+        return together(mesh, write, finish)
     except CheckpointError:
         if mesh.is_main:  # every rank has ended its work here
             shutil.rmtree(draft, ignore_errors=True)
         raise
 
 
-def _write_shard(draft: Path, entries: Sequence[Entry], rank: int) -> Written:
+def publish(
+    draft: Path, written: Sequence[Written], *, step: int, metadata: dict[str, Any], keep: int, keep_every: int
+) -> Path:
+    """On rank 0, once every rank has written: the index, the final name, `latest`; then old checkpoints go."""
+    index = _merge(written, step=step, metadata=metadata)
+    _check_visible(draft, index)
+    write_text(draft / INDEX_NAME, dump_index(index))
+    folder = publish_draft(draft, step)
+    prune(folder.parent, keep, keep_every=keep_every)
+    return folder
+
+
+def write_shard(draft: Path, entries: Sequence[Entry], rank: int) -> Written:
     """Write and sync this rank's file."""
     name = file_name(rank)
     tensors: dict[str, torch.Tensor] = {}
@@ -115,7 +136,7 @@ def _write_shard(draft: Path, entries: Sequence[Entry], rank: int) -> Written:
     return Written({name: measure(path)}, table)
 
 
-def _merge(written: list[Written], *, step: int, metadata: dict[str, Any]) -> Index:
+def _merge(written: Sequence[Written], *, step: int, metadata: dict[str, Any]) -> Index:
     """One index of all ranks' tables. CheckpointError where the pieces do not cover an entry exactly once."""
     files: dict[str, FileRecord] = {}
     table: dict[str, Stored] = {}
@@ -151,7 +172,7 @@ def _check_visible(draft: Path, index: Index) -> None:
 
 
 @contextmanager
-def _writing(root: Path) -> Iterator[None]:
+def writing(root: Path) -> Iterator[None]:
     """Errors of the file system as one that names the folder and the fix."""
     try:
         yield

@@ -24,9 +24,9 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def add_config_options(parser: argparse.ArgumentParser) -> None:
-    """--ds_config, --set and --seed, for `load`."""
-    parser.add_argument("--ds_config", "--deepspeed_config", required=True, metavar="FILE", help="the run's JSON")
+def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """--ds_config, --set and --seed, for `load`; required: whether the first is."""
+    parser.add_argument("--ds_config", "--deepspeed_config", required=required, metavar="FILE", help="the run's JSON")
     parser.add_argument(
         "--set",
         action="append",

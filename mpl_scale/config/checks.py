@@ -127,6 +127,11 @@ def _check_method(config: RunConfig) -> None:
 def _check_data(config: RunConfig) -> None:
     if any(deviation <= 0 for deviation in config.mpl.data.std):
         raise ValueError(f"mpl_scale.data.std = {list(config.mpl.data.std)}: every value must be above 0")
+    if config.mpl.data.unlabelled_index is not None and config.mpl.data.unlabelled_from != "auto":
+        raise ValueError(
+            f"mpl_scale.data.unlabelled_from = {config.mpl.data.unlabelled_from} with unlabelled_index: both say which "
+            "images are unlabelled; leave one out"
+        )
 
 
 def _batches(config: RunConfig, *, world: int) -> Batches:

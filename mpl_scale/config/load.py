@@ -1,6 +1,7 @@
 """Read a ds_config, apply --set, refuse unknown keys in both halves with "did you mean", validate, resolve.
 
 DeepSpeed accepts unknown top-level keys silently ("gradient_clipp1ng" trains unclipped); here both halves are closed.
+A file may include others, so that variants of an experiment say only what differs.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
 from mpl_scale.config.names import suggest
-from mpl_scale.config.presets import apply_preset
+from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
 
 SECTION = "mpl_scale"
+INCLUDE = "include"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class RunConfig:
 def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig:
     """Read and validate a ds_config.
 
+    A top-level "include" names another file, or a list of them, relative to the one it stands in. They are merged in
+    order, section by section, and the file's own values go on top; a list is a value, replaced as a whole.
+
     Args:
         path: the JSON file.
         overrides: "a.b.c=value" assignments applied to the JSON; a value that parses as JSON is taken as such.
@@ -48,7 +53,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         ValueError: one line that names the file or field, and the fix.
     """
     path = Path(path)
-    raw = _read(path)
+    raw = _read_with_includes(path)
     for assignment in overrides:
         _assign(raw, assignment)
     section = raw.pop(SECTION, None)
@@ -66,15 +71,32 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     return RunConfig(path=path, mpl=mpl, deepspeed=raw)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The file over the files it includes; `including` are the files on the way to it."""
+    chain = (*including, path)
+    if path.resolve() in [file.resolve() for file in including]:
+        raise ValueError(f"{' includes '.join(map(str, chain))}: a circle; remove one of the includes")
+    raw = _read(path, including=including)
+    names = raw.pop(INCLUDE, [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{path}: {INCLUDE} = {names!r}: must be the path of a ds_config, or a list of paths")
+    merged: dict[str, Any] = {}
+    for name in names:
+        merged = merge(merged, _read_with_includes(path.parent / name, including=chain))
+    return merge(merged, raw)
+
+
+def _read(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
+    where = f"{including[-1]}: {INCLUDE}" if including else "--ds_config"
     try:
         raw = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a ds_config"
-        raise ValueError(f"--ds_config {path}: no such file; {hint}") from None
+        raise ValueError(f"{where} {path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--ds_config {path}: cannot be read: {error}") from None
+        raise ValueError(f"{where} {path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except ValueError as error:

@@ -71,18 +71,19 @@ def under_preset(section: dict[str, Any], presets: dict[str, dict[str, Any]]) ->
     preset = dict(presets.get(name, {})) if isinstance(name, str) else {}
     if section.get("ops"):
         preset.pop("op_set", None)
-    return _merge(preset, section)
+    return merge(preset, section)
 
 
 def apply_preset(method: dict[str, Any]) -> dict[str, Any]:
     """The method section with its preset's values under its own."""
     preset = PRESETS.get(method.get("preset") or "", {})
-    return _merge(preset, method)
+    return merge(preset, method)
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Both, section by section; where both have a value, `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(below.get(key), dict)
-        merged[key] = _merge(below[key], value) if nested else value
+        merged[key] = merge(below[key], value) if nested else value
     return merged

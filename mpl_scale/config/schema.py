@@ -162,6 +162,10 @@ class DataConfig(Section):
     index: str | None = Field(
         None, description="An index built by mpl-scale index; null: built at the first run where the source needs one."
     )
+    unlabelled_index: str | None = Field(
+        None,
+        description="An index, as of mpl-scale select, whose images are the unlabelled ones; null: those of the split.",
+    )
     label_offset: int | None = Field(
         None, description="The first class's label in the files; null: the format's custom (tfrecord 1, others 0)."
     )
@@ -169,13 +173,15 @@ class DataConfig(Section):
     split: str = Field(
         "stratified",
         description="Registered: stratified, test_files (the source's own test part), and those of C.1: cifar10_4k, "
-        "svhn_1k, imagenet_10.",
+        "svhn_1k, imagenet_10; all_labelled (3.3, section 4).",
     )
     evaluate_on: Literal["test", "held_out"] = Field(
         "test", description="held_out: the images that a split of C.1 keeps for tuning, instead of the test part."
     )
     labelled_fraction: Fraction = Field(0.1, description="imagenet_10: labelled share of the training shards.")
-    held_out_shards: CountOrZero = Field(20, description="imagenet_10: last training shards, kept for tuning (C.1).")
+    held_out_shards: CountOrZero = Field(
+        20, description="imagenet_10, all_labelled: last training shards, kept for tuning (C.1)."
+    )
     labelled_per_class: Count = Field(4, description="Labelled training images per class.")
     test_fraction: Fraction = Field(
         0.3333, description="Share held out for evaluation, stratified; nothing trains on it."
@@ -344,13 +350,17 @@ class WarmupPhase(Section):
 
 
 class FinetunePhase(Section):
-    """Finetuning of the student on labelled images, fixed learning rate (3.2, 3.3)."""
+    """Finetuning of the student on labelled images, fixed learning rate (3.2, 3.3; LARS in section 4)."""
 
     steps: CountOrZero = 0
+    optimizer: str = Field("sgd", description="Registered: sgd, rmsprop, lars (section 4, C.4).")
     lr: NonNegative = 1e-5
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = 0.0
+    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp, as in mpl_scale.optim.")
+    eps: Positive = Field(1e-3, description="RMSProp, as in mpl_scale.optim.")
+    trust: Positive = Field(1e-3, description="LARS, as in mpl_scale.optim.")
     batch_size: Count | None = Field(None, description="Global labelled batch; null: train_batch_size.")
     start_from: Literal["student", "ema"] = "student"
 

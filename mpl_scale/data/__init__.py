@@ -1,6 +1,6 @@
 """Images as batches: sources, splits, stateless sample order, DALI decoding (DESIGN 7)."""
 
-from mpl_scale.data import arrays, cifar, digits, folder, svhn, tfrecord, webdataset
+from mpl_scale.data import arrays, cifar, digits, folder, svhn, tfrecord, webdataset, whole_training_set
 from mpl_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from mpl_scale.data.loader import StrongViewFunction, TrainLoader, check_batches
 from mpl_scale.data.manifest import write_manifest
@@ -29,5 +29,6 @@ __all__ = [
     "svhn",
     "tfrecord",
     "webdataset",
+    "whole_training_set",
     "write_manifest",
 ]

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     LABELLED_VIEW = 2
     UNLABELLED_ORDER = 3
     UNLABELLED_VIEW = 4
+    SELECTION = 5
 
 
 def stream_of(purpose: Purpose, stream: int = 0) -> int:

@@ -15,8 +15,10 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data.joined import with_unlabelled
 from mpl_scale.data.views import evaluation_view, weak_view
 from mpl_scale.models import build_model
+from mpl_scale.models.weights import check_weights
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
@@ -30,6 +32,7 @@ def check_names(run: RunConfig) -> None:
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
     require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
     require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
+    require_known("mpl_scale.phases.finetune.optimizer", run.mpl.phases.finetune.optimizer, OPTIMIZERS)
     StrongView(run.mpl.data.strong, seed=0, stream=0)
     weak_view(run.mpl.data.weak, run.mpl.model.image_size)
     evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
@@ -44,7 +47,10 @@ def load_splits(run: RunConfig) -> Splits:
             f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
             f"classes; set {len(images.classes)}"
         )
-    return make_splits(images, config=data, seed=config.seed)
+    splits = make_splits(images, config=data, seed=config.seed)
+    return (
+        splits if data.unlabelled_index is None else with_unlabelled(splits, Path(data.unlabelled_index).expanduser())
+    )
 
 
 def record_splits(splits: Splits, output: Path) -> list[str]:
@@ -65,6 +71,7 @@ def check_models(run: RunConfig) -> None:
     for name in ("teacher", "student"):
         field = f"mpl_scale.model.{name}"
         section = getattr(config.model, name)
+        check_weights(section, config.model, field=field)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
         size = config.model.image_size
         with torch.no_grad():

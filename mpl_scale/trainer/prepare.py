@@ -163,7 +163,7 @@ def _make_trainer(
         writers.note(f"the step is not captured as a CUDA graph: {eager_because}")
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
-    snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint.keep, mesh, warn=writers.note)
+    snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint, mesh, warn=writers.note)
     trainer = Trainer(
         run=run,
         splits=splits,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
@@ -81,6 +81,8 @@ class Trainer:
         for phase in self.phases[self._first :]:
             self._tell("start", phase, step)
             state = state or build_state(phase, self.run, mesh=self.mesh, weights=weights)
+            if phase is self.phases[self._first]:
+                self.snapshots.check_room(state)
             if not self._train_phase(phase, state, step):
                 return False
             weights = collect_weights(state, mesh=self.mesh)
@@ -159,7 +161,15 @@ class Trainer:
             if config.guard.nonfinite == "stop" and (found := nonfinite_weights(state, mesh=self.mesh)):
                 self._refuse(found, phase, state, step)
             metadata = {"results": self.results, "seconds": self.elapsed(), "config": self.run.resolved()}
-            self.snapshots.save(phase, state, step=step, global_step=self.global_step, metadata=metadata)
+            self.snapshots.save(
+                phase,
+                state,
+                step=step,
+                global_step=self.global_step,
+                metadata=metadata,
+                wait=last or request != Request.NONE,
+                needed=stop or (last and phase is self.phases[-1]),
+            )
             if self.control is not None and request:
                 self.control.answered(request)
         if stop and not (last and phase is self.phases[-1]):
@@ -184,10 +194,8 @@ class Trainer:
     def _refuse(self, found: Sequence[str], phase: Phase, state: State, step: int) -> NoReturn:
         """End the run over numbers that are none, its state set aside; the same on every rank."""
         self._tell("save", phase, step)
-        aside = replace(self.snapshots, root=self.snapshots.root.parent / f"bad-{self.global_step}", keep=1)
         try:
-            aside.save(phase, state, step=step, global_step=self.global_step, metadata={"results": {}, "seconds": 0.0})
-            saved = f"the state is in {aside.root}"
+            saved = f"the state is in {self.snapshots.set_aside(phase, state, step=step, global_step=self.global_step)}"
         except CheckpointError as error:
             saved = f"the state could not be saved ({error})"
         ids = batch_ids(phase, config=self.run.mpl, splits=self.splits, step=step)

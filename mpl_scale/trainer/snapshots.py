@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpl_scale.checkpoint import (
+    BackgroundSave,
     CheckpointError,
     Entry,
     Index,
+    WriteFailed,
+    find,
     load,
     network_entries,
     newest_good,
@@ -18,6 +22,10 @@ from mpl_scale.checkpoint import (
     save,
     shard_entries,
 )
+from mpl_scale.checkpoint.agree import together
+from mpl_scale.checkpoint.folders import LATEST_NAME, write_text
+from mpl_scale.checkpoint.writer import writing
+from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.trainer.phases import Phase
@@ -46,34 +54,133 @@ class Snapshot:
         return self.index.metadata
 
 
-@dataclass(frozen=True)
 class Snapshots:
-    """The checkpoints of one run, under `root`; `warn` is called on rank 0."""
+    """The checkpoints of one run. All methods are collective over the world.
 
-    root: Path
-    keep: int
-    mesh: Mesh
-    warn: Callable[[str], None]
+    A save that the disk does not take is tried twice, then said by `warn` (on rank 0), and training goes on: the
+    checkpoints before it are as they were. A save that training must not go on without raises instead.
+    """
 
-    def save(self, phase: Phase, state: State, *, step: int, global_step: int, metadata: Mapping[str, Any]) -> Path:
-        """Write the state after `step` steps of a phase. Collective."""
-        return save(
-            self.root,
-            step=global_step,
-            entries=_entries(state, self.mesh),
-            metadata={**metadata, "phase": phase.name, "phase_step": step},
-            mesh=self.mesh,
-            keep=self.keep,
-        )
+    def __init__(self, root: Path, settings: CheckpointConfig, mesh: Mesh, *, warn: Callable[[str], None]) -> None:
+        self.root, self._settings, self._mesh, self._warn = root, settings, mesh, warn
+        self._in_flight: BackgroundSave | None = None
+
+    def check_room(self, state: State) -> None:
+        """At the start: every rank can write to `root`, and one checkpoint of the state fits there.
+
+        Raises CheckpointError. Where one fits but not as many as will be kept, `warn` says so.
+        """
+        keep, mesh = self._settings.keep, self._mesh
+
+        def probe() -> int:
+            with writing(self.root):
+                self.root.mkdir(parents=True, exist_ok=True)
+                path = self.root / f"{LATEST_NAME}.tmp-probe-{mesh.rank}"  # a save deletes what a kill leaves of it
+                write_text(path, "x" * 4096)
+                path.unlink()
+            return sum(entry.flat.nbytes for entry in state_entries(state, mesh=mesh) if entry.write)
+
+        def judge(sizes: list[int]) -> str | None:
+            size, free = sum(sizes), shutil.disk_usage(self.root).free
+            room = f"a checkpoint is {size:,} bytes, {self.root} has {free:,} free"
+            if free < size:
+                raise CheckpointError(f"{room}: free space there, or choose another output folder")
+            wanted = max(1, keep + 1 - len(find(self.root)))
+            if free < wanted * size:
+                return (
+                    f"{room}, not room for the {wanted} more that mpl_scale.checkpoint.keep = {keep} takes; keep less"
+                )
+            return None
+
+        if (warning := together(mesh, probe, judge)) and mesh.is_main:
+            self._warn(warning)
+
+    def save(
+        self,
+        phase: Phase,
+        state: State,
+        *,
+        step: int,
+        global_step: int,
+        metadata: Mapping[str, Any],
+        wait: bool = True,
+        needed: bool = True,
+    ) -> None:
+        """Write the state after `step` steps of a phase.
+
+        wait: return once it is written; else, if so configured, while it is being written. What becomes of it is said
+        at the next save. needed: raise WriteFailed, instead of warning, where it cannot be written.
+        """
+        self.wait()
+        metadata = {**metadata, "phase": phase.name, "phase_step": step}
+        entries, settings = state_entries(state, mesh=self._mesh), self._settings
+        try:
+            if settings.asynchronous and not wait:
+                self._in_flight = BackgroundSave.start(
+                    self.root,
+                    step=global_step,
+                    entries=entries,
+                    metadata=metadata,
+                    mesh=self._mesh,
+                    keep=settings.keep,
+                    keep_every=settings.keep_every,
+                    timeout_seconds=settings.timeout_seconds,
+                )
+            else:
+                self._write(global_step, entries, metadata)
+        except WriteFailed as error:
+            if needed:
+                raise
+            self._say(error)
+
+    def wait(self) -> None:
+        """Until nothing is in flight."""
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is None:
+            return
+        try:
+            in_flight.finish()
+        except WriteFailed as error:
+            self._say(error)
+
+    def set_aside(self, phase: Phase, state: State, *, step: int, global_step: int) -> Path:
+        """Write the state to bad-<step> beside `root`, where no resume looks. Raises CheckpointError; the folder."""
+        self.wait()
+        root = self.root.parent / f"bad-{global_step}"
+        metadata = {"results": {}, "seconds": 0.0, "phase": phase.name, "phase_step": step}
+        entries = state_entries(state, mesh=self._mesh)
+        return save(root, step=global_step, entries=entries, metadata=metadata, mesh=self._mesh, keep=1).parent
+
+    def _write(self, global_step: int, entries: Sequence[Entry], metadata: dict[str, Any]) -> None:
+        def attempt() -> None:
+            keep, keep_every = self._settings.keep, self._settings.keep_every
+            save(
+                self.root,
+                step=global_step,
+                entries=entries,
+                metadata=metadata,
+                mesh=self._mesh,
+                keep=keep,
+                keep_every=keep_every,
+            )
+
+        try:
+            attempt()
+        except WriteFailed:  # the same on every rank; what was written of it is deleted
+            attempt()
+
+    def _say(self, error: CheckpointError) -> None:
+        if self._mesh.is_main:
+            self._warn(f"{error}; training goes on, the next checkpoint is tried as usual")
 
     def find(self, resume: str) -> Snapshot | None:
-        """The checkpoint that --resume means: auto, never, or a folder. Collective.
+        """The checkpoint that --resume means: auto, never, or a folder.
 
         Raises CheckpointError for `never` over an earlier run's checkpoints, for a folder that is none, and where
         checkpoints exist but all are damaged.
         """
         if resume == "auto":
-            found = newest_good(self.root, mesh=self.mesh, warn=self.warn)
+            found = newest_good(self.root, mesh=self._mesh, warn=self._warn)
             return None if found is None else Snapshot(*found)
         if resume == "never":
             if self.root.is_dir() and any(self.root.glob("step_*")):
@@ -87,19 +194,20 @@ class Snapshots:
             raise CheckpointError(
                 f"--resume {resume}: no checkpoint there; give a folder step_... that has an index.json"
             )
-        found = newest_good(folder.parent, mesh=self.mesh, warn=self.warn, only=folder.name)
+        found = newest_good(folder.parent, mesh=self._mesh, warn=self._warn, only=folder.name)
         assert found is not None
         return Snapshot(*found)
 
     def restore(self, snapshot: Snapshot, state: State) -> None:
-        """Fill the state. Collective; CheckpointError, with names, where it is of another model."""
-        load(snapshot.folder, _entries(state, self.mesh), mesh=self.mesh, index=snapshot.index)
+        """Fill the state. CheckpointError, with names, where it is of another model."""
+        load(snapshot.folder, state_entries(state, mesh=self._mesh), mesh=self._mesh, index=snapshot.index)
         for network in (state.teacher, state.student):
             if network is not None:
                 network.refresh_weights()
 
 
-def _entries(state: State, mesh: Mesh) -> list[Entry]:
+def state_entries(state: State, *, mesh: Mesh) -> list[Entry]:
+    """Everything of a state that a step reads and changes. Live: saving reads it, loading fills it."""
     entries = replicated_entries(
         "state",
         {"step": state.step, "baseline": state.baseline.average, "baseline_steps": state.baseline.steps},

@@ -1,0 +1,89 @@
+"""One network of a checkpoint as files that timm loads: model.safetensors and config.json.
+
+    model = timm.create_model(config["architecture"], num_classes=..., checkpoint_path="DIR/model.safetensors")
+    model = timm.create_model("local-dir:DIR", pretrained=True)
+
+Models that are registered here and not in timm have the same two files; `mpl_scale.model.<network>.weights` reads both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors.torch import save_file
+
+from mpl_scale.checkpoint.folders import replace_text, sync
+from mpl_scale.checkpoint.format import CheckpointError, read_index
+from mpl_scale.checkpoint.reader import read_prefix
+from mpl_scale.config.schema import Config, NetworkConfig
+from mpl_scale.models.weights import FILE_NAME, to_plain
+
+NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
+"""What can be exported, and whose architecture it has."""
+CONFIG_NAME = "config.json"
+
+
+def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
+    """Write a network ("teacher", "student", "ema") into `output`, which is made; returns config.json's content.
+
+    Raises CheckpointError where the checkpoint is damaged, has no such network or not the configuration of a run.
+    """
+    config = checkpoint_config(checkpoint)
+    section: NetworkConfig = getattr(config.model, NETWORKS[network])
+    weights = read_network(checkpoint, network)
+    plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
+    content = _hub_config(config, section)
+    output.mkdir(parents=True, exist_ok=True)
+    draft = output / f"{FILE_NAME}.tmp"
+    save_file(plain, draft, metadata={"format": "pt"})
+    sync(draft)
+    os.replace(draft, output / FILE_NAME)
+    replace_text(output / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+    return content
+
+
+def checkpoint_config(checkpoint: Path) -> Config:
+    """The mpl_scale section of the run that wrote a checkpoint."""
+    metadata = read_index(checkpoint).metadata
+    try:
+        return Config.model_validate_json(json.dumps(metadata["config"]["mpl_scale"]))
+    except (KeyError, TypeError, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"checkpoint {checkpoint} does not hold its run's configuration ({reason}): use the version that wrote it"
+        ) from error
+
+
+def read_network(checkpoint: Path, network: str) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by name, whole, on the CPU. CheckpointError as `read_prefix`."""
+    parameters = read_prefix(checkpoint, f"{network}/master")
+    has_buffers = any(key.startswith(f"{network}/buffer/") for key in read_index(checkpoint).table)
+    return parameters | (read_prefix(checkpoint, f"{network}/buffer") if has_buffers else {})
+
+
+def _hub_config(config: Config, section: NetworkConfig) -> dict[str, Any]:
+    """config.json as timm's models on the Hugging Face hub have it."""
+    evaluation, data, size = config.data.evaluation, config.data, config.model.image_size
+    content: dict[str, Any] = {
+        "architecture": section.name,
+        "num_classes": config.model.num_classes,
+        "pretrained_cfg": {
+            "input_size": [3, size, size],
+            "fixed_input_size": False,
+            "interpolation": evaluation.interpolation,
+            "crop_pct": evaluation.crop_pct if evaluation.kind == "center_crop" else 1.0,
+            "crop_mode": "center" if evaluation.kind == "center_crop" else "squash",
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "num_classes": config.model.num_classes,
+            "custom_load": False,
+        },
+    }
+    if section.kwargs:
+        content["model_args"] = section.kwargs
+    return content

@@ -1,0 +1,38 @@
+"""`mpl-scale export`: one network of a checkpoint, for timm and everything that reads its models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mpl_scale.cli.checkpoint_path import choose_checkpoint
+from mpl_scale.cli.command import Command
+
+
+def _options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a folder step_..., or a run's output folder")
+    parser.add_argument(
+        "--network",
+        choices=("teacher", "student", "ema"),
+        default="student",
+        help="ema: the student's moving average; default: student",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets model.safetensors, config.json")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from mpl_scale.checkpoint.export import export  # torch: seconds
+
+    checkpoint = choose_checkpoint(options.checkpoint)
+    content = export(checkpoint, options.output, network=options.network)
+    print(f"{options.network} of {checkpoint}, {content['architecture']}: {options.output}")
+    return 0
+
+
+EXPORT = Command(
+    name="export",
+    help="write a network of a checkpoint as safetensors with a Hugging Face (timm) config",
+    examples=("mpl-scale export runs/digits --network student --output exported",),
+    options=_options,
+    run=_run,
+)

@@ -1,0 +1,113 @@
+"""Weights outside a checkpoint: one model.safetensors with the model's own keys, as timm has them, in fp32.
+
+Our batch norms have the config's eps, a published model's layers their own. y = (x - mean) / sqrt(var + eps) is kept by
+moving the difference of the two eps into the variance; a variance may then be negative, var + eps never is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from mpl_scale.config.schema import ModelConfig, NetworkConfig
+from mpl_scale.models.registry import find_builder
+
+FILE_NAME = "model.safetensors"
+_SHOWN = 3
+
+
+def plain_model(network: NetworkConfig, shared: ModelConfig, *, field: str, device: str = "meta") -> nn.Module:
+    """The model as its builder makes it: torch's layers, its own eps, no dropout of ours. field: for errors."""
+    with torch.device(device):
+        return find_builder(network.name, field=f"{field}.name")(num_classes=shared.num_classes, **network.kwargs)
+
+
+def to_plain(
+    weights: Mapping[str, torch.Tensor], network: NetworkConfig, shared: ModelConfig, *, field: str
+) -> dict[str, torch.Tensor]:
+    """A network's parameters and buffers as its plain model takes them: fp32, only the keys it has."""
+    plain = plain_model(network, shared, field=field)
+    shifts = _variance_shifts(plain, shared.bn_eps)
+    return {
+        key: _shifted(weights[key].detach(), shifts.get(key, 0.0)).to(_dtype(like)).contiguous()
+        for key, like in plain.state_dict().items()
+    }
+
+
+def check_weights(network: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
+    """Compare keys and shapes of `network.weights`, if it is set, with the model's; reads the header alone.
+
+    Raises ValueError: no such file, not safetensors, or of another model.
+    """
+    if network.weights is None:
+        return
+    named = f"{field}.weights = {network.weights}"
+    path = _file(network.weights)
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{named}: {path} cannot be read as safetensors ({error}); see mpl-scale export") from error
+    model = plain_model(network, shared, field=field).state_dict()
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.items()}
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}
+    differences = []
+    for word, keys in (("missing", wanted.keys() - found.keys() - optional), ("unexpected", found.keys() - wanted)):
+        if keys:
+            differences.append(f"{word} {_some(sorted(keys))}")
+    differences += [
+        f"{key} is {list(found[key])}, the model has {list(wanted[key])}"
+        for key in sorted(wanted.keys() & found.keys())
+        if found[key] != wanted[key]
+    ][:_SHOWN]
+    if differences:
+        raise ValueError(
+            f"{named} is of another model than {field}.name = {network.name}: {'; '.join(differences)}; set the name, "
+            "kwargs and num_classes it was exported with"
+        )
+
+
+def load_weights(module: nn.Module, network: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
+    """Fill a whole network built by `build_model` from `network.weights`. Raises as `check_weights` does."""
+    assert network.weights is not None
+    check_weights(network, shared, field=field)
+    shifts = _variance_shifts(plain_model(network, shared, field=field), shared.bn_eps)
+    state = module.state_dict()
+    with safe_open(_file(network.weights), framework="pt") as file, torch.no_grad():
+        for key in file.keys():  # noqa: SIM118
+            state[key].copy_(_shifted(file.get_tensor(key), -shifts.get(key, 0.0)))
+
+
+def _variance_shifts(plain: nn.Module, eps: float) -> dict[str, float]:
+    """What to add to each running variance of a network with our eps, by key, so that the plain layer gives the same.
+
+    Layers whose eps is ours are left out: their values stay bit for bit.
+    """
+    return {
+        f"{name}.running_var": eps - layer.eps
+        for name, layer in plain.named_modules()
+        if isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.eps != eps
+    }
+
+
+def _shifted(tensor: torch.Tensor, shift: float) -> torch.Tensor:
+    return (tensor.double() + shift).to(tensor.dtype) if shift else tensor
+
+
+def _dtype(like: torch.Tensor) -> torch.dtype:
+    return torch.float32 if like.is_floating_point() else like.dtype
+
+
+def _file(weights: str) -> Path:
+    path = Path(weights).expanduser()
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def _some(names: list[str]) -> Any:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{names[:_SHOWN]}{more}"

@@ -1,0 +1,73 @@
+"""A network out of a checkpoint, whole on every rank, for inference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mpl_scale.checkpoint import read_prefix
+from mpl_scale.checkpoint.format import read_index
+from mpl_scale.config import Config
+from mpl_scale.mesh import Mesh
+from mpl_scale.models import build_model
+from mpl_scale.trainer.agree import value_on_main
+
+NETWORKS = ("teacher", "student", "ema")
+
+
+def load_network(checkpoint: Path, name: str | None, *, config: Config, mesh: Mesh) -> tuple[str, nn.Module]:
+    """A network on this rank's device, in evaluation mode, and its name. Rank 0 reads; collective over the world.
+
+    Args:
+        checkpoint: the folder step_....
+        name: of NETWORKS; None: the teacher, or the student where there is none.
+        config: its `model` section is read.
+        mesh: this rank's place.
+
+    Raises:
+        ValueError: a damaged checkpoint, one without the network, or of another architecture or number of classes.
+    """
+    network = value_on_main(mesh, lambda: _named(checkpoint, name))
+    kind = "teacher" if network == "teacher" else "student"
+    section = getattr(config.model, kind)
+    module = build_model(section, config.model, field=f"mpl_scale.model.{kind}", seed=0)
+
+    def fill() -> None:
+        state = _read(checkpoint, f"{network}/master") | _read(checkpoint, f"{network}/buffer")
+        try:
+            module.load_state_dict(state)
+        except RuntimeError as error:
+            problem = " ".join(str(error).splitlines()[1:2]).strip().rstrip(".")
+            raise ValueError(
+                f"--checkpoint {checkpoint}: its {network} is not the config's mpl_scale.model.{kind} with "
+                f"num_classes = {config.model.num_classes}: {problem}; use the config it was trained with"
+            ) from error
+
+    value_on_main(mesh, fill)
+    module = module.to(mesh.device).eval()
+    if mesh.world_group is not None:
+        for tensor in module.state_dict().values():
+            dist.broadcast(tensor, src=0, group=mesh.world_group)
+    return network, module
+
+
+def _named(checkpoint: Path, name: str | None) -> str:
+    stored = {key.split("/")[0] for key in read_index(checkpoint).table}
+    held = [network for network in NETWORKS if network in stored]
+    if name is None and held:
+        return held[0]
+    if name not in held:
+        raise ValueError(
+            f"--network {name}: checkpoint {checkpoint} holds {', '.join(held) or 'no network'}; choose one"
+        )
+    return name
+
+
+def _read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """As read_prefix; nothing where the network has no such values (buffers, without batch norm)."""
+    if not any(key.startswith(f"{prefix}/") for key in read_index(checkpoint).table):
+        return {}
+    return read_prefix(checkpoint, prefix)

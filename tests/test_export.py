@@ -1,0 +1,189 @@
+"""A network leaves a checkpoint as timm has it, gives the same logits there, and comes back; inspect tells damage."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from mpl_scale.checkpoint import find, replicated_entries, save
+from mpl_scale.checkpoint.export import checkpoint_config, export, read_network
+from mpl_scale.cli.main import main
+from mpl_scale.config import Config, load_config
+from mpl_scale.mesh import build_mesh
+from mpl_scale.models import build_model
+from mpl_scale.models.weights import load_weights, plain_model
+from mpl_scale.trainer.prepare import Options, train
+from tests.configs import tiny, write
+from tests.test_resume import StopAfter
+
+# Sums in another order, and variances moved by 1e-3: some hundred float32 roundings of 6e-8 of the largest logit.
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More make tiny tensors slower, where other processes want the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def checkpoint_of(folder: Path, **network: Any) -> tuple[Path, Config]:
+    """A checkpoint whose student has statistics of its own, as a run writes it."""
+    raw = tiny()
+    raw["mpl_scale"]["model"]["student"] = network
+    raw["mpl_scale"]["model"]["image_size"] = 32
+    run = load_config(write(folder, raw))
+    torch.manual_seed(0)
+    module = build_model(run.mpl.model.student, run.mpl.model, field="student", seed=5)
+    buffers = dict(module.named_buffers())
+    for name, buffer in buffers.items():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.1)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.001, 1.5)
+    mesh = build_mesh(device=torch.device("cpu"))
+    entries = replicated_entries("student/master", {k: p.detach() for k, p in module.named_parameters()}, mesh=mesh)
+    entries += replicated_entries("student/buffer", buffers, mesh=mesh)
+    metadata = {"phase": "train", "phase_step": 3, "config": run.resolved()}
+    return save(folder / "checkpoints", step=3, entries=entries, metadata=metadata, mesh=mesh, keep=1), run.mpl
+
+
+def built(config: Config, checkpoint: Path) -> torch.nn.Module:
+    module = build_model(config.model.student, config.model, field="student", seed=0)
+    module.load_state_dict(read_network(checkpoint, "student"))
+    return module.eval()
+
+
+@torch.no_grad()
+def assert_same_logits(ours: torch.nn.Module, other: torch.nn.Module, tolerance: float = TOLERANCE) -> None:
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = ours(images)
+    assert expected.std() > 1e-3  # or a network that ignores its weights would pass
+    assert (other.eval()(images) - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+MODELS = [
+    {"name": "resnet10t"},  # torch's eps of batch norm, ours is 1e-3
+    {"name": "test_efficientnet", "kwargs": {"in_chans": 3}, "dropout": 0.2, "drop_path": 0.1},
+]
+
+
+@pytest.mark.parametrize("network", MODELS, ids=lambda network: str(network["name"]))
+def test_timm_gives_the_logits_of_the_run(tmp_path: Path, network: dict[str, Any]) -> None:
+    checkpoint, config = checkpoint_of(tmp_path, **network)
+    out = tmp_path / "out"
+    assert main(["export", str(tmp_path), "--output", str(out)]) == 0
+    content = json.loads((out / "config.json").read_text())
+    assert content["architecture"] == network["name"]
+    ours = built(config, checkpoint)
+    file = str(out / "model.safetensors")
+    assert_same_logits(
+        ours, timm.create_model(content["architecture"], num_classes=content["num_classes"], checkpoint_path=file)
+    )
+    hub = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert_same_logits(ours, hub)
+    seen = timm.data.resolve_model_data_config(hub)
+    assert tuple(seen["input_size"]) == (3, 32, 32)
+    assert (tuple(seen["mean"]), tuple(seen["std"])) == (config.data.mean, config.data.std)
+    assert (seen["interpolation"], seen["crop_pct"]) == ("bilinear", 1.0)
+
+
+@pytest.mark.parametrize("network", [*MODELS[:1], {"name": "wide_resnet28_2"}], ids=lambda n: str(n["name"]))
+def test_exported_weights_come_back(tmp_path: Path, network: dict[str, Any]) -> None:
+    checkpoint, config = checkpoint_of(tmp_path, **network)
+    export(checkpoint, tmp_path / "out", network="student")
+    section = config.model.student.model_copy(update={"weights": str(tmp_path / "out")})
+    back = build_model(section, config.model, field="student", seed=1)
+    load_weights(back, section, config.model, field="student")
+    assert_same_logits(built(config, checkpoint), back)
+    plain = plain_model(section, config.model, field="student", device="cpu")
+    plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict: the model's own keys
+    assert_same_logits(built(config, checkpoint), plain)
+
+
+def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
+    raw = tiny()
+    raw["mpl_scale"]["parallel"] = {"engine": "flat"}
+    raw["mpl_scale"]["method"]["ema_decay"] = 0.9
+    raw["mpl_scale"]["phases"]["finetune"] = {"steps": 0}
+    config = write(tmp_path, raw)
+    assert train(load_config(config), Options(tmp_path / "first")) is not None
+    checkpoint = find(tmp_path / "first" / "checkpoints")[0]
+    first = {}
+    for name in ("teacher", "student", "ema"):
+        export(checkpoint, tmp_path / name, network=name)
+        first[name] = read_network(checkpoint, name)
+    assert not torch.equal(first["ema"]["classifier.weight"], first["student"]["classifier.weight"])
+    started = [f"mpl_scale.model.{name}.weights={tmp_path / name}" for name in ("teacher", "student")]
+    still = ["mpl_scale.optim.student.lr=0", "mpl_scale.optim.teacher.lr=0", "mpl_scale.phases.teacher_warmup.steps=0"]
+    run = load_config(config, overrides=[*started, *still])
+    assert train(run, Options(tmp_path / "second"), stop_requested=StopAfter(1)) is None
+    second = find(tmp_path / "second" / "checkpoints")[0]
+    for name in ("teacher", "student"):
+        found = read_network(second, name)
+        trained = [key for key in found if "running" not in key and "tracked" not in key]
+        assert trained
+        for key in trained:  # at a rate of 0 one step leaves them bit for bit
+            assert torch.equal(found[key], first[name][key]), key
+    assert checkpoint_config(second).model.student.weights == str(tmp_path / "student")
+
+
+def test_weights_of_another_model_are_one_error_before_training(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, tiny()))
+    raw = tiny()
+    good = plain_model(config.mpl.model.student, config.mpl.model, field="student", device="cpu").state_dict()
+    file = tmp_path / "model.safetensors"
+    raw["mpl_scale"]["model"]["student"]["weights"] = str(file)
+    path = write(tmp_path, raw, "weights.json")
+
+    def refused(match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            train(load_config(path), Options(tmp_path / "out"))
+        assert not (tmp_path / "out").exists()
+
+    refused(r"mpl_scale\.model\.student\.weights = .*cannot be read as safetensors")
+    file.write_bytes(b"\x80\x04pickled")
+    refused("cannot be read as safetensors")
+    save_file({**good, "more": torch.ones(1)}, file)
+    refused(r"is of another model than .*digits_cnn: unexpected \['more'\]")
+    save_file({k: v for k, v in good.items() if k != "classifier.bias"}, file)
+    refused(r"missing \['classifier.bias'\]")
+    save_file({**good, "classifier.bias": torch.ones(1000)}, file)
+    refused(r"classifier.bias is \[1000\], the model has \[10\]")
+
+
+def test_inspect_shows_a_checkpoint_and_tells_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint, _ = checkpoint_of(tmp_path, name="digits_cnn")
+    assert main(["inspect", str(tmp_path), "--verify", "--tensors"]) == 0
+    said = capsys.readouterr().out
+    for part in ("train, step 3", "1 rank\n", "student/master", "float32", "classifier.weight  [10,", "method mpl"):
+        assert part in said
+    assert "every file has the checksum" in said
+    shard = checkpoint / "rank_00000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert main(["inspect", str(checkpoint)]) == 0  # sizes alone
+    assert main(["inspect", str(checkpoint), "--verify"]) == 1
+    assert "damaged: rank_00000.safetensors has CRC-32" in capsys.readouterr().out
+    os.truncate(shard, 100)
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert "damaged: rank_00000.safetensors has 100 bytes" in capsys.readouterr().out
+    shard.unlink()
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert "cannot be read (No such file" in capsys.readouterr().out
+    (checkpoint / "index.json").unlink()
+    assert main(["inspect", str(checkpoint)]) == 1
+    assert "index.json is missing" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "absent")]) == 2
+    assert main(["export", str(tmp_path), "--network", "teacher", "--output", str(tmp_path / "out")]) == 2
