@@ -29,7 +29,7 @@ test: install  ## lint, types, layering, and every test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
 
 test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, root) and started on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
