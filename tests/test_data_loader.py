@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -355,9 +356,12 @@ def test_other_sizes_are_resized(tmp_path: Path) -> None:
 
 
 def corrupt_body(path: Path) -> None:
-    """Flip a bit of the compressed pixels: header and trailer stay good, and only a decode can tell."""
+    """Flip bits of the compressed pixels and mend their checksum: only a decode can tell."""
     data = bytearray(path.read_bytes())
-    data[data.index(b"IDAT") + 20] ^= 0xFF
+    start = data.index(b"IDAT")
+    data[start + 20] ^= 0xFF
+    stop = start + 4 + int.from_bytes(data[start - 4 : start], "big")
+    data[stop : stop + 4] = zlib.crc32(data[start:stop]).to_bytes(4, "big")
     path.write_bytes(data)
 
 

@@ -23,6 +23,7 @@ from mpl_scale.data.probe import MAX_PIXELS, UnreadableImage, probe, unreadable_
 from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.resize import Resizer
+from mpl_scale.data.structure import check_structure
 from mpl_scale.data.views import Placement, View
 
 LONGEST_RUN = 100
@@ -221,6 +222,7 @@ class DecodePipeline:
         height, width = probe(content, content)
         if height * width > self._max_pixels:
             raise UnreadableImage(f"{height} x {width} pixels are more than mpl_scale.data.max_pixels")
+        check_structure(content)
         return encoded, (width, height) if lies_on_its_side(content) else (height, width)
 
     def _find_culprits(self, error: DecodeError) -> None:

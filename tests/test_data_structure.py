@@ -1,0 +1,42 @@
+"""What a decoder must not see is found by walking the file; sound files, usual and unusual, pass."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mpl_scale.data.probe import UnreadableImage, probe
+from mpl_scale.data.structure import check_structure
+from tests.bad_files import BAD, GOOD
+
+ONLY_A_DECODER_CAN_TELL = {"cut_after_thumbnail.jpg"}
+
+
+def check(content: bytes) -> None:
+    probe(content, content)
+    check_structure(content)
+
+
+@pytest.mark.parametrize("kind", GOOD)
+def test_sound_files_pass(kind: str) -> None:
+    check_structure(GOOD[kind]())
+
+
+@pytest.mark.parametrize("kind", sorted(BAD.keys() - ONLY_A_DECODER_CAN_TELL))
+def test_damage_is_found_before_decoding(kind: str) -> None:
+    with pytest.raises(UnreadableImage, match=BAD[kind][1] or "bits"):
+        check(BAD[kind][0]())
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(GOOD)), cut=st.integers(0, 4000), place=st.integers(0, 4000), byte=st.integers(0, 255)
+)
+def test_any_bytes_give_the_documented_error_or_none(kind: str, cut: int, place: int, byte: int) -> None:
+    content = bytearray(GOOD[kind]())[: cut + 8]
+    content[place % len(content)] = byte
+    with contextlib.suppress(UnreadableImage):
+        check_structure(bytes(content))
