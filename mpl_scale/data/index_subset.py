@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.data.index import ARRAYS, IndexedImages, pixels_name, sha256_of
+from mpl_scale.data.index_writer import publish, sync
 
 _ROWS = 1 << 20  # samples copied at once
 
@@ -77,8 +78,8 @@ def write_subset(
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     extra(folder)
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-    _publish(folder, output)
+        sync(path)
+    publish(folder, output)
 
 
 class _Names:
@@ -119,21 +120,3 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _publish(folder: Path, output: Path) -> None:
-    """As index_writer's: the older index goes away last, and open readers keep the files they have."""
-    old = output.with_name(f"{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    folder.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

@@ -114,8 +114,8 @@ def write_index(
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     for path in [*files, folder / "meta.json", folder]:
-        _sync(path)
-    _publish(folder, output)
+        sync(path)
+    publish(folder, output)
     return count, sum(reasons.values()), reasons
 
 
@@ -182,7 +182,8 @@ def _create(path: Path, *, dtype: np.dtype, count: int) -> np.ndarray:
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the file, or folder, is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -190,7 +191,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _publish(folder: Path, output: Path) -> None:
+def publish(folder: Path, output: Path) -> None:
     """Put the finished index in its place; an older one goes away after that. Open readers keep the files they have."""
     old = output.with_name(f"{output.name}.old")
     shutil.rmtree(old, ignore_errors=True)
