@@ -176,7 +176,7 @@ def check(differences: dict[tuple[str, str], float], tolerance: float) -> None:
 def test_flat_layouts_go_on_from_each_other(tmp_path: Path) -> None:
     """float64: roundings of 1e-16, which three steps of a small net enlarge far less than a million times."""
     wanted = [layout for world in (1, 2, 4) for layout in layouts(world) if layout.engine == "flat"]
-    differences = table(tmp_path, wanted, torch.float64, 4)
+    differences = table(tmp_path, wanted, torch.float64, 2)
     assert len(differences) == 4 * len(wanted)
     check(differences, 1e-10)
 
