@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +92,22 @@ def start_process_group(device: torch.device, *, timeout_seconds: float) -> None
     dist.init_process_group(backend, timeout=timeout)
 
 
+_GROUPS: dict[tuple[Any, ...], Any] = {}
+
+
+def process_group(ranks: Sequence[int], *, local: bool = False) -> Any:
+    """The group of these ranks, made once: a group is never freed, and gloo's keeps threads that wake all the time.
+
+    Args:
+        ranks: global ranks, ascending.
+        local: only the group's own ranks call this; else all ranks do, in the same order.
+    """
+    key = (dist.group.WORLD, *ranks)
+    if key not in _GROUPS:
+        _GROUPS[key] = dist.new_group(list(ranks), use_local_synchronization=local)
+    return _GROUPS[key]
+
+
 def build_mesh(*, device: torch.device, width: int = 1, shard_size: int | None = None) -> Mesh:
     """The mesh of this process, from torch.distributed if it is initialised, else of one process.
 
@@ -115,7 +131,7 @@ def build_mesh(*, device: torch.device, width: int = 1, shard_size: int | None =
             return None
         if len(members) == 1:
             return dist.group.WORLD
-        groups = [dist.new_group(ranks) for ranks in members]  # every rank must take part in making every group
+        groups = [process_group(ranks) for ranks in members]  # every rank must take part in making every group
         return next(group for group, ranks in zip(groups, members, strict=True) if rank in ranks)
 
     def blocks(size: int) -> list[list[int]]:

@@ -20,7 +20,7 @@ from torch import nn
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.deepspeed_setup import connect, engine_config, refuse_unsupported
 from mpl_scale.engine.deepspeed_shards import open_shards
-from mpl_scale.mesh import Mesh
+from mpl_scale.mesh import Mesh, process_group
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
@@ -161,7 +161,7 @@ class _Topology:
     def __init__(self, mesh: Mesh, *, sharded: bool) -> None:
         self._alone: Any = dist.group.WORLD
         if mesh.world > 1:
-            self._alone = dist.new_group([mesh.rank], use_local_synchronization=True)
+            self._alone = process_group([mesh.rank], local=True)
         shard_group: Any = mesh.shard_group if sharded else mesh.world_group
         self._data = self._alone if shard_group is None else shard_group
 
