@@ -108,6 +108,7 @@ class FlatNetwork:
             return
         for buffers, total in zip(self._buffers, self._accumulated, strict=True):
             total.add_(buffers.reduce(self._mesh))
+            buffers.gradients.zero_()
 
     def backward(self, loss: torch.Tensor) -> GradientShard:
         """Backpropagate, reduce-scatter, average; two static shard buffers take turns."""
@@ -116,10 +117,12 @@ class FlatNetwork:
         shards = self._shards[self._turn]
         for index, (buffers, shard) in enumerate(zip(self._buffers, shards, strict=True)):
             shard.copy_(buffers.reduce(self._mesh))
+            buffers.gradients.zero_()
             if self._accumulated is not None:
                 shard.add_(self._accumulated[index])
                 self._accumulated[index].zero_()
-            shard.mul_(self._scale)
+            if self._scale != 1.0:
+                shard.mul_(self._scale)
         return shards
 
     @torch.no_grad()
@@ -193,14 +196,12 @@ class _FlatGroup:
         self._sent = torch.zeros_like(self.weight_shard) if self._sharded else self.weight_shard
 
     def reduce(self, mesh: Mesh) -> torch.Tensor:
-        """Sum the gradient over all ranks into this rank's shard, leave the buffer at zero."""
+        """Sum the gradient over all ranks into this rank's shard; the caller reads it, then zeroes `gradients`."""
         if self._sharded:
             dist.reduce_scatter_tensor(self._received, self.gradients, group=mesh.shard_group)
         if mesh.replica_group is not None:
             dist.all_reduce(self._received, group=mesh.replica_group)
-        result = self._received if self._sharded else self._received.clone()
-        self.gradients.zero_()
-        return result
+        return self._received
 
     def gather(self, master: torch.Tensor, mesh: Mesh) -> None:
         """Fill the weights from every rank's master shard; the send buffer must not alias the receive buffer."""

@@ -29,18 +29,21 @@ class _Normalise(torch.autograd.Function):
     def forward(ctx: Any, x, weight, bias, eps, group, columns, functions):  # type: ignore[no-untyped-def]
         ours: Loops = functions
         x = x.contiguous(memory_format=_memory_format(x))
-        own = x if columns is None else x.narrow(-1, *columns)
-        if own.numel():
-            totals = ours.sums(rows(own))
+        if group is None and columns is None and x.numel():
+            y, mean, variance, inverse_std, scale, shift, totals = ours.forward(rows(x), weight, bias, eps)
+            y = unrows(y, x)
         else:
+            own = x if columns is None else x.narrow(-1, *columns)
             totals = torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
-        if group is not None:
-            dist.all_reduce(totals, group=group)
-        mean, variance, inverse_std, scale, shift = ours.statistics(totals, weight, bias, eps)
+            if own.numel():
+                totals = ours.sums(rows(own))
+            if group is not None:
+                dist.all_reduce(totals, group=group)
+            mean, variance, inverse_std, scale, shift = ours.statistics(totals, weight, bias, eps)
+            y = unrows(ours.normalise(rows(x), scale, shift), x) if x.numel() else torch.empty_like(x)
         ctx.save_for_backward(x, mean, inverse_std, scale, shift, totals)
         ctx.ours, ctx.group, ctx.columns, ctx.dtype = ours, group, columns, weight.dtype
         ctx.mark_non_differentiable(mean, variance, totals)
-        y = unrows(ours.normalise(rows(x), scale, shift), x) if x.numel() else torch.empty_like(x)
         return y, mean, variance, totals
 
     @staticmethod
@@ -48,19 +51,32 @@ class _Normalise(torch.autograd.Function):
         x, mean, inverse_std, scale, shift, totals = ctx.saved_tensors
         ours: Loops = ctx.ours
         dy = dy.contiguous(memory_format=_memory_format(x))
-        along = (mean, inverse_std, scale, shift)
-        gradients = ours.gradient_sums(rows(dy), rows(x), *along) if x.numel() else torch.zeros_like(totals[:-1])
-        grad_bias, grad_weight = gradients.to(ctx.dtype, copy=True).chunk(2)
+        if ctx.group is None and ctx.columns is None and x.numel():
+            dx, gradients, *_ = ours.backward(rows(dy), rows(x), mean, inverse_std, scale, shift, totals)
+            return unrows(dx, x), *_halves(gradients, ctx.dtype), None, None, None, None
+        gradients = torch.zeros_like(totals[:-1])
+        if x.numel():
+            gradients = ours.gradient_sums(rows(dy), rows(x), mean, inverse_std, scale, shift)
+        own_gradients = _halves(gradients, ctx.dtype)
         if ctx.group is not None:
             dist.all_reduce(gradients, group=ctx.group)
-        dx = torch.empty_like(x)
-        if x.numel():
-            dx = unrows(ours.gradient_input(rows(dy), rows(x), *along, gradients, totals), x)
+
+        def gradient_input(sums: torch.Tensor) -> torch.Tensor:
+            through = ours.through_statistics(sums, totals, inverse_std)
+            return unrows(ours.gradient_input(rows(dy), rows(x), mean, scale, shift, *through), x)
+
+        dx = gradient_input(gradients) if x.numel() else torch.empty_like(x)
         if ctx.columns is not None:  # the others did not enter the statistics: no gradient comes through them
-            plain = unrows(ours.gradient_input(rows(dy), rows(x), *along, torch.zeros_like(gradients), totals), x)
+            plain = gradient_input(torch.zeros_like(gradients))
             plain.narrow(-1, *ctx.columns).copy_(dx.narrow(-1, *ctx.columns))
             dx = plain
-        return dx, grad_weight, grad_bias, None, None, None, None
+        return dx, *own_gradients, None, None, None, None
+
+
+def _halves(gradients: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of weight and bias, as copies: the sums may yet be reduced over ranks in place."""
+    bias, weight = gradients.to(dtype, copy=True).chunk(2)
+    return weight, bias
 
 
 def _memory_format(x: torch.Tensor) -> torch.memory_format:

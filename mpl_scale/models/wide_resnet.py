@@ -45,7 +45,7 @@ class _Block(nn.Module):
         activated = self.bn1(x)
         residual = x if self.shortcut is None else self.shortcut(activated)
         y = self.conv1(activated)
-        return residual + self.conv2(self.bn2(y))
+        return self.conv2(self.bn2(y)).add_(residual)
 
 
 class WideResNet(nn.Module):
