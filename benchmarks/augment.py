@@ -6,7 +6,9 @@ One thread. Ours are given a batch of tensors, torchvision's a list of PIL image
 decoding or for turning one into the other. The two take turns (A B A B ...) and a round is timed in the thread's CPU
 seconds, which other processes do not lengthen by making it wait; an operation is judged by the least of its rounds,
 and the ratio is also given as the median of the rounds' own. "view" is the whole strong view, N = 2 and M = 9 of the
-list without Sample Pairing, against torchvision's RandAugment. Prints a table and writes OUTPUT.
+list without Sample Pairing, against torchvision's RandAugment. Some operations hand large images to Pillow themselves
+(mpl_scale/augment/pictures.py): there the ratio is what turning tensors into pictures and back costs. Prints a table
+and writes OUTPUT.
 """
 
 from __future__ import annotations

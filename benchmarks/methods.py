@@ -34,6 +34,15 @@ METHODS = {
     "mpl_flipped": ["mpl_scale.method.feedback.rule=flipped"],
     "mpl_per_sample": ["mpl_scale.method.feedback.rule=per_sample"],
     "mpl_soft_exact": ["mpl_scale.method.feedback.rule=soft_exact", "mpl_scale.method.pseudo_labels=soft"],
+    "mixup": ["mpl_scale.method.name=mixup", "mpl_scale.phases.finetune.steps=0"],
+    "randaugment": [
+        "mpl_scale.method.name=supervised",
+        "mpl_scale.data.labelled_view=strong",
+        "mpl_scale.phases.finetune.steps=0",
+    ],
+    "mpl_over_supervised": ["mpl_scale.method.teacher_loss=supervised"],
+    "mpl_over_mixup": ["mpl_scale.method.teacher_loss=mixup"],
+    "mpl_over_pseudo_label": ["mpl_scale.method.teacher_loss=pseudo_label"],
 }
 
 

@@ -26,12 +26,19 @@ class Batch:
     weak: torch.Tensor  # [U, 3, H, W], the weakly augmented view x_u
     strong: torch.Tensor  # [U, 3, H, W], the strongly augmented view of the same images
     unlabelled_rows: torch.Tensor  # int64 [U], in [0, global U)
+    labelled_distributions: torch.Tensor | None = None  # [B, K], what a trained teacher once said of x_l (appendix E)
+    unlabelled_distributions: torch.Tensor | None = None  # [U, K], and of x_u
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What the batch has, by field."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if value is not None}
 
     def split(self, parts: int) -> list[Batch]:
         """Equal micro-batches of consecutive rows, as views; `parts` divides B and U."""
         if parts == 1:
             return [self]
-        pieces = {f.name: getattr(self, f.name).chunk(parts) for f in fields(self)}
+        pieces = {name: value.chunk(parts) for name, value in self.tensors().items()}
         return [Batch(**{name: piece[index] for name, piece in pieces.items()}) for index in range(parts)]
 
 

@@ -14,7 +14,15 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in what tests start
 
-LAUNCHING = {"test_launch", "test_resume", "test_bad_input", "test_benchmarks", "test_stop", "test_split_command"}
+LAUNCHING = {
+    "test_launch",
+    "test_resume",
+    "test_bad_input",
+    "test_benchmarks",
+    "test_stop",
+    "test_split_command",
+    "test_docs",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

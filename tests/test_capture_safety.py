@@ -77,7 +77,7 @@ def count_host_reads(method: str, rule: str) -> tuple[Counter[str], bool]:
 @pytest.mark.parametrize(
     ("method", "rule"),
     [("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")]
-    + [(m, "cosine") for m in ("supervised", "uda", "pseudo_label", "teacher_warmup")],
+    + [(m, "cosine") for m in ("supervised", "uda", "mixup", "pseudo_label", "noisy_student", "teacher_warmup")],
 )
 @pytest.mark.parametrize("world", [1, 2])
 def test_step_never_waits_for_the_device(world: int, method: str, rule: str) -> None:

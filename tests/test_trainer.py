@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from mpl_scale.cli.main import main
 from mpl_scale.config import load_config
 from mpl_scale.data import load_images, make_splits
 from mpl_scale.mesh import build_mesh
@@ -50,7 +52,7 @@ def config_with(tmp_path: Path, **top_level: Any) -> str:
     return write(tmp_path, raw)
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"teacher_warmup"}))
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"teacher_warmup", "reduced_mpl", "noisy_student"}))
 def test_every_method_learns_something(tmp_path: Path, method: str) -> None:
     """100 steps bring the test loss of the network that sees labels below ln 10, an untrained net's."""
     overrides = (
@@ -64,6 +66,59 @@ def test_every_method_learns_something(tmp_path: Path, method: str) -> None:
     assert first["results"]["student"]["images"] == 599
     assert train_lines(tmp_path / "out", "train")[-1].keys() >= EVERY_LINE
     assert ("teacher" in first["results"]) == METHODS[method].teacher
+
+
+def test_a_stored_teacher_teaches_the_reduced_one_and_a_noisy_student(tmp_path: Path) -> None:
+    """Appendix E and Table 11 from files: a UDA network, its distributions of all images, what learns from them."""
+    config, stored = config_with(tmp_path), tmp_path / "uda.npy"
+    steps = ("mpl_scale.phases.train.steps=60", "mpl_scale.model.bn_decay=0.9", "mpl_scale.phases.finetune.steps=0")
+    pool(2).run(run, config, str(tmp_path / "uda"), ("mpl_scale.method.name=uda", *steps))
+    arguments = ["--ds_config", config, "--checkpoint", str(tmp_path / "uda"), "--output", str(stored)]
+    assert main(["distributions", *arguments]) == 0
+    values = np.load(stored)
+    assert values.shape == (1797, 10)
+    assert np.abs(values.astype(np.float64).sum(1) - 1).max() < 5e-3  # ten float16 roundings of 5e-4
+    labels = load_images(load_config(config).mpl.data).labels
+    assert (values.argmax(1) == labels).mean() > 0.2  # rows are by sample id: 0.1 by chance
+    here = (f"mpl_scale.data.distributions={stored}", *steps, "mpl_scale.phases.train.steps=30")
+    reduced = {"name": "reduced_teacher", "kwargs": {"hidden": 16}}
+    names = ("mpl_scale.method.name=reduced_mpl", "mpl_scale.method.teacher_loss=supervised")
+    teacher = (f"mpl_scale.model.teacher={json.dumps(reduced)}",)
+    first, second = pool(2).run(run, config, str(tmp_path / "reduced"), (*here, *names, *teacher))
+    assert first["results"] == second["results"]
+    assert set(first["results"]) == {"student", "ema"}  # the teacher sees no image
+    assert train_lines(tmp_path / "reduced", "train")[-1].keys() >= MPL_LINE - {"teacher_uda_loss"}
+    noisy = ("mpl_scale.method.name=noisy_student", "mpl_scale.phases.teacher_warmup.steps=0")
+    results = pool(2).run(run, config, str(tmp_path / "noisy"), (*here, *noisy))[0]["results"]
+    assert results["student"]["loss"] < 2.28  # ln 10 is an untrained net's
+
+
+def test_what_stored_distributions_need_is_said(tmp_path: Path) -> None:
+    reduced = ("mpl_scale.method.name=reduced_mpl", "mpl_scale.method.teacher_loss=supervised")
+    with pytest.raises(ValueError, match=r"reduced_mpl learns from a trained teacher's distributions; write them"):
+        run(config_with(tmp_path), str(tmp_path / "out"), reduced)
+    np.save(tmp_path / "few.npy", np.zeros((7, 10), np.float16))
+    few = (f"mpl_scale.data.distributions={tmp_path / 'few.npy'}",)
+    with pytest.raises(ValueError, match=r"few.npy' holds float16 \[7, 10\], and the data set has 1797 images of 10"):
+        run(config_with(tmp_path), str(tmp_path / "out"), few)
+
+
+def test_labelled_images_can_be_seen_in_their_strong_view(tmp_path: Path) -> None:
+    """RandAugment as a baseline: another view of the same images, without the operation that needs other images."""
+    view = "mpl_scale.data.labelled_view=strong"
+    weak, strong = (
+        run(config_with(tmp_path), str(tmp_path / name), ("mpl_scale.method.name=supervised", *more))["results"]
+        for name, more in (("weak", ()), ("strong", (view,)))
+    )
+    assert weak != strong
+    with pytest.raises(ValueError, match=r"labelled_view = strong with sample_pairing .* set data.strong.op_set"):
+        run(config_with(tmp_path), str(tmp_path / "out"), (view, 'mpl_scale.data.strong.ops=["sample_pairing"]'))
+
+
+def test_mixup_needs_pairs(tmp_path: Path) -> None:
+    odd = ("mpl_scale.method.name=mixup", "train_batch_size=15")
+    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu = 15 with mixup.* must be even; use 16"):
+        run(config_with(tmp_path), str(tmp_path / "out"), odd)
 
 
 @pytest.mark.parametrize("rule", sorted(FEEDBACK_RULES))

@@ -1,7 +1,8 @@
 """`mpl-scale check`: validate a configuration and say what it costs, without its data, a GPU, or other ranks.
 
 Both networks are built at full size on the meta device, split and recomputed as the config says, which finds what no
-schema can: an image size a network cannot take, a width it cannot be split by, stages that have no policy.
+schema can: an image size a network cannot take, a width it cannot be split by, stages that have no policy. With --gpu,
+a run that cannot fit is refused, with what would.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.cli.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine, refuse_misfits
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
 
 if TYPE_CHECKING:
-    import torch
+    from mpl_scale.planner.job import Job, Machine
+    from mpl_scale.planner.search import Plan
 
-    from mpl_scale.planner.footprint import NetworkCost
-    from mpl_scale.trainer.phases import Phase
 
-GIGA = 1e9
-NOT_COUNTED = (
-    "not counted: halos, workspaces, the block that is being recomputed, fragmentation; batch norm is reckoned as "
-    "torch operators, compiled kernels keep less"
+COUNTED = (
+    "state: weights, masters, optimisers, gradients, averages (shards); activations: kept at the worst moment; "
+    "working: what a backward pass needs beside them; allowances: driver, libraries, fragmentation"
 )
 
 
@@ -35,119 +35,97 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default="cuda",
         help="what the ranks will compute on (default: cuda; none is needed here): it decides what engine auto means",
     )
+    parser.add_argument("--gpu", metavar="NAME|FILE.json", help="as of mpl-scale plan: refuse what cannot fit on it")
+    parser.add_argument("--calibration", metavar="FILE", help="as of mpl-scale plan")
 
 
 def _run(options: argparse.Namespace) -> int:
-    for line in report(load(options), world=options.world, cuda=options.device == "cuda"):
+    run, cuda = load(options), options.device == "cuda" and options.gpu != "cpu"
+    for line in report(run, world=options.world, cuda=cuda, gpu=options.gpu, calibration=options.calibration):
         print(line, flush=True)
     return 0
 
 
-def report(run: RunConfig, *, world: int, cuda: bool) -> list[str]:
+def report(
+    run: RunConfig, *, world: int, cuda: bool, gpu: str | None = None, calibration: str | None = None
+) -> list[str]:
     """Check everything that needs no data, then say in lines: batch equation, networks, memory per rank and phase.
 
     Args:
         run: as loaded.
         world: ranks.
         cuda: whether they compute on GPUs.
+        gpu: the device, as of --gpu: milliseconds too, and what cannot fit is refused; None: bytes alone.
+        calibration: a file of measured rates.
 
     Raises:
         ValueError: names the field, the value and the fix.
     """
     batches = check(run, world=world, cuda=cuda)
     # torch and timm: seconds, once the config is known to be good
-    import torch
-
-    from mpl_scale.planner.footprint import network_cost
     from mpl_scale.trainer.input import check_models, check_names
-    from mpl_scale.trainer.phases import plan_phases
 
     check_names(run)
     check_models(run)
-    config, flat = run.mpl, uses_flat_engine(run, cuda=cuda)
-    dtype = torch.bfloat16 if run.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32
-    costs: dict[str, NetworkCost] = {}
-    for name in ("teacher", "student"):
-        section = getattr(config.model, name).model_copy(update={"dropout": 0.0})  # of one layer: it costs nothing
-        alike = costs and section == config.model.teacher.model_copy(update={"dropout": 0.0})
-        costs[name] = (
-            costs["teacher"]
-            if alike
-            else network_cost(
-                section, config.model, field=f"mpl_scale.model.{name}", parallel=config.parallel, dtype=dtype
-            )
-        )
-    size, width, shard = config.model.image_size, config.parallel.width, config.parallel.shard_size or world
+    per_node = world if gpu == "cpu" else None
+    machine = make_machine(gpu or ("h200" if cuda else "cpu"), calibration=calibration, per_node=per_node)
+    jobs = make_jobs(run, batches, cuda=cuda)
+    plans = {job.name: configured_plan(job, run, batches, world=world, machine=machine) for job in jobs}
+    width, shard = run.mpl.parallel.width, run.mpl.parallel.shard_size or world
+    engine = "flat" if uses_flat_engine(run, cuda=cuda) else "deepspeed"
     lines = [
         batches.equation(),
-        f"{world} ranks = data {batches.data_ranks} x width {width}; engine {'flat' if flat else 'deepspeed'}, ZeRO "
+        f"{world} ranks = data {batches.data_ranks} x width {width}; engine {engine}, ZeRO "
         f"stage {zero_stage(run)} over shards of {shard if zero_stage(run) else 1}",
+        *_networks(run, plans["train"]),
+        *(_memory(job, plans[job.name]) for job in jobs),
+        COUNTED,
     ]
-    for name, cost in costs.items():
+    if gpu is not None:
+        lines += _verdict(run, batches, plans, world=world, machine=machine, main=main_job(jobs).name)
+    return lines
+
+
+def _networks(run: RunConfig, plan: Plan) -> list[str]:
+    """One line each: what a network is, and what its rank keeps of an image."""
+    size, lines = run.mpl.model.image_size, []
+    for name in ("teacher", "student"):
+        trace = plan.job.trace(name, plan.choice)
         lines.append(
-            f"{name}: {getattr(config.model, name).name}, {cost.parameters / 1e6:.1f} M parameters, "
-            f"{cost.macs / GIGA:.3g} GMAC an image of {size}x{size}, {cost.kept_per_image / 1e6:.1f} MB of activations"
+            f"{name}: {getattr(run.mpl.model, name).name}, {trace.parameters / 1e6:.1f} M parameters, "
+            f"{trace.macs / GIGA:.3g} GMAC an image of {size}x{size}, {trace.kept_bytes(1) / 1e6:.1f} MB of activations"
+            f"{' a rank' if plan.choice.width > 1 else ''}"
         )
-    phases = plan_phases(config, batches, max_steps=None)
-    lines += [_memory(phase, run, batches, costs, world=world, flat=flat, dtype=dtype) for phase in phases]
-    return [*lines, NOT_COUNTED]
+    return lines
 
 
-def _memory(
-    phase: Phase,
-    run: RunConfig,
-    batches: Batches,
-    costs: dict[str, NetworkCost],
-    *,
-    world: int,
-    flat: bool,
-    dtype: torch.dtype,
-) -> str:
+def _memory(job: Job, plan: Plan) -> str:
     """One line: what a phase keeps on each rank."""
-    from mpl_scale.planner import static_bytes
-    from mpl_scale.planner.footprint import kept_activations
-
-    parallel, parts = run.mpl.parallel, phase.micro_batches
-    state = {}
-    for name, needed, optim in (
-        ("teacher", phase.method.teacher, phase.optim.teacher),
-        ("student", phase.method.student, phase.optim.student),
-    ):
-        if needed:
-            found = static_bytes(
-                costs[name].parameters,
-                costs[name].buffers,
-                stage=zero_stage(run),
-                shard_size=parallel.shard_size or world,
-                engine="flat" if flat else "deepspeed",
-                weights_dtype=dtype,
-                optimizer=optim.name,
-                ema=name == "student" and phase.settings.ema_decay > 0,
-                kept_gradients=2 if name == "student" else 1,
-                clipping=run.deepspeed.get("gradient_clipping", 0.0) > 0,
-                accumulation=parts > 1,
-            )
-            state[name] = sum(found.values())
-    share = batches.data_ranks * parts  # micro-batches in a step, over all data ranks
-    deferred = parallel.teacher == "deferred" or (parallel.teacher == "auto" and parts > 1)
-    labelled, unlabelled = phase.labelled // share, phase.unlabelled // share
-    activations = kept_activations(
-        phase.method,
-        teacher=costs["teacher"].kept_per_image,
-        student=costs["student"].kept_per_image,
-        labelled=labelled,
-        unlabelled=unlabelled,
-        student_sees_labelled=phase.settings.student_sees_labelled,
-        deferred=deferred,
+    labelled, unlabelled = job.images(plan.choice)
+    shown = {name: size / GIGA for name, size in plan.memory.categories.items()}
+    state = plan.memory.static / GIGA
+    rest = " + ".join(
+        f"{name} {shown[name]:.2f}" for name in ("gathered", "activations", "working", "images") if name in shown
     )
-    activations /= parallel.width
-    of_networks = ", ".join(f"{name} {size / GIGA:.2f}" for name, size in state.items())
-    total = (sum(state.values()) + activations) / GIGA
     return (
-        f"phase {phase.name} ({phase.method.name}, {phase.steps} steps, {labelled} labelled + {unlabelled} unlabelled "
-        f"images a micro-batch): {total:.2f} GB per rank = state {sum(state.values()) / GIGA:.2f} ({of_networks}) + "
-        f"activations {activations / GIGA:.2f}"
+        f"phase {job.name} ({job.method.name}, {job.steps} steps, {labelled} labelled + {unlabelled} unlabelled "
+        f"images a micro-batch): {plan.memory.total / GIGA:.2f} GB per rank = state {state:.2f} + {rest} + allowances "
+        f"{shown['fragmentation'] + shown['runtime']:.2f}"
     )
+
+
+def _verdict(
+    run: RunConfig, batches: Batches, plans: dict[str, Plan], *, world: int, machine: Machine, main: str
+) -> list[str]:
+    """What --gpu adds. ValueError: something cannot fit."""
+    warnings = refuse_misfits(run, batches, world=world, machine=machine)
+    plan = plans[main]
+    return [
+        *(f"warning: {warning}" for warning in warnings),
+        f"{machine.device.name} has {machine.device.memory / GIGA:.0f} GB; phase {main}: "
+        f"{1e3 * plan.duration.total:.1f} ms a step, {plan.images_per_second:.1f} img/s, {plan.days:.2f} days "
+        f"(rates: {machine.reached.source}); mpl-scale plan looks for better",
+    ]
 
 
 CHECK = Command(
@@ -156,6 +134,7 @@ CHECK = Command(
     examples=(
         "mpl-scale check --ds_config ds_configs/digits.json --world 2",
         "mpl-scale check --ds_config ds_configs/l2.json --world 2048",
+        "mpl-scale check --ds_config ds_configs/l2_8gpu.json --world 8 --gpu h200",
     ),
     options=_options,
     run=_run,

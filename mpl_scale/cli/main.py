@@ -8,14 +8,16 @@ import sys
 from collections.abc import Sequence
 
 from mpl_scale.cli.check import CHECK
+from mpl_scale.cli.distributions import DISTRIBUTIONS
 from mpl_scale.cli.export import EXPORT
 from mpl_scale.cli.index import INDEX
 from mpl_scale.cli.inspect import INSPECT
+from mpl_scale.cli.plan import PLAN
 from mpl_scale.cli.select import SELECT
 from mpl_scale.cli.split import SPLIT
 from mpl_scale.cli.train import TRAIN
 
-COMMANDS = (TRAIN, CHECK, SPLIT, INDEX, SELECT, INSPECT, EXPORT)
+COMMANDS = (TRAIN, PLAN, CHECK, SPLIT, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

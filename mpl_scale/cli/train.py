@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.cli.jobs import check_this_gpu
 from mpl_scale.cli.stop import StopRequest
 
 
@@ -26,6 +28,8 @@ def _run(options: argparse.Namespace) -> int:
     # torch, DALI, deepspeed: seconds, after the config is known to be good
     from mpl_scale.trainer.prepare import Options, train
 
+    for warning in check_this_gpu(run):
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     output = options.output or Path("runs") / Path(options.ds_config).stem
     summary = train(run, Options(output, options.resume, options.max_steps), stop_requested=stop)
     if summary is not None and os.environ.get("RANK", "0") == "0":

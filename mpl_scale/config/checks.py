@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from mpl_scale.config.load import RunConfig
 
+FED_BACK = ("mpl", "reduced_mpl")
+"""Methods whose teacher hears of the student."""
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -44,7 +47,15 @@ def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
     _check_parallel(config, world=world, cuda=cuda)
     _check_method(config)
     _check_data(config)
-    return _batches(config, world=world)
+    batches = _batches(config, world=world)
+    method = config.mpl.method
+    mixed = method.name if method.name == "mixup" else method.teacher_loss
+    if mixed == "mixup" and batches.labelled_per_rank % 2:
+        raise ValueError(
+            f"train_micro_batch_size_per_gpu = {batches.labelled_per_rank} with mixup, which mixes neighbours: it must "
+            f"be even; use {batches.labelled_per_rank + 1}"
+        )
+    return batches
 
 
 def zero_stage(config: RunConfig) -> int:
@@ -87,23 +98,34 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
     offload = config.deepspeed.get("zero_optimization", {})
     if uses_flat_engine(config, cuda=cuda) and ("offload_optimizer" in offload or "offload_param" in offload):
         raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")
+    hang = config.mpl.guard.hang_seconds
+    if hang is not None and hang >= parallel.timeout_seconds:
+        raise ValueError(
+            f"mpl_scale.guard.hang_seconds = {hang:g} comes too late: mpl_scale.parallel.timeout_seconds = "
+            f"{parallel.timeout_seconds:g} ends the run before, and names no rank; set hang_seconds below it"
+        )
 
 
 def _check_method(config: RunConfig) -> None:
     method, phases = config.mpl.method, config.mpl.phases
     soft, rule = method.pseudo_labels == "soft", method.feedback.rule
-    if method.name == "mpl" and soft and rule not in ("none", "soft_exact"):
+    if method.name in FED_BACK and soft and rule not in ("none", "soft_exact"):
         raise ValueError(
             f"mpl_scale.method.feedback.rule = {rule} with pseudo_labels = soft: a scalar times CE of soft labels has "
             "no gradient towards better ones; use soft_exact or none, or pseudo_labels = sampled"
         )
-    if method.name == "mpl" and not soft and rule == "soft_exact":
+    if method.name in FED_BACK and not soft and rule == "soft_exact":
         raise ValueError(
             "mpl_scale.method.feedback.rule = soft_exact needs pseudo_labels = soft; for sampled labels use per_sample"
         )
-    if method.name == "mpl" and rule == "per_sample" and method.feedback.target != "pseudo_labels":
+    if method.name in FED_BACK and rule == "per_sample" and method.feedback.target != "pseudo_labels":
         raise ValueError(
             "mpl_scale.method.feedback.rule = per_sample credits the pseudo labels; set target = pseudo_labels"
+        )
+    if method.name == "reduced_mpl" and method.teacher_loss != "supervised":
+        raise ValueError(
+            f"mpl_scale.method.teacher_loss = {method.teacher_loss} with reduced_mpl: its teacher sees one stored "
+            "distribution of an image, not two views, nor a mix; set supervised"
         )
     bf16 = config.deepspeed.get("bf16", {}).get("enabled", False)
     if rule in ("per_sample", "soft_exact") and bf16:
@@ -111,9 +133,12 @@ def _check_method(config: RunConfig) -> None:
             f"mpl_scale.method.feedback.rule = {rule} with bf16: its central difference drowns in bf16's rounding; use "
             "fp32, or rule cosine"
         )
-    if method.name == "pseudo_label" and not phases.teacher_warmup.steps:
+    given = config.mpl.data.distributions if method.name == "noisy_student" else None
+    trained = phases.teacher_warmup.steps or config.mpl.model.teacher.weights or given
+    if method.name in ("pseudo_label", "noisy_student") and not trained:
         raise ValueError(
-            "mpl_scale.method.name = pseudo_label needs a trained teacher (eq. 1): set phases.teacher_warmup.steps"
+            f"mpl_scale.method.name = {method.name} needs a trained teacher (eq. 1): set phases.teacher_warmup.steps, "
+            "or model.teacher.weights; noisy_student also takes data.distributions"
         )
     if method.student_wait_steps >= phases.train.steps:
         raise ValueError(

@@ -7,6 +7,7 @@ A file may include others, so that variants of an experiment say only what diffe
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
 import types
 import typing
@@ -68,7 +69,20 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         mpl = Config.model_validate_json(json.dumps(section))
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_error(error)}") from None
+    for module in mpl.imports:
+        _import(module)
     return RunConfig(path=path, mpl=mpl, deepspeed=raw)
+
+
+def _import(module: str) -> None:
+    """Run a module of the user's, which registers what the config then names."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever its code raises
+        raise ValueError(
+            f"{SECTION}.imports = {module!r}: {type(error).__name__}: {error}; it must be a module that Python finds "
+            "(PYTHONPATH, or installed) and that imports without an error"
+        ) from error
 
 
 def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -166,6 +166,11 @@ class DataConfig(Section):
         None,
         description="An index, as of mpl-scale select, whose images are the unlabelled ones; null: those of the split.",
     )
+    distributions: str | None = Field(
+        None,
+        description="What a trained teacher says of each image, as of mpl-scale distributions: float [N, K] by sample "
+        "id, for methods reduced_mpl and noisy_student.",
+    )
     label_offset: int | None = Field(
         None, description="The first class's label in the files; null: the format's custom (tfrecord 1, others 0)."
     )
@@ -193,6 +198,9 @@ class DataConfig(Section):
         "rest for the splits of C.1, training for others.",
     )
     unlabelled_ratio: Count = Field(1, description="mu: unlabelled images per labelled image in a step.")
+    labelled_view: Literal["weak", "strong"] = Field(
+        "weak", description="How labelled images are seen in training; strong: RandAugment as a baseline (Table 10)."
+    )
     weak: WeakConfig = WeakConfig()
     strong: StrongConfig = StrongConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -235,13 +243,18 @@ class UDAConfig(Section):
     weight: NonNegative = Field(1.0, description="UDA factor.")
     temperature: Positive = Field(0.7, description="Sharpens the weak view's distribution.")
     threshold: Probability = Field(0.0, description="Only images whose sharpened confidence reaches it count.")
+    labelled_threshold: Probability = Field(
+        1.0, description="Labelled images whose class has a larger probability do not count (C.4); 1: all count."
+    )
     ramp_steps: CountOrZero = Field(0, description="Linear ramp of the weight: weight * min(1, step / ramp_steps).")
 
 
 class MethodConfig(Section):
     """What a step does."""
 
-    name: str = Field("mpl", description="Registered: supervised, pseudo_label, uda, mpl.")
+    name: str = Field(
+        "mpl", description="Registered: supervised, mixup, pseudo_label, noisy_student, uda, mpl, reduced_mpl."
+    )
     preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
         None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
     )
@@ -249,9 +262,15 @@ class MethodConfig(Section):
     pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
     pseudo_label_temperature: Positive = 1.0
     pseudo_label_threshold: Probability = Field(
-        0.95, description="Method pseudo_label: least teacher confidence (Table 6)."
+        0.95, description="Methods pseudo_label and noisy_student, and that teacher_loss: least confidence (Table 6)."
     )
     feedback: FeedbackConfig = FeedbackConfig()
+    teacher_loss: str = Field(
+        "uda",
+        description="Registered: uda, supervised, mixup, pseudo_label. What the teacher follows beside the "
+        "feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
+    )
+    mixup_alpha: Positive = Field(1.0, description="mixup: lambda ~ Beta(alpha, alpha).")
     supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
     uda: UDAConfig = UDAConfig()
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
@@ -425,6 +444,9 @@ class Config(Section):
     """The "mpl_scale" section."""
 
     paper: str | None = Field(None, description="The row of the paper this config stands for.")
+    imports: list[str] = Field(
+        [], description="Your own modules (package.module), imported first: what they register can be named here."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     model: ModelConfig
     data: DataConfig = DataConfig()

@@ -17,6 +17,7 @@ import torch
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows
+from mpl_scale.data.distributions import Distributions
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan
 from mpl_scale.data.quarantine import Quarantine
@@ -129,6 +130,18 @@ class TrainLoader:
         )
         self._device = mesh.device
         self._strong_view = strong_view
+        self._strong_labelled = config.labelled_view == "strong"
+        self._distributions: Distributions | None = None
+        if config.distributions is not None:
+            if mesh.width > 1:
+                raise ValueError(
+                    f"mpl_scale.data.distributions with mpl_scale.parallel.width = {mesh.width}: rows of a group are "
+                    "not brought together; use width 1"
+                )
+            images = splits.images
+            self._distributions = Distributions(
+                config.distributions, images=len(images), classes=len(images.classes), device=mesh.device
+            )
         self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
         self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
         self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
@@ -167,7 +180,18 @@ class TrainLoader:
             weak=self._normalise(views[1]),
             strong=self._normalise(views[-1]),
             unlabelled_rows=self._unlabelled_rows,
+            **self._stored(),
         )
+
+    def _stored(self) -> dict[str, torch.Tensor]:
+        """The distributions of the images that this step decoded."""
+        if self._distributions is None:
+            return {}
+        labelled, unlabelled = np.split(self._seen, [len(self._labelled_rows)])
+        return {
+            "labelled_distributions": self._distributions(labelled),
+            "unlabelled_distributions": self._distributions(unlabelled[: len(self._unlabelled_rows)]),
+        }
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -179,12 +203,17 @@ class TrainLoader:
         The random numbers of a substitute are those of the image it stands for.
         """
         decoded = self._decoder.next()
+        self._seen = decoded.samples
         _, unlabelled, partners = self._in_flight[0]
         own, paired = self._share.stop - self._share.start, np.flatnonzero(partners >= 0)
         labelled_views, weak, others = decoded.views.split([own, len(unlabelled.ids), len(paired)])
         samples = decoded.samples[:own]
         if self._strong_view is None:
             return [labelled_views, weak], samples
+        if self._strong_labelled:
+            drawn = self._in_flight[0].labelled
+            ids, epochs = drawn.ids[self._share], drawn.epochs[self._share]
+            labelled_views = self._strong_view(labelled_views.contiguous(), ids, epochs)
         if not len(unlabelled.ids):
             return [labelled_views, weak, weak], samples
         weak_planes = weak.contiguous()

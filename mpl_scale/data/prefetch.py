@@ -7,7 +7,6 @@ otherwise wait behind the step's graph, and the step behind them. On a CPU there
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 from typing import Protocol, Self
 
 import torch
@@ -50,8 +49,8 @@ class Prefetcher(Iterator[Batch]):
             raise batch
         current = torch.cuda.current_stream(self._device)
         current.wait_stream(self._stream)
-        for field in fields(batch):
-            getattr(batch, field.name).record_stream(current)  # its memory is not reused before the step has read it
+        for tensor in batch.tensors().values():
+            tensor.record_stream(current)  # its memory is not reused before the step has read it
         self._ahead = self._fetch(self._stream)
         return batch
 

@@ -8,8 +8,7 @@ runner calls the same function on the same slots.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 
 import torch
 
@@ -81,11 +80,11 @@ class StepRunner:
 
     def _fill(self, batch: Batch) -> Batch:
         """Copy a batch into the slots, which the first batch shapes."""
-        values = _tensors(batch)
+        values = batch.tensors()
         if self._slots is None:
             self._slots = Batch(**{name: value.clone() for name, value in values.items()})
             return self._slots
-        slots = _tensors(self._slots)
+        slots = self._slots.tensors()
         for name, value in values.items():
             slot = slots[name]
             if (value.shape, value.dtype, value.device) != (slot.shape, slot.dtype, slot.device):
@@ -124,7 +123,3 @@ def why_not_captured(
     if graph == "required" and reason is not None:
         raise ValueError(f"mpl_scale.parallel.graph = required, but {reason}; set auto, or change that")
     return reason
-
-
-def _tensors(batch: Batch) -> Mapping[str, torch.Tensor]:
-    return {field.name: getattr(batch, field.name) for field in fields(batch)}

@@ -52,7 +52,7 @@ class _Normalise(torch.autograd.Function):
         ours: Loops = ctx.ours
         dy = dy.contiguous(memory_format=_memory_format(x))
         if ctx.group is None and ctx.columns is None and x.numel():
-            dx, gradients, *_ = ours.backward(rows(dy), rows(x), mean, inverse_std, scale, shift, totals)
+            dx, gradients, *_through = ours.backward(rows(dy), rows(x), mean, inverse_std, scale, shift, totals)
             return unrows(dx, x), *_halves(gradients, ctx.dtype), None, None, None, None
         gradients = torch.zeros_like(totals[:-1])
         if x.numel():

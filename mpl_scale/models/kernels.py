@@ -151,8 +151,8 @@ def loops(mode: Mode, activation: Activation = IDENTITY, dtype: torch.dtype = to
         through = through_statistics(gradients, totals, inverse_std)
         return gradient_input(dy, x, mean, scale, shift, *through), gradients, *through
 
-    functions = (sums, statistics, normalise, learn, gradient_sums, through_statistics, gradient_input)
-    functions += (forward, backward)
+    functions: list[Callable[..., Any]] = [sums, statistics, normalise, learn, gradient_sums, through_statistics]
+    functions += [gradient_input, forward, backward]
     if mode == "eager":
         return Loops(*functions)
     # Otherwise dz, which two sums read, would be written out in between.

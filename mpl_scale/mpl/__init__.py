@@ -5,9 +5,11 @@ from mpl_scale.mpl.feedback import FEEDBACK_RULES, register_feedback
 from mpl_scale.mpl.methods import METHODS, Method, register_method
 from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.mpl.state import Baseline, MovingAverage, Schedules, State
+from mpl_scale.mpl.training_losses import LOSSES, register_loss
 
 __all__ = [
     "FEEDBACK_RULES",
+    "LOSSES",
     "METHODS",
     "Baseline",
     "GradientShard",
@@ -18,6 +20,7 @@ __all__ = [
     "State",
     "baselines",
     "register_feedback",
+    "register_loss",
     "register_method",
     "step",
 ]

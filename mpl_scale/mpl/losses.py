@@ -47,6 +47,21 @@ def uda_loss(weak: torch.Tensor, strong: torch.Tensor, *, temperature: float, th
     return cross_entropy(strong, target) * confident
 
 
+def where_unsure(logits: torch.Tensor, targets: torch.Tensor, *, threshold: float) -> torch.Tensor:
+    """1 where the probability of the label is at most `threshold`, else 0, [B]: what is left of x_l (C.4).
+
+    The paper masks "the supervised examples with high confidence" and gives no number; UDA's authors compare the
+    probability of the right class, and so does this. Masked rows count in the average.
+
+    Args:
+        logits: [B, K].
+        targets: labels int64 [B].
+        threshold: in [0, 1]; 1 leaves none out.
+    """
+    probability = logits.detach().softmax(-1).gather(1, targets[:, None])[:, 0]
+    return (probability <= threshold).to(logits.dtype)
+
+
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Share of rows whose largest logit is the target's class (labels [B] or distributions [B, K]); float32 []."""
     labels = targets if targets.ndim == 1 else targets.argmax(-1)

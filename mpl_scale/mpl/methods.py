@@ -6,10 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpl_scale.config.names import Registry
-from mpl_scale.mpl.state import State
+from mpl_scale.mpl.state import Logits, State, stored_views, three_views
 from mpl_scale.types import Batch, StepMetrics
 
 Step = Callable[[State, Batch], StepMetrics]
+Views = Callable[..., Logits]
+"""(state, batch, network, *, number, labelled, learn) -> logits of x_l, x_u and x_s: state.three_views and its like."""
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,20 @@ class Method:
     teacher: bool
     student: bool
     unlabelled: bool
+    teacher_views: Views = three_views
+
+    @property
+    def teacher_sees_images(self) -> bool:
+        """False where it sees stored distributions instead."""
+        return self.teacher_views is not stored_views
 
 
 METHODS: Registry[Method] = Registry("method")
 
 
-def register_method(name: str, *, teacher: bool, student: bool, unlabelled: bool = True) -> Callable[[Step], Step]:
+def register_method(
+    name: str, *, teacher: bool, student: bool, unlabelled: bool = True, teacher_views: Views = three_views
+) -> Callable[[Step], Step]:
     """Make a step available as `mpl_scale.method.name`.
 
     Args:
@@ -34,10 +44,18 @@ def register_method(name: str, *, teacher: bool, student: bool, unlabelled: bool
         teacher: whether the state must hold a teacher.
         student: whether it must hold a student.
         unlabelled: whether batches carry unlabelled images.
+        teacher_views: what the teacher sees of a batch, in its warm-up too.
     """
 
     def add(step: Step) -> Step:
-        METHODS[name] = Method(name=name, step=step, teacher=teacher, student=student, unlabelled=unlabelled)
+        METHODS[name] = Method(
+            name=name,
+            step=step,
+            teacher=teacher,
+            student=student,
+            unlabelled=unlabelled,
+            teacher_views=teacher_views,
+        )
         return step
 
     return add

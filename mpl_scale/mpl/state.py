@@ -18,7 +18,7 @@ from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.types import Batch, StepMetrics
 
 # The passes of a step, each with random numbers of its own.
-TEACHER_PASS, STUDENT_PASS, FEEDBACK_PASS, LABEL_SAMPLING = range(4)
+TEACHER_PASS, STUDENT_PASS, FEEDBACK_PASS, LABEL_SAMPLING, MIXING = range(5)
 LABELLED_ROWS, WEAK_ROWS, STRONG_ROWS = (view << 28 for view in range(3))
 Logits = tuple[torch.Tensor, ...]
 
@@ -142,11 +142,36 @@ def sum_products(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> torch.
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in zip(u, v, strict=True)]).sum()
 
 
-def three_views(state: State, batch: Batch, network: Network, *, number: int, learn: bool = True) -> Logits:
-    """Logits of x_l [B, K], x_u [U, K] and x_s [U, K], from pass `number` over all three as one batch."""
+def three_views(
+    state: State, batch: Batch, network: Network, *, number: int, labelled: torch.Tensor, learn: bool = True
+) -> Logits:
+    """Logits of x_l [B, K], x_u [U, K] and x_s [U, K], from pass `number` over all three as one batch.
+
+    labelled: what is seen of x_l, [B, ...].
+    """
     with network.module.passes(state.new_pass(number, teacher_rows(batch), learn=learn)):  # type: ignore[operator]
-        logits = network.forward(torch.cat([batch.labelled, batch.weak, batch.strong]))
+        logits = network.forward(torch.cat([labelled, batch.weak, batch.strong]))
     return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
+
+
+def stored_views(
+    state: State, batch: Batch, network: Network, *, number: int, labelled: torch.Tensor, learn: bool = True
+) -> Logits:
+    """As three_views, of a network that sees a trained teacher's stored distributions instead of images (appendix E).
+
+    There is one distribution of an unlabelled image, so both its views are the same.
+    """
+    stored, unlabelled = batch.labelled_distributions, batch.unlabelled_distributions
+    if stored is None or unlabelled is None:
+        raise ValueError(
+            "mpl_scale.method.name = reduced_mpl learns from stored distributions, and the batch has none; "
+            "set mpl_scale.data.distributions"
+        )
+    rows = teacher_rows(batch)[: len(stored) + len(unlabelled)]
+    with network.module.passes(state.new_pass(number, rows, learn=learn)):  # type: ignore[operator]
+        logits = network.forward(torch.cat([stored, unlabelled]))
+    own, weak = logits.split([len(stored), len(unlabelled)])
+    return own, weak, weak
 
 
 def teacher_rows(batch: Batch) -> torch.Tensor:

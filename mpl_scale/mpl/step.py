@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import torch
 
 from mpl_scale.mpl.feedback import FEEDBACK_RULES, StudentUpdate
-from mpl_scale.mpl.losses import accuracy, cross_entropy, sample_labels, uda_loss
-from mpl_scale.mpl.methods import register_method
+from mpl_scale.mpl.losses import accuracy, cross_entropy, sample_labels
+from mpl_scale.mpl.methods import METHODS, register_method
 from mpl_scale.mpl.network import Network
 from mpl_scale.mpl.state import (
     LABEL_SAMPLING,
@@ -26,15 +26,19 @@ from mpl_scale.mpl.state import (
     State,
     backward,
     means,
-    three_views,
+    stored_views,
 )
+from mpl_scale.mpl.training_losses import LOSSES
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch, StepMetrics
 
 
+@register_method("reduced_mpl", teacher=True, student=True, teacher_views=stored_views)
 @register_method("mpl", teacher=True, student=True)
 def mpl_step(state: State, batch: Batch) -> StepMetrics:
     """Student update, feedback, teacher update (Algorithm 1, with C.3's cosine and baseline by default).
+
+    `reduced_mpl` is the same with a small teacher over a large one's stored distributions (appendix E).
 
     Args:
         state: updated in place.
@@ -48,12 +52,17 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     assert student is not None
     now = state.schedules.at(state.step)
     rule = FEEDBACK_RULES[method.feedback.rule]()
+    training_loss = LOSSES[method.teacher_loss]()
+    look = METHODS[method.name].teacher_views
     parts = batch.split(state.micro_batches)
     measured: list[dict[str, torch.Tensor]] = [{} for _ in parts]
 
     # The teacher sees [x_l, x_u, x_s] as one batch, so that its BN couples the views as in the released code.
     with torch.set_grad_enabled(not state.deferred_teacher):
-        logits = [three_views(state, part, teacher, number=TEACHER_PASS) for part in parts]
+        logits = [
+            look(state, part, teacher, number=TEACHER_PASS, labelled=training_loss.images(state, part))
+            for part in parts
+        ]
 
     # Pseudo labels y_u ~ P(. | x_u; theta_T)
     labels = [_pseudo_labels(state, part, _labelling(state, views)) for part, views in zip(parts, logits, strict=True)]
@@ -83,25 +92,19 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     credit = (scale * (signal.credit if rule.soft_labels else signal.credit - baseline)).detach()
     credits = credit.chunk(len(parts)) if credit.ndim else [credit] * len(parts)
 
-    # Teacher: g_T + g_T,supervised + g_T,UDA
+    # Teacher: g_T + g_T,supervised + g_T,UDA, or what its training loss has instead (Table 10)
     def teacher_losses() -> Iterator[torch.Tensor]:
         for part, views, targets, share, metrics in zip(parts, logits, labels, credits, measured, strict=True):
             if state.deferred_teacher:
-                views = three_views(state, part, teacher, number=TEACHER_PASS, learn=False)
-            labelled, weak, strong = views
+                images = training_loss.images(state, part)
+                views = look(state, part, teacher, number=TEACHER_PASS, labelled=images, learn=False)
             if method.feedback.target == "strong_argmax":
-                mpl = rule.teacher_loss(share, strong, strong.detach().argmax(-1))
+                mpl = rule.teacher_loss(share, views[2], views[2].detach().argmax(-1))
             else:
                 mpl = rule.teacher_loss(share, _labelling(state, views), targets)
-            supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
-            uda = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold).mean()
-            metrics |= {
-                "teacher_supervised_loss": supervised.detach(),
-                "teacher_uda_loss": uda.detach(),
-                "teacher_mpl_loss": mpl.detach(),
-                "teacher_accuracy": accuracy(labelled, part.labels),
-            }
-            yield mpl + method.supervised_weight * supervised + now.uda_weight * uda
+            own, found = training_loss(state, part, views, weight=now.uda_weight)
+            metrics |= {f"teacher_{name}": value for name, value in {**found, "mpl_loss": mpl.detach()}.items()}
+            yield mpl + own
 
     backward(teacher, teacher_losses(), len(parts))
     teacher.apply(now.teacher_lr)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpl_scale.config.checks import FED_BACK
 from mpl_scale.models.layers import DropoutLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -76,12 +77,13 @@ def step_flops(
     | mpl | B + 2 U | U (+ B if it sees them), and B again for a feedback rule that takes a gradient |
     | uda | | B + 2 U |
     | teacher_warmup | B + 2 U | |
-    | pseudo_label | U, forward only | B + U |
-    | supervised | | B |
+    | reduced_mpl | B + U distributions | as mpl |
+    | pseudo_label, noisy_student | U, forward only | B + U |
+    | supervised, mixup | | B |
 
     With `recompute` every backward repeats its forward (4 instead of 3; an upper bound for bn_act, which keeps the
     convolutions): the work of the hardware. Without, the work that the method asks for, which is what MFU divides by.
-    A `deferred` teacher has one more forward on B + 2 U.
+    A `deferred` teacher has one more forward.
 
     Args:
         method: a name in mpl_scale.mpl.METHODS.
@@ -102,15 +104,20 @@ def step_flops(
     feedback = labelled if gradient_feedback else 0
     trained = {  # images forward and backward: teacher's, student's
         "mpl": (both_views, student_batch + feedback),
+        "reduced_mpl": (labelled + unlabelled, student_batch + feedback),
         "uda": (0, both_views),
         "teacher_warmup": (both_views, 0),
         "pseudo_label": (0, labelled + unlabelled),
+        "noisy_student": (0, labelled + unlabelled),
         "supervised": (0, labelled),
+        "mixup": (0, labelled),
     }
     if method not in trained:
         raise ValueError(f"method {method!r} has no row in step_flops; add one (known: {', '.join(trained)})")
     teacher_images, student_images = trained[method]
-    forward_only = unlabelled if method == "pseudo_label" else both_views if deferred and method == "mpl" else 0
+    forward_only = unlabelled if method in ("pseudo_label", "noisy_student") else 0
+    if deferred and method in FED_BACK:
+        forward_only = teacher_images
     times = 4 if recompute else 3
     teacher = teacher_macs * (times * teacher_images + forward_only)
     return 2 * (teacher + student_macs * times * student_images)

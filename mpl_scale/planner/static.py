@@ -103,12 +103,16 @@ def static_bytes(
     return found
 
 
-def reachable_bytes(roots: Iterable[Any]) -> int:
+def reachable_bytes(roots: Iterable[Any], *, meta: bool = False) -> int:
     """Bytes of the distinct storages of all tensors that the roots lead to, through whatever objects hold them.
 
     Follows attributes, containers, closures and defaults of functions; not modules, types or a function's globals.
+
+    Args:
+        roots: where to start.
+        meta: count what lies on the meta device, as if it had its bytes, instead of what has memory.
     """
-    storages = [tensor.untyped_storage() for tensor in _tensors(roots) if not tensor.is_meta]  # shapes have no bytes
+    storages = [tensor.untyped_storage() for tensor in _tensors(roots) if tensor.is_meta == meta]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 

@@ -16,6 +16,7 @@ from mpl_scale.config import Config
 from mpl_scale.data import Quarantine, Splits, evaluation_batches
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
+from mpl_scale.mpl import METHODS
 from mpl_scale.mpl.losses import cross_entropy
 from mpl_scale.spatial import input_columns
 from mpl_scale.trainer.phases import Weights, split
@@ -33,8 +34,11 @@ class Evaluator:
     def evaluate(self, weights: Mapping[str, Weights]) -> dict[str, Results]:
         """Results by network: top1 and top5 in percent, loss (mean CE), images.
 
-        Every readable test image counts once, however they are spread over ranks. Collective over the world.
+        Every readable test image counts once, however they are spread over ranks. Collective over the world. A teacher
+        that sees no images is left out.
         """
+        if not METHODS[self._config.method.name].teacher_sees_images:
+            weights = {name: values for name, values in weights.items() if name != "teacher"}
         modules = {name: self._loaded(name, values) for name, values in weights.items()}
         sums = {name: torch.zeros(4, dtype=torch.float64, device=self._mesh.device) for name in modules}
         batches = evaluation_batches(

@@ -19,7 +19,7 @@ from mpl_scale.data.joined import with_unlabelled
 from mpl_scale.data.views import evaluation_view, weak_view
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights
-from mpl_scale.mpl import FEEDBACK_RULES, METHODS
+from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
 from mpl_scale.trainer.phases import initial_seed, recomputed
@@ -30,10 +30,21 @@ def check_names(run: RunConfig) -> None:
     method, optim = run.mpl.method, run.mpl.optim
     require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
+    require_known("mpl_scale.method.teacher_loss", method.teacher_loss, LOSSES)
+    if not METHODS[method.name].teacher_sees_images and run.mpl.data.distributions is None:
+        raise ValueError(
+            f"mpl_scale.method.name = {method.name} learns from a trained teacher's distributions; write them with "
+            "mpl-scale distributions and set mpl_scale.data.distributions"
+        )
     require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
     require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
     require_known("mpl_scale.phases.finetune.optimizer", run.mpl.phases.finetune.optimizer, OPTIMIZERS)
-    StrongView(run.mpl.data.strong, seed=0, stream=0)
+    strong = StrongView(run.mpl.data.strong, seed=0, stream=0)
+    if run.mpl.data.labelled_view == "strong" and strong.pairs:
+        raise ValueError(
+            "mpl_scale.data.labelled_view = strong with sample_pairing among the operations, which mixes unlabelled "
+            "images in; set data.strong.op_set = no_pairing"
+        )
     weak_view(run.mpl.data.weak, run.mpl.model.image_size)
     evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
 
@@ -74,9 +85,11 @@ def check_models(run: RunConfig) -> None:
         check_weights(section, config.model, field=field)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
         size = config.model.image_size
+        sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
+        shape = (1, 3, size, size) if sees_images else (1, config.model.num_classes)
         with torch.no_grad():
             try:
-                logits = model.eval()(torch.empty(1, 3, size, size, device="meta"))
+                logits = model.eval()(torch.empty(shape, device="meta"))
             except RuntimeError as error:
                 raise ValueError(
                     f"{field}.name = {section.name} cannot take images of mpl_scale.model.image_size = {size}: "

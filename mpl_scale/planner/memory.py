@@ -1,0 +1,148 @@
+"""Bytes of one rank by category, at the worst moment of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpl_scale.config.checks import FED_BACK
+from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
+from mpl_scale.planner.static import static_bytes
+
+# DeepSpeed's own defaults (docs: zero_optimization), where a configuration says nothing.
+REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
+_BATCHES_AHEAD = 2
+"""Batches on the device: the one that is used and the one that the prefetcher has copied."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """categories: bytes, in the order they are printed. stages: of the activations, by network."""
+
+    categories: dict[str, float]
+    stages: dict[str, dict[str, float]]
+
+    @property
+    def total(self) -> float:
+        """Bytes of the rank."""
+        return sum(self.categories.values())
+
+    @property
+    def static(self) -> float:
+        """Those that do not depend on the batch and that the networks' engines hold."""
+        return sum(self.categories[name] for name in STATIC if name in self.categories)
+
+
+STATIC = (
+    "weights",
+    "buffers",
+    "master",
+    "optimizer",
+    "gradients",
+    "kept_gradients",
+    "communication",
+    "clipping",
+    "accumulation",
+    "ema",
+)
+"""Categories of static_bytes."""
+
+
+def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
+    """What a rank holds.
+
+    Raises:
+        ValueError: the networks cannot be cut that way.
+    """
+    found = dict.fromkeys(STATIC, 0.0)
+    for network in job.networks():
+        for name, size in network_state(job, choice, network).items():
+            found[name] += size
+    found = {name: size for name, size in found.items() if size}
+    found |= _transient(job, choice)
+    activations, stages = _activations(job, choice)
+    found |= activations
+    found["images"] = _images(job, choice)
+    reached = machine.reached
+    per_step = sum(found[name] for name in ("activations", "working", "images", "gathered") if name in found)
+    found["fragmentation"] = reached.fragmentation * per_step
+    found["runtime"] = reached.runtime
+    return Memory(found, stages)
+
+
+def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:
+    """Static bytes of one network by category (static.py has the table)."""
+    trace = job.trace(network, choice)  # type: ignore[arg-type]
+    zero = job.deepspeed.get("zero_optimization", {})
+    optim = job.optim.teacher if network == "teacher" else job.optim.student
+    feeds_back = job.method.name in FED_BACK and network == "student"
+    threshold = zero.get("stage3_param_persistence_threshold", zero.get("param_persistence_threshold", PERSISTENCE))
+    return static_bytes(
+        trace.parameters,
+        trace.buffers,
+        stage=choice.stage,
+        shard_size=choice.shard_size,
+        engine=choice.engine,
+        weights_dtype=job.dtype,
+        optimizer=optim.name,
+        ema=network == "student" and job.settings.ema_decay > 0,
+        kept_gradients=2 if feeds_back else 1,
+        clipping=job.deepspeed.get("gradient_clipping", 0.0) > 0,
+        accumulation=choice.parts > 1,
+        reduce_bucket=_number(zero.get("reduce_bucket_size"), REDUCE_BUCKET),
+        persistent=trace.kept_whole(_number(threshold, PERSISTENCE)) if choice.stage == 3 else 0,
+    )
+
+
+def _number(given: object, default: int) -> int:
+    return int(given) if isinstance(given, int | float) else default
+
+
+def _transient(job: Job, choice: Choice) -> dict[str, float]:
+    """What DeepSpeed allocates while a pass runs: gradient buckets, at stage 3 the gathered weights."""
+    if choice.engine != "deepspeed" or choice.stage == 0 or choice.shards == 1:
+        return {}
+    zero = job.deepspeed.get("zero_optimization", {})
+    largest = max(job.trace(network, choice).parameters for network in job.networks())
+    limit = MAX_LIVE if choice.stage == 3 else REDUCE_BUCKET
+    name = "stage3_max_live_parameters" if choice.stage == 3 else "reduce_bucket_size"
+    return {"gathered": float(min(largest, _number(zero.get(name), limit)) * job.dtype.itemsize)}
+
+
+def _activations(job: Job, choice: Choice) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Kept and working bytes at the moment when they are most, and the kept ones by stage.
+
+    A live teacher keeps the graphs of all micro-batches while the student learns; a deferred one has its own turn.
+    """
+    passes = [one for one in job.passes(choice) if one.graph or one.backward]
+    live = job.method.name in FED_BACK and not choice.deferred
+    held = _kept(job, choice, next((one for one in passes if one.network == "teacher"), None)) * choice.parts
+    worst, stages = (0.0, 0.0), {}
+    for one in passes:
+        if not one.backward:
+            continue
+        kept = held if live else 0.0
+        if not (live and one.network == "teacher"):
+            kept += _kept(job, choice, one)
+        working = max(job.trace(one.network, choice).working.at(one.images), 0.0)
+        if kept + working > sum(worst):
+            worst, stages = (kept, working), _stages(job, choice, one)
+            if live:
+                stages |= _stages(job, choice, next(p for p in passes if p.network == "teacher"), times=choice.parts)
+    return {"activations": worst[0], "working": worst[1]}, stages
+
+
+def _kept(job: Job, choice: Choice, one: NetworkPass | None) -> float:
+    return 0.0 if one is None else job.trace(one.network, choice).kept_bytes(one.images)
+
+
+def _stages(job: Job, choice: Choice, one: NetworkPass, *, times: int = 1) -> dict[str, dict[str, float]]:
+    trace = job.trace(one.network, choice)
+    return {one.network: {stage: times * line.at(one.images) for stage, line in trace.kept.items()}}
+
+
+def _images(job: Job, choice: Choice) -> float:
+    """Batches in fp32 on the device, and the teacher's concatenated one in the network's dtype."""
+    labelled, unlabelled = job.images(choice)
+    views = labelled + 2 * unlabelled
+    pixels = 3 * job.config.model.image_size**2 / choice.width
+    return views * pixels * (_BATCHES_AHEAD * choice.parts * 4 + 4 + job.dtype.itemsize)

@@ -1,0 +1,60 @@
+"""Write what a network of a checkpoint says of every image of a config's data set: data/distributions.py reads it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpl_scale.config import RunConfig
+from mpl_scale.data import evaluation_batches
+from mpl_scale.mesh import build_mesh
+from mpl_scale.trainer.input import load_splits
+from mpl_scale.trainer.stored_network import load_network
+
+
+@torch.no_grad()
+def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, network: str | None, device: str) -> int:
+    """Softmax probabilities of every image as `data.evaluation` sees it, float16 [N, K], published by one rename.
+
+    Images that cannot be read have a uniform row; no split holds them.
+
+    Args:
+        run: of the network; its data section names the images, unlabelled ones of another index too.
+        checkpoint: a folder step_....
+        output: the .npy.
+        network: teacher, student or ema; None: the teacher, or the student where there is none.
+        device: cpu or cuda.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        ValueError: as load_splits and load_network, or probabilities that are none.
+    """
+    mesh, splits = build_mesh(device=torch.device(device)), load_splits(run)
+    _, module = load_network(checkpoint, network, config=run.mpl, mesh=mesh)
+    count, classes = len(splits.images), run.mpl.model.num_classes
+    ids = np.setdiff1d(np.arange(count, dtype=np.int64), splits.images.refused, assume_unique=True)
+    batches = evaluation_batches(
+        config=run.mpl.data, splits=replace(splits, test=ids), image_size=run.mpl.model.image_size, mesh=mesh
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    aside = output.with_name(f".{output.name}.writing")
+    values = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype("<f2"), shape=(count, classes))
+    values[:] = 1.0 / classes
+    done = 0
+    for images, _, valid in batches:
+        probabilities = module(images).float().softmax(1)
+        if not torch.isfinite(probabilities).all():
+            raise ValueError(f"{checkpoint}: the network's probabilities are NaN; take an earlier checkpoint")
+        own = ids[done : done + len(images)]
+        good = valid[: len(own)].cpu().numpy()  # rows past the last image are padding
+        values[own[good]] = probabilities[: len(own)].cpu().numpy()[good]
+        done += len(own)
+    values.flush()
+    os.replace(aside, output)
+    return count

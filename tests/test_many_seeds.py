@@ -1,0 +1,179 @@
+"""The benchmarks behind docs/experiments.md: many seeds as one network are the single runs, and their statistics."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import stats
+
+from benchmarks import digits_table, feedback, two_moons
+from benchmarks.in_memory import CPU, Batches, ImageViews, PointViews, Samples, train
+from benchmarks.many_seeds import RULES, Stacked, as_overrides, train_many
+from benchmarks.paired import Kept, paired
+from benchmarks.small_digits import Digits, make_digits
+from mpl_scale.augment import StrongView
+from mpl_scale.config import check, load_config
+from mpl_scale.data import TrainLoader, load_images, make_splits
+from mpl_scale.mesh import build_mesh
+from mpl_scale.mpl import FEEDBACK_RULES
+from mpl_scale.trainer.phases import plan_phases
+from tests.configs import DIGITS
+
+STEPS = 12
+
+
+def moons(rule: str, **changes: object) -> list[str]:
+    soft = {"mpl_scale.method.pseudo_labels": "soft"} if rule == "soft_exact" else {}
+    settings = {
+        **two_moons.BLIND_SETTING,
+        "mpl_scale.method.supervised_weight": 1.0,
+        "mpl_scale.method.teacher_loss": "uda",
+        "mpl_scale.method.uda.weight": 1.0,
+        "mpl_scale.phases.train.steps": STEPS,
+        "mpl_scale.method.feedback.rule": rule,
+        **soft,
+        **changes,
+    }
+    return as_overrides(settings)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_one_of_many_seeds_is_the_run_alone(rule: str) -> None:
+    """A stack of one against the plain run: the same numbers, but for float32 sums of batched products."""
+    optim = {f"mpl_scale.optim.{name}.weight_decay": 0.01 for name in ("teacher", "student")}
+    run = load_config(two_moons.CONFIG, overrides=moons(rule, **optim, **{"mpl_scale.seed": 3}))
+    results, stacked = train_many(run, [two_moons.make_samples(3)], two_moons.Jittered, seeds=[3])
+    alone, weights = train(run, two_moons.make_samples(3), two_moons.Jittered)
+    assert results[0]["student_top1"] == pytest.approx(alone["student_top1"], abs=0.2)
+    for name in ("teacher", "student"):
+        expected = torch.cat([value.flatten() for key, value in weights[name].items() if key.endswith("weight")])
+        found = torch.cat([value.detach().flatten() for value in stacked[name].weights])
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # central differences: 1e-4 of rounding
+
+
+@pytest.mark.parametrize("rule", ["cosine", "per_sample"])
+def test_seeds_do_not_meet(rule: str) -> None:
+    """Another neighbour changes nothing; another number of seeds scales no step."""
+    run = load_config(two_moons.CONFIG, overrides=moons(rule))
+    first, second, third = (two_moons.make_samples(seed) for seed in (0, 1, 2))
+    trained = [train_many(run, [first, other], two_moons.Jittered, seeds=[0, 1])[1] for other in (second, third)]
+    for name in ("teacher", "student"):
+        own = [torch.cat([value[0].detach().flatten() for value in stacked[name].weights]) for stacked in trained]
+        others = [torch.cat([value[1].detach().flatten() for value in stacked[name].weights]) for stacked in trained]
+        torch.testing.assert_close(own[0], own[1], rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(others[0], others[1], rtol=1e-3)
+
+
+def test_the_rules_of_many_seeds_are_gone_afterwards() -> None:
+    before = set(FEEDBACK_RULES)
+    run = load_config(two_moons.CONFIG, overrides=moons("cosine"))
+    train_many(run, [two_moons.make_samples(0)], PointViews, seeds=[0])
+    assert set(FEEDBACK_RULES) == before
+
+
+def test_what_cannot_be_stacked_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Conv2d cannot be stacked"):
+        Stacked([torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))])
+    run = load_config(two_moons.CONFIG, overrides=moons("none", **{"mpl_scale.method.teacher_loss": "mixup"}))
+    with pytest.raises(ValueError, match=r"no mixup, which would mix seeds"):
+        train_many(run, [two_moons.make_samples(0)], PointViews, seeds=[0])
+
+
+def test_batches_in_memory_are_the_loaders() -> None:
+    """The same digits, order, crops and strong views as through files and DALI, bit by bit."""
+    run = load_config(DIGITS, overrides=["mpl_scale.seed=5"])
+    config, phase = run.mpl, plan_phases(run.mpl, check(run, world=1, cuda=False), max_steps=None)[0]
+    splits = make_splits(load_images(config.data), config=config.data, seed=5)
+    loader = TrainLoader(
+        config=config.data,
+        splits=splits,
+        image_size=8,
+        labelled_batch=phase.labelled,
+        unlabelled_batch=phase.unlabelled,
+        mesh=build_mesh(device=CPU),
+        seed=5,
+        stream=phase.index,
+        start_step=0,
+        strong_view=StrongView(config.data.strong, seed=5, stream=phase.index),
+    )
+    pixels = [np.array(Image.open(io.BytesIO(splits.images.read(i))).convert("RGB")) for i in range(len(splits.images))]
+    labels = torch.from_numpy(np.asarray(splits.images.labels, np.int64))
+    samples = Samples(
+        inputs=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+        labels=labels,
+        truth=labels,
+        labelled=splits.labelled,
+        unlabelled=splits.unlabelled,
+        test=splits.test,
+    )
+    batches = Batches(samples, ImageViews(samples, config, stream=phase.index), phase, seed=5)
+    try:
+        for step in (0, 1):
+            expected, found = next(loader), batches(step)
+            for name, tensor in expected.tensors().items():
+                assert torch.equal(getattr(found, name), tensor), name
+    finally:
+        loader.close()
+
+
+def test_paired_statistics() -> None:
+    ours, control = [3.0, 5.0, 4.0, 8.0, 6.0], [2.0, 5.0, 1.0, 6.0, 7.0]
+    found = paired(ours, control)
+    expected = stats.ttest_rel(ours, control)
+    interval = expected.confidence_interval(0.95)
+    assert found["t_p"] == pytest.approx(expected.pvalue)
+    assert (found["mean"], found["low"], found["high"]) == pytest.approx((1.0, interval.low, interval.high))
+    assert (found["wins"], found["ties"], found["seeds"]) == (3, 1, 5)
+    assert found["sign_p"] == pytest.approx(0.625)  # 3 of 4: 2 (1 + 4) / 16
+    assert paired([1.0, 2.0], [1.0, 2.0])["t_p"] == 1
+    with pytest.raises(ValueError, match="5 and 4 values cannot be paired"):
+        paired(ours, control[:4])
+
+
+def test_a_run_is_kept(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept.jsonl")
+    assert kept("a", lambda: {"x": 1.0}) == {"x": 1.0}
+    assert Kept(tmp_path / "kept.jsonl")("a", lambda: {"x": 2.0}) == {"x": 1.0}
+
+
+def test_digits_are_spoilt_as_asked() -> None:
+    samples = make_digits(Digits(per_class=20, wrong=0.4, imbalance=0.1), seed=0)
+    labels, truth = samples.labels[samples.labelled], samples.truth[samples.labelled]
+    assert (labels != truth).sum() == round(0.4 * len(labels))
+    counts = np.bincount(truth.numpy())
+    assert (counts[0], counts[9]) == (20, 2)
+    assert np.all(np.diff(counts) <= 0)
+    assert not set(samples.test) & set(samples.unlabelled)
+    assert set(samples.labelled) <= set(samples.unlabelled)
+    assert torch.equal(samples.labels[samples.test], samples.truth[samples.test])
+
+
+def test_every_row_of_the_digits_table_runs(tmp_path: Path) -> None:
+    kept = Kept(tmp_path / "kept.jsonl")
+    names = list(digits_table.METHODS)
+    found = digits_table.run_seed(kept, labels=4, seed=0, steps=4, methods=names)
+    assert list(found) == names
+    assert all(0 <= digits_table.best(values) <= 100 for values in found.values())
+    assert {name for name in names if "finetuned_top1" in found[name]} == {
+        name for name in names if name.startswith(("mpl", "reduced"))
+    }
+    assert any(key.startswith("student_accuracy@") for key in found["mpl over uda"])
+
+
+@pytest.mark.parametrize("name", sorted(feedback.SETTINGS))
+def test_settings_of_the_feedback_search_are_valid(name: str) -> None:
+    for rule in feedback.RULES:
+        run = feedback.config_of(feedback.SETTINGS[name], rule, weight=0.5)
+        assert run.mpl.method.feedback.weight == 0.5
+        assert run.mpl.method.teacher_loss != "uda"  # the search is about teachers without a consistency loss
+
+
+def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(two_moons.METHODS_SETTING, "mpl_scale.phases.train.steps", 3)
+    two_moons.draw(tmp_path / "images" / "moons.png", seed=0, rows=("supervised", "mpl"))
+    assert (tmp_path / "images" / "moons.png").read_bytes().startswith(b"\x89PNG")
