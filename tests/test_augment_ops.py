@@ -12,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from mpl_scale.augment import OP_SETS, OPS, Given, find_ops, register_op
 from mpl_scale.augment.affine import transform
+from mpl_scale.augment.pictures import by_picture
 from mpl_scale.config.schema import StrongConfig
 
 FILL = 77
@@ -83,6 +84,10 @@ def check(name: str, images: torch.Tensor, strengths: np.ndarray, *, limits: Str
     result = operation(images, amount, Given(fill=FILL))
     assert torch.equal(images, before), "the input was written to"
     assert result.is_contiguous()
+    if by_picture(name, images):  # what a GPU does, and a machine without Pillow
+        for part in range(0, len(images), 2):
+            rows = slice(part, part + 2)
+            assert torch.equal(operation.apply(images[rows], amount[rows], Given(fill=FILL)), result[rows])
     for image, one, each in zip(images, result, amount, strict=True):
         expected = PIL_OPS[name](Image.fromarray(image.permute(1, 2, 0).numpy()), float(each))
         assert np.array_equal(one.permute(1, 2, 0).numpy(), np.asarray(expected)), f"{name}({each}) at {size}"
@@ -92,6 +97,13 @@ def check(name: str, images: torch.Tensor, strengths: np.ndarray, *, limits: Str
 @pytest.mark.parametrize("name", PIL_OPS)
 def test_equals_pil_at_every_size(name: str, size: int) -> None:
     check(name, some_images(10, (size, size)), STRENGTHS, limits=LIMITS["distance"])
+
+
+def test_only_large_images_on_a_cpu_become_pictures() -> None:
+    taken = {name for name in OPS if by_picture(name, torch.empty(1, 3, 224, 224, dtype=torch.uint8))}
+    assert taken == {"rotate", "shear_y", "color", "contrast", "equalize"}
+    for images in (torch.empty(1000, 3, 32, 32), torch.empty(1, 3, 224, 224, device="meta")):
+        assert not any(by_picture(name, images) for name in OPS)
 
 
 @pytest.mark.parametrize("rule", LIMITS)
@@ -116,7 +128,7 @@ def test_a_batch_of_one_or_of_other_strides_is_the_same(name: str, size: tuple[i
     assert torch.equal(whole, operation(images.to(memory_format=torch.channels_last), amount, given))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (224, 224), (33, 20)])
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (512, 512), (33, 20)])
 def test_sample_pairing_is_pils_blend(size: tuple[int, int]) -> None:
     images, partners = some_images(10, size), some_images(11, size)[1:]
     amount = OPS["sample_pairing"].amount(STRENGTHS, StrongConfig(), size)  # type: ignore[misc]

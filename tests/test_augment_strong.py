@@ -53,7 +53,7 @@ def test_operations_are_drawn_uniformly_and_applied_with_the_probability(monkeyp
             assert np.abs(strength).max() <= 0.9  # magnitude 9 of 10
             return images
 
-        return Operation(apply)
+        return Operation(name, apply)
 
     monkeypatch.setattr("mpl_scale.augment.registry.OPS", {name: counting(name) for name in drawn})
     view = StrongView(StrongConfig(ops=list(drawn), num_ops=1, probability=0.5), seed=0, stream=0)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mpl_scale.augment import pictures
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import StrongConfig
 
@@ -58,18 +59,22 @@ class Operation:
     """One operation: what it does to images, and how far it goes at a strength.
 
     Attributes:
-        apply: the operation.
+        name: in the registry.
+        apply: the operation, in torch.
         amount: its argument at a strength of magnitude / 10, signed; None: it has no magnitude.
         pairs: whether it needs `Given.partners`.
     """
 
+    name: str
     apply: Apply
     amount: Amount | None = None
     pairs: bool = False
 
     def __call__(self, images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
-        """Apply; on a CPU to a few images at a time."""
+        """Apply; on a CPU to a few images at a time, or to large ones as pictures."""
         images = images.contiguous()
+        if pictures.by_picture(self.name, images):
+            return pictures.apply(self.name, images, amount, fill=given.fill)
         count = max(1, CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
         if images.device.type != "cpu" or len(images) <= count:
             return self.apply(images, amount, given)
@@ -87,7 +92,7 @@ def register_op(name: str, *, amount: Amount | None = None, pairs: bool = False)
     """Make an operation available in `mpl_scale.data.strong.ops`; see `Operation` for the arguments."""
 
     def add(apply: Apply) -> Apply:
-        OPS[name] = Operation(apply, amount, pairs)
+        OPS[name] = Operation(name, apply, amount, pairs)
         return apply
 
     return add

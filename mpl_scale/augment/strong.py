@@ -9,6 +9,7 @@ import torch
 
 from mpl_scale.augment.affine import translate
 from mpl_scale.augment.cutout import cutout
+from mpl_scale.augment.pictures import SMALLEST
 from mpl_scale.augment.registry import Given, find_ops
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
@@ -22,7 +23,6 @@ _PROBABILITY = 1
 _PARTNER = 2  # a number of 24 bits is too short for 130 million candidates
 _CROP = 3  # rows, columns, flip
 _PLACE_PER_OP = 2
-_LARGE = 1 << 15  # numbers of an image
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class StrongView:
         drawn = self._draw(self._uniform(ids, epochs))
         if partners is None and self._pairing[drawn.which].any():
             raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
-        if images.device.type != "cpu" or images[0].numel() < _LARGE:
+        if images.device.type != "cpu" or images[0].numel() < SMALLEST:
             return self._view(images, drawn, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
         for index in range(len(images)):  # one large image stays in a core's cache from operation to operation
