@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
 CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
 
-.PHONY: install quickstart test test-slurm lint clean
+.PHONY: install quickstart test test-slurm test-kills lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -25,14 +25,17 @@ quickstart: install  ## supervised, UDA, MPL with and without feedback, finetune
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 benchmarks/methods.py \
 		--ds_config ds_configs/digits.json --output runs/quickstart
 
-test: install  ## lint, types, layering, and every test
+test: install  ## lint, types, layering, and every test but the two targets below
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25 --ignore tests/test_kills.py
 
 test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, root) and started on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
+
+test-kills: install  ## one chain of runs of two ranks, killed 30 times, ends bitwise as if it had not been
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_KILLS=30 $(BIN)/python -m pytest -s tests/test_kills.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy

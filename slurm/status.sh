@@ -20,8 +20,15 @@ for folder in "$@"; do
     heartbeat="" age=- phase=- step=- rate=- state=starting restarts=0 checkpoint=-
     if [[ -f "$folder/heartbeat.json" ]]; then
         heartbeat="$(<"$folder/heartbeat.json")"
-        seconds="$(field wall)"
-        age="$(($(date +%s) - ${seconds%%.*}))s"
+        # the clock since boot on the run's own host: unlike the time of day, nobody sets it
+        if [[ "$(field host)" == "$(uname -n)" ]]; then
+            seconds="$(field monotonic)"
+            read -r now _ </proc/uptime
+        else
+            seconds="$(field wall)"
+            now="$(date +%s)"
+        fi
+        age="$((${now%%.*} - ${seconds%%.*}))s"
         phase="$(field phase)"
         step="$(field step)/$(field steps)"
         rate="$(field images_per_second)"
@@ -30,6 +37,8 @@ for folder in "$@"; do
         # several missed beats: ended, killed, or hanging
         if ((${age%s} > 60)); then
             state=silent
+        elif ((${age%s} < -1)); then # the host was booted since, or two hosts' times of day differ
+            age="?" state=unknown
         fi
     fi
     if [[ -e "$folder/DONE" ]]; then

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from mpl_scale.config import load_config
 from mpl_scale.trainer import snapshots
 from mpl_scale.trainer.prepare import Options, train
 from tests.configs import tiny, write
+from tests.faults import check_documented
 from tests.ranks import pool
 from tests.test_checkpoint import build, check_load, load_newest_here, save_step
 from tests.test_resume import StopAfter, final_state
@@ -300,8 +302,11 @@ def test_a_disk_too_small_for_one_checkpoint_is_an_error_at_the_start(
     if small_disk("8k") is None:  # no privileges: only the number of free bytes is made up
         usage = shutil.disk_usage(tmp_path)._replace(free=8192)
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"a checkpoint is [\d,]+ bytes, .* has [\d,]+ free: free space there"):
+    with pytest.raises(
+        CheckpointError, match=r"a checkpoint is [\d,]+ bytes, .* has [\d,]+ free: free space there"
+    ) as caught:
         train_here(write(tmp_path, raw), str(tmp_path / "out"))
+    check_documented(str(caught.value), folder=tmp_path)
     assert list((tmp_path / "out" / "checkpoints").iterdir()) == []
 
 
@@ -315,7 +320,9 @@ def test_a_real_full_disk_while_training_keeps_the_good_ones(
         train_here(run_config(tmp_path, keep=99), str(tmp_path / "out"))
     said = capfd.readouterr().err
     assert "mpl_scale.checkpoint.keep = 99 takes; keep less" in said
-    assert "training goes on" in said
+    warned = next(line for line in said.splitlines() if "training goes on" in line)
+    cause = r"(?<=checkpoints: ).*?No space left on device[^;]*"  # which call met it is chance
+    check_documented(re.sub(cause, "[Errno 28] No space left on device", warned), folder=tmp_path)
     good = find(tmp_path / "out" / "checkpoints")
     assert good
     for folder in good:

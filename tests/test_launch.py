@@ -14,8 +14,11 @@ from typing import Any
 
 import pytest
 
+from mpl_scale.config import load_config
 from mpl_scale.mesh import adopt_slurm_environment
+from mpl_scale.trainer.prepare import Options, train
 from tests.configs import DIGITS, tiny, write
+from tests.ranks import pool
 
 ROOT = DIGITS.parents[1]
 BIN = Path(sys.executable).parent
@@ -52,7 +55,7 @@ def command(launcher: str, config: str, output: Path, *more: str) -> list[str]:
 def make_config(tmp_path: Path, engine: str, steps: int = 8) -> str:
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": engine}
-    raw["mpl_scale"]["phases"]["train"]["steps"] = steps
+    raw["mpl_scale"]["phases"]["train"] = {"steps": steps, "evaluate_every": 0}
     raw["mpl_scale"]["logging"]["progress"] = "lines"
     return write(tmp_path, raw)
 
@@ -83,16 +86,20 @@ def kill_after(arguments: list[str], output: Path, line: str, number: signal.Sig
     return process.wait(timeout=SECONDS)
 
 
+def train_here(config: str, output: str) -> Any:
+    return train(load_config(config), Options(Path(output)))
+
+
 def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL of every process in the main phase, then SIGTERM to the launcher, then to the end."""
-    config = make_config(tmp_path, "deepspeed", steps=200)
-    finish(command("deepspeed", config, tmp_path / "whole"))
+    config = make_config(tmp_path, "deepspeed", steps=40)
+    whole = pool(2).run(train_here, config, str(tmp_path / "whole"))[0]
     output = tmp_path / "killed"
     assert kill_after(command("deepspeed", config, output), output, '"step": 8', signal.SIGKILL) != 0
-    assert kill_after(command("deepspeed", config, output), output, '"step": 30', signal.SIGTERM) != 0
+    assert kill_after(command("deepspeed", config, output), output, '"step": 14', signal.SIGTERM) != 0
     assert not (output / "DONE").exists()  # the ranks save and leave, while the next run waits for the folder
     finish(command("deepspeed", config, output, "--resume", "auto"))
-    assert summary(output)["results"] == summary(tmp_path / "whole")["results"]
+    assert summary(output)["results"] == whole["results"]
     assert summary(output)["engine"] == "deepspeed"
 
 

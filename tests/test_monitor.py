@@ -108,7 +108,7 @@ def test_a_bar_on_a_terminal_and_nothing_when_off() -> None:
     progress.note("saved step 6")
     progress.close()
     last = stream.getvalue().replace("\r", "\n").rstrip().splitlines()[-1]
-    assert re.search(r"^train: +60%.* 6/10 .*loss 1.5 h 0.25 \d+ img/s", last)
+    assert re.search(r"^train: +60%.* 6/10, loss 1.5 h 0.25 \d+ img/s eta 0s", last)
     assert "saved step 6\n" in stream.getvalue()
 
     silent = Terminal()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import threading
@@ -13,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mpl_scale.config import load_config
+from mpl_scale.config import check, load_config
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.trainer.watchdog import HANG_STATUS, Sighting, Watchdog, verdict
 from tests.configs import tiny, write
+from tests.faults import check_documented
 
 HANG_AFTER = 7
 
@@ -72,11 +74,27 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path, how: str) -> None:
     assert "Waiting for it: rank 0, in all_reduce (collective " in said
     assert "at mpl_scale/trainer/run.py:" in said
     assert "_agreed_request" in said
+    line = next(line for line in said.splitlines() if "no step ended" in line)
+    check_documented(re.sub(r" at mpl_scale/\S+ \(.*?\)", "", line), folder=tmp_path)
     stack = (output / "stacks" / "rank00000.txt").read_text()
     assert "all_reduce" in stack
     assert (output / "stacks" / "rank00001.txt").exists() == (how == "asleep")
     if how == "asleep":
         assert "in __call__" in (output / "stacks" / "rank00001.txt").read_text()  # of Hang
+
+
+def test_a_patience_beyond_the_collectives_own_is_refused(tmp_path: Path) -> None:
+    raw = tiny()
+    raw["mpl_scale"]["parallel"] = {"timeout_seconds": 60.0}
+    for seconds, refused in ((59.0, False), (60.0, True)):
+        raw["mpl_scale"]["guard"] = {"hang_seconds": seconds}
+        config = load_config(write(tmp_path, raw))
+        if not refused:
+            check(config, world=1, cuda=False)
+            continue
+        with pytest.raises(ValueError, match=r"hang_seconds = 60 comes too late: .*timeout_seconds = 60") as caught:
+            check(config, world=1, cuda=False)
+        check_documented(str(caught.value), folder=tmp_path)
 
 
 def test_it_sleeps_while_work_without_steps_goes_on(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from mpl_scale.monitor.pace import Pace, format_seconds
 
 Mode = Literal["auto", "bar", "lines", "off"]
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"  # without tqdm's own times: its clock jumps when the host's is set
 
 
 class Progress:
@@ -49,7 +50,9 @@ class Progress:
         self._shown: dict[str, float] = {}
         self._pace = Pace(total=total, done=done, clock=self._clock)
         if self._mode == "bar":
-            self._bar = tqdm(total=total, initial=done, desc=phase, unit="step", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(
+                total=total, initial=done, desc=phase, bar_format=_BAR, file=self._stream, dynamic_ncols=True
+            )
 
     def report(self, values: Mapping[str, float], *, step: int) -> None:
         """Show that `step` steps of the phase are done. Metrics not in values keep their last value in a bar."""
@@ -62,7 +65,7 @@ class Progress:
             self._write(" ".join([f"[{self._phase} {step}/{self._pace.total}]", *_words(new), *self._speed_words()]))
             return
         shown = {name: self._shown[name] for name in self._show if name in self._shown}
-        self._bar.set_postfix_str(" ".join([*_words(shown), *self._speed_words()[:1]]), refresh=False)
+        self._bar.set_postfix_str(" ".join([*_words(shown), *self._speed_words()]), refresh=False)
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
 
@@ -84,7 +87,7 @@ class Progress:
             print(line, file=self._stream, flush=True)
 
     def _speed_words(self) -> list[str]:
-        """Images per second and time left, where known; tqdm shows the latter itself."""
+        """Images per second and time left, where known."""
         words = []
         if (rate := self._pace.steps_per_second) is not None:
             words.append(f"{rate * self._images_per_step:.0f} img/s")

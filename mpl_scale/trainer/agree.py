@@ -2,13 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
+import torch.distributed as dist
+
+from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main, together
 from mpl_scale.mesh import Mesh
+from mpl_scale.monitor import config_hash
 
 R = TypeVar("R")
+_SHOWN_FIELDS = 3
+
+
+def check_same_on_all_ranks(settings: Mapping[str, Any]) -> None:
+    """Refuse to start where a rank was given other settings: its collectives would not fit, or its weights.
+
+    Compared by hash; only where these differ are the fields looked for. settings: plain JSON, the whole configuration.
+    Collective over the default group. Raises CheckpointError, the same on every rank, with the first such rank, its
+    host and its fields.
+    """
+    own = (config_hash(settings), os.uname().nodename)
+    found: list[Any] = [own] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    other = next((rank for rank, (digest, _) in enumerate(found) if digest != found[0][0]), None)
+    if other is None:
+        return
+    both: list[Any] = [settings if dist.get_rank() == 0 else None, settings if dist.get_rank() == other else None]
+    for index, source in enumerate((0, other)):
+        part = both[index : index + 1]
+        dist.broadcast_object_list(part, src=source)
+        both[index] = part[0]
+    fields = list(_differences(both[0], both[1]))
+    more = f" and {len(fields) - _SHOWN_FIELDS} more" if len(fields) > _SHOWN_FIELDS else ""
+    raise CheckpointError(
+        f"rank {other} on {found[other][1]} runs configuration {found[other][0]}, rank 0 on {found[0][1]} "
+        f"{found[0][0]}: {', '.join(fields[:_SHOWN_FIELDS])}{more}; start all ranks with one file and the same options"
+    )
+
+
+def _differences(first: Any, second: Any, name: str = "") -> Iterator[str]:
+    """ "field = theirs, not ours" of the leaves that differ, `second` being theirs."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        for key in dict.fromkeys((*first, *second)):
+            yield from _differences(first.get(key), second.get(key), f"{name}.{key}" if name else str(key))
+    elif first != second:
+        yield f"{name} = {json.dumps(second)}, not {json.dumps(first)}"
 
 
 def value_on_main(mesh: Mesh, work: Callable[[], R]) -> R:

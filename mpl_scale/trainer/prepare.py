@@ -31,6 +31,7 @@ from mpl_scale.monitor import (
     versions,
     write_summary,
 )
+from mpl_scale.trainer.agree import check_same_on_all_ranks
 from mpl_scale.trainer.input import check_models, check_names, check_output, load_splits, record_splits
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.phases import plan_phases
@@ -115,8 +116,10 @@ def _run(
     stop_requested: Callable[[], bool],
 ) -> dict[str, Any] | None:
     """Take the output folder, then train, unless a finished run of this very configuration is found there."""
+    wanted = {**run.resolved(), "max_steps": options.max_steps}
+    fingerprint = config_hash(wanted)
+    check_same_on_all_ranks({**wanted, "resume": options.resume})  # before groups are made as the config says
     mesh = _mesh(run, device)
-    fingerprint = config_hash({**run.resolved(), "max_steps": options.max_steps})
     writers = Writers(progress=Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None)
     with ExitStack() as held:
 
@@ -175,7 +178,7 @@ def _make_trainer(
         capture=eager_because is None,
         control=ControlFiles(options.output) if mesh.is_main else None,
         heartbeat=Heartbeat(options.output) if mesh.is_main else None,
-        watchdog=_watchdog(run, options, mesh, writers),
+        watchdog=_watchdog(run, options, mesh),
         quarantine=Quarantine(
             max_fraction=run.mpl.data.max_bad_fraction,
             path=options.output / f"quarantine-rank{mesh.rank}.jsonl",
@@ -197,16 +200,9 @@ def _make_trainer(
     return trainer
 
 
-def _watchdog(run: RunConfig, options: Options, mesh: Mesh, writers: Writers) -> Watchdog | None:
-    seconds, limit = run.mpl.guard.hang_seconds, run.mpl.parallel.timeout_seconds
-    if seconds is None:
-        return None
-    if seconds >= limit:
-        writers.note(
-            f"mpl_scale.guard.hang_seconds = {seconds:g} comes too late: mpl_scale.parallel.timeout_seconds = "
-            f"{limit:g} ends the run before; set less"
-        )
-    return Watchdog(options.output, seconds=seconds, mesh=mesh)
+def _watchdog(run: RunConfig, options: Options, mesh: Mesh) -> Watchdog | None:
+    seconds = run.mpl.guard.hang_seconds
+    return None if seconds is None else Watchdog(options.output, seconds=seconds, mesh=mesh)
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:

@@ -1,0 +1,20 @@
+"""What docs/faults.md says of a fault, compared with what a run said when a test provoked it."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+PAGE = (Path(__file__).parents[1] / "docs" / "faults.md").read_text()
+
+
+def check_documented(said: str, *, folder: Path) -> None:
+    """Fail unless the page shows this message; numbers, checksums, `folder` and this host's name may be others."""
+    text = re.sub(rf"\b{re.escape(os.uname().nodename)}\b", "n1", said.replace(str(folder), "runs"))
+    assert _mask(text) in _mask(PAGE), text
+
+
+def _mask(text: str) -> str:
+    text = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,12}\b", "#", text)
+    return " ".join(re.sub(r"\d[\d,.]*", "#", text).split())
