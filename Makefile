@@ -25,6 +25,7 @@ quickstart: install  ## supervised, UDA, MPL with and without feedback, finetune
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 benchmarks/methods.py \
 		--ds_config ds_configs/digits.json --output runs/quickstart
 
+# loadgroup, and no groups: each worker gets one test at a time. Both keep pools of ranks, 8 GB together.
 test: install  ## lint, types, layering, and every test but the two targets below
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports

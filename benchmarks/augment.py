@@ -6,14 +6,15 @@ One thread. Ours are given a batch of tensors, torchvision's a list of PIL image
 decoding or for turning one into the other. The two take turns (A B A B ...) and a round is timed in the thread's CPU
 seconds, which other processes do not lengthen by making it wait; an operation is judged by the least of its rounds,
 and the ratio is also given as the median of the rounds' own. "view" is the whole strong view, N = 2 and M = 9 of the
-list without Sample Pairing, against torchvision's RandAugment. Some operations hand large images to Pillow themselves
-(mpl_scale/augment/pictures.py): there the ratio is what turning tensors into pictures and back costs. Prints a table
-and writes OUTPUT.
+list without Sample Pairing, against torchvision's RandAugment; both draw anew each round, so there the median counts.
+Some operations hand large images to Pillow themselves (mpl_scale/augment/pictures.py): there the ratio is what turning
+tensors into pictures and back costs. Prints a table and writes OUTPUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -121,12 +122,12 @@ def cases(size: int, batch: int) -> dict[str, tuple[Run, Run]]:
 
 
 def view_runs(size: int, batch: int) -> tuple[Run, Run]:
-    """The whole strong view of a batch, and torchvision's of the list of the same images."""
+    """The whole strong view of a batch, drawn anew at each call, and torchvision's of the list of the same images."""
     images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (batch, 3, size, size), dtype=np.uint8))
     pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
-    view, ids, epochs = StrongView(LIMITS, seed=0, stream=0), np.arange(batch), np.zeros(batch, np.int64)
+    view, ids, epochs = StrongView(LIMITS, seed=0, stream=0), np.arange(batch), itertools.count()
     augment = RandAugment(num_ops=2, magnitude=9)
-    return lambda: view(images, ids, epochs), lambda: [augment(picture) for picture in pictures]
+    return lambda: view(images, ids, np.full(batch, next(epochs))), lambda: [augment(picture) for picture in pictures]
 
 
 def operation_runs(name: str, images: torch.Tensor, pictures: list[Image.Image], amount: np.ndarray) -> tuple[Run, Run]:

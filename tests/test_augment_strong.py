@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mpl_scale.config.schema import StrongConfig
 
 IDS = np.arange(100, 164, dtype=np.int64)
 EPOCHS = np.arange(64, dtype=np.int64) // 40
+CANDIDATES = np.arange(1000, 1500, dtype=np.int64)
 
 
 def noise(count: int = 64, size: int = 12) -> torch.Tensor:
@@ -30,6 +32,21 @@ def test_does_not_depend_on_how_the_batch_is_divided(random_magnitude: bool) -> 
     assert torch.equal(whole, torch.cat(parts))
     order = np.random.default_rng(1).permutation(64)
     assert torch.equal(whole[order], view(images[order], IDS[order], EPOCHS[order]))
+
+
+@pytest.mark.parametrize("other", ["SMALLEST", "_installed"])
+@pytest.mark.parametrize("settings", [{"op_set": "imagenet", "cutout": 30}, {"preset": "released_code"}], ids=str)
+def test_large_images_on_a_cpu_have_the_view_of_a_gpu_and_of_a_machine_without_pillow(
+    settings: dict[str, Any], other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One by one, as pictures where that is faster: as all in a batch, in torch."""
+    config = StrongConfig(**settings, num_ops=3)
+    view = StrongView(config, seed=3, stream=1, candidates=CANDIDATES)
+    images, partners = noise(size=112), noise(size=112).roll(1, 0)
+    result = view(images.to(memory_format=torch.channels_last), IDS, EPOCHS, partners)
+    changed = {"SMALLEST": 1 << 60, "_installed": lambda: False}[other]
+    monkeypatch.setattr(f"mpl_scale.augment.pictures.{other}", changed)
+    assert torch.equal(view(images, IDS, EPOCHS, partners), result)
 
 
 @pytest.mark.parametrize("change", ["seed", "stream", "epoch", "ids"])
@@ -108,9 +125,6 @@ def test_old_configs_still_give_the_same_pixels(name: str) -> None:
     settings, expected = DIGESTS[name]
     result = StrongView(StrongConfig(**settings), seed=3, stream=1)(noise(size=24), IDS, EPOCHS)
     assert hashlib.sha256(result.numpy().tobytes()).hexdigest()[:16] == expected
-
-
-CANDIDATES = np.arange(1000, 1500, dtype=np.int64)
 
 
 def paired(view: StrongView, ids: np.ndarray, epochs: np.ndarray, images: torch.Tensor) -> torch.Tensor:

@@ -132,9 +132,10 @@ def reduced(name: str) -> tuple[str, ...]:
     sees_images = METHODS[section.method.name].teacher_sees_images
     for side in ("teacher", "student") if sees_images else ("student",):
         model |= {f"{side}.{key}": value for key, value in {**network, "drop_path": drop_path}.items()}
+    micro = 4 if large else 2
     changes: dict[str, Any] = {
         "train_batch_size": 8,
-        "train_micro_batch_size_per_gpu": 2 if run.deepspeed.get("train_micro_batch_size_per_gpu") else None,
+        "train_micro_batch_size_per_gpu": micro if run.deepspeed.get("train_micro_batch_size_per_gpu") else None,
         **{f"mpl_scale.model.{key}": value for key, value in model.items()},
         **{f"mpl_scale.data.{key}": value for key, value in {"source": "digits", "root": None, "threads": 1}.items()},
         "mpl_scale.data.split": "stratified",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,59 @@ def test_a_run_takes_its_unlabelled_images_from_the_selected_index(made: dict[st
         assert joined.name(both) == images.name(own)
         assert joined.read(both).tobytes() == images.read(own).tobytes()
         assert joined.labels[both] == images.labels[own]
+
+
+def test_a_run_goes_on_with_the_selected_index_it_began_with(made: dict[str, Any], tmp_path: Path) -> None:
+    """Another one, one selected anew, or none: refused before anything is written; a moved one is the same."""
+    chosen(made, tmp_path / "first", count=15)
+    chosen(made, tmp_path / "second", count=12)
+
+    def go_on(index: Path | None, *, steps: int, output: str = "out", resume: str = "auto") -> None:
+        chosen_index = [] if index is None else [f"mpl_scale.data.unlabelled_index={index}"]
+        config = load_config(made["config"], overrides=[*chosen_index, f"mpl_scale.phases.train.steps={steps}"])
+        train(config, Options(tmp_path / output, resume=resume))
+
+    go_on(tmp_path / "first", steps=2)
+    manifest = (tmp_path / "out" / "splits" / "manifest.json").read_text()
+    described = json.loads(manifest)["unlabelled_index"]
+    assert described["folder"] == str(tmp_path / "first")
+    assert described["sha256"] == IndexedImages(tmp_path / "first").fingerprint
+    began = rf"the run of '{tmp_path / 'out'}' began with '{tmp_path / 'first'}' \(sha256 {described['sha256'][:12]}\)"
+    with pytest.raises(ValueError, match=rf"unlabelled_index = '{tmp_path / 'second'}' \(sha256 .*{began}"):
+        go_on(tmp_path / "second", steps=3)
+    with pytest.raises(ValueError, match=f"unlabelled_index = null, but {began}"):
+        go_on(None, steps=3)
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").glob("step_*")
+    with pytest.raises(ValueError, match=began):
+        go_on(tmp_path / "second", steps=3, output="elsewhere", resume=str(checkpoint))
+    assert (tmp_path / "out" / "splits" / "manifest.json").read_text() == manifest
+    (tmp_path / "first").rename(tmp_path / "moved")
+    go_on(tmp_path / "moved", steps=3)
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 3
+    chosen(made, tmp_path / "moved", count=9)  # the same folder, other images
+    with pytest.raises(ValueError, match=rf"began with '{tmp_path / 'moved'}' \(sha256 {described['sha256'][:12]}\)"):
+        go_on(tmp_path / "moved", steps=4)
+
+
+def test_a_selected_index_whose_files_changed_is_to_be_selected_again(made: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(made["folder"] / "images", tmp_path / "images")
+    build_index("folder", tmp_path / "images", output=tmp_path / "in.index")
+    chosen({**made, "index": tmp_path / "in.index"}, tmp_path / "chosen", count=3)
+    again = (
+        f"select it again: mpl-scale select --index '{tmp_path / 'in.index'}' --output '{tmp_path / 'chosen'}', with"
+    )
+    config = load_config(made["config"], overrides=[f"mpl_scale.data.unlabelled_index={tmp_path / 'chosen'}"])
+    (tmp_path / "images" / "part0" / "new.png").write_bytes((tmp_path / "images" / "part0" / "0000.png").read_bytes())
+    with pytest.raises(ValueError, match="part0' has changed since") as changed:
+        load_splits(config)
+    assert again in str(changed.value)
+    assert "mpl-scale index" not in str(changed.value)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match="bring it back, or select it again") as gone:
+        load_splits(config)
+    assert again in str(gone.value)
+    with pytest.raises(ValueError, match="set --root to where the shards are, or rebuild it: mpl-scale index"):
+        chosen({**made, "index": tmp_path / "in.index"}, tmp_path / "chosen", count=3)
 
 
 @pytest.mark.parametrize("kind", sorted(WRITERS))

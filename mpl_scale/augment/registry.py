@@ -71,10 +71,16 @@ class Operation:
     pairs: bool = False
 
     def __call__(self, images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
-        """Apply; on a CPU to a few images at a time, or to large ones as pictures."""
+        """Apply; on a CPU to a few images at a time, or to large ones one by one."""
         images = images.contiguous()
-        if pictures.by_picture(self.name, images):
-            return pictures.apply(self.name, images, amount, fill=given.fill)
+        if pictures.are_large(images):
+            result = torch.empty_like(images)
+            for index, (planes, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
+                part = slice(index, index + 1)
+                canvas = pictures.Canvas(planes)
+                self.on_canvas(canvas, amount[part], given.rows(part))
+                canvas.store(out)
+            return result
         count = max(1, CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
         if images.device.type != "cpu" or len(images) <= count:
             return self.apply(images, amount, given)
@@ -83,6 +89,13 @@ class Operation:
             part = slice(first, first + count)
             result[part] = self.apply(images[part], amount[part], given.rows(part))
         return result
+
+    def on_canvas(self, canvas: pictures.Canvas, amount: np.ndarray, given: Given) -> None:
+        """Apply to one large image; amount: float64 [1]."""
+        if canvas.takes(self.name):
+            canvas.draw(self.name, float(amount[0]), fill=given.fill)
+        else:
+            canvas.replace(lambda planes: self.apply(planes, amount, given))
 
 
 OPS: Registry[Operation] = Registry("augmentation")

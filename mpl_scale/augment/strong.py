@@ -9,7 +9,7 @@ import torch
 
 from mpl_scale.augment.affine import translate
 from mpl_scale.augment.cutout import cutout
-from mpl_scale.augment.pictures import SMALLEST
+from mpl_scale.augment.pictures import Canvas, are_large
 from mpl_scale.augment.registry import Given, find_ops
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
@@ -133,20 +133,38 @@ class StrongView:
         drawn = self._draw(self._uniform(ids, epochs))
         if partners is None and self._pairing[drawn.which].any():
             raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
-        if images.device.type != "cpu" or images[0].numel() < SMALLEST:
+        if not are_large(images):
             return self._view(images, drawn, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
-        for index in range(len(images)):  # one large image stays in a core's cache from operation to operation
+        # one large image stays in a core's cache from operation to operation
+        for index, (planes, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
             part = slice(index, index + 1)
-            result[part] = self._view(images[part], drawn.rows(part), None if partners is None else partners[part])
+            canvas = Canvas(planes)
+            self._view_of_large(canvas, drawn.rows(part), None if partners is None else partners[part])
+            canvas.store(out)
         return result
 
     def _view(self, images: torch.Tensor, drawn: Drawn, partners: torch.Tensor | None) -> torch.Tensor:
         """All that is drawn, in order."""
+        for number in range(self._config.num_ops):
+            given = Given(self._config.fill, partners, drawn.places[number])
+            images = self._apply_one(images, drawn.which[:, number], drawn.strength[:, number], given)
+        return self._cut_and_crop(images, drawn)
+
+    def _view_of_large(self, canvas: Canvas, drawn: Drawn, partners: torch.Tensor | None) -> None:
+        """The same for one image."""
         config = self._config
         for number in range(config.num_ops):
-            given = Given(config.fill, partners, drawn.places[number])
-            images = self._apply_one(images, drawn.which[:, number], drawn.strength[:, number], given)
+            position = int(drawn.which[0, number])
+            if position < len(self._ops):
+                amount = self._amount(position, drawn.strength[:, number], canvas.size)
+                self._ops[position].on_canvas(canvas, amount, Given(config.fill, partners, drawn.places[number]))
+        if config.cutout or config.crop_pad or config.flip:
+            canvas.replace(lambda planes: self._cut_and_crop(planes, drawn))
+
+    def _cut_and_crop(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
+        """What follows the drawn operations."""
+        config = self._config
         if config.cutout:
             images = cutout(images, np.full(len(images), config.cutout), centres=drawn.cutout, fill=config.fill)
         return self._crop_and_flip(images, drawn.crop)
@@ -176,8 +194,6 @@ class StrongView:
 
     def _apply_one(self, images: torch.Tensor, which: np.ndarray, strength: np.ndarray, given: Given) -> torch.Tensor:
         """One operation per image, `which` [U] deciding; images are grouped by operation."""
-        if len(images) == 1:
-            return self._apply(int(which[0]), images, strength, given)
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)])
         indices = torch.from_numpy(order).to(images.device)
@@ -185,17 +201,14 @@ class StrongView:
         for position in range(len(self._ops)):
             group = groups[position]
             if len(group):
-                parts[position] = self._apply(position, parts[position], strength[group], given.rows(group))
+                amount = self._amount(position, strength[group], (images.shape[2], images.shape[3]))
+                parts[position] = self._ops[position](parts[position], amount, given.rows(group))
         return torch.empty_like(images).index_copy_(0, indices, torch.cat(parts))
 
-    def _apply(self, position: int, images: torch.Tensor, strength: np.ndarray, given: Given) -> torch.Tensor:
-        """One operation of the list to all images; past its end: none."""
-        if position == len(self._ops):
-            return images
-        operation = self._ops[position]
-        if operation.amount is not None:
-            strength = operation.amount(strength, self._config, (images.shape[2], images.shape[3]))
-        return operation(images, strength, given)
+    def _amount(self, position: int, strength: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """What an operation of the list takes for a strength; size: height and width."""
+        amount = self._ops[position].amount
+        return strength if amount is None else amount(strength, self._config, size)
 
     def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
         """A second shifted crop and flip: the released code's strong view ends with them."""

@@ -107,7 +107,10 @@ def check_this_gpu(run: RunConfig) -> list[str]:
         machine, device=dataclasses.replace(machine.device, name=real.name, memory=float(real.total_memory))
     )
     batches = check(run, world=world, cuda=True)
-    return refuse_misfits(run, batches, world=world, machine=machine, search_for_better=False)
+    try:
+        return refuse_misfits(run, batches, world=world, machine=machine, search_for_better=False)
+    except RuntimeError as error:  # a network whose operators cannot be traced may still train
+        return [f"the memory of this run could not be planned: {error}"]
 
 
 def what_would_fit(found: Found) -> str:

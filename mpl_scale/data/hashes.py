@@ -59,7 +59,7 @@ def write_hashes(index: Path, output: Path, *, root: Path | None = None) -> tupl
     Raises:
         ValueError: no index there, or its shards have changed.
     """
-    images = IndexedImages(index.expanduser(), root=root)
+    images = IndexedImages(index.expanduser(), root=root, root_setting="--root")
     refused = set(images.refused.tolist())
 
     def hash_of(sample: int) -> str | None:

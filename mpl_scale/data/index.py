@@ -57,10 +57,13 @@ class IndexedShard(NamedTuple):
 class IndexedImages:
     """An ImageSet (registry.py) read through an index. `read` may be called from several threads."""
 
-    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, root: Path | None = None, root_setting: str | None = "mpl_scale.data.root"
+    ) -> None:
         """Args:
         folder: the index.
         root: where the shards are; None: where they were when they were indexed.
+        root_setting: what users change `root` with, for messages; None: nothing.
 
         Raises:
             ValueError: no index, one of another version, a damaged one; StaleIndex where a shard has changed.
@@ -81,7 +84,7 @@ class IndexedImages:
         self.refused = _open(folder, "refused", count=self.meta["refused"])
         self._name_end = _open(folder, "name_end", count=count) if self._layout == "file" else None
         self._descriptors = Descriptors()
-        self._refuse_changes()
+        self._refuse_changes(root_setting)
 
     def __len__(self) -> int:
         return len(self._shard)
@@ -165,15 +168,16 @@ class IndexedImages:
             return f"{path}/{os.fsdecode(raw)}", 0, length
         return path, offset, length
 
-    def _refuse_changes(self) -> None:
+    def _refuse_changes(self, root_setting: str | None) -> None:
+        moved = "" if root_setting is None else f"set {root_setting} to where the shards are, "
         for shard in self.shards:
             path = self.root / shard.name
             try:
                 status = path.stat()
             except OSError as error:
                 raise StaleIndex(
-                    f"shard '{path}' of index '{self.folder}' cannot be read: {error.strerror}; bring it back, set "
-                    f"mpl_scale.data.root to where the shards are, or {_rebuild(self.meta, self.folder)}"
+                    f"shard '{path}' of index '{self.folder}' cannot be read: {error.strerror}; bring it back, "
+                    f"{moved}or {_rebuild(self.meta, self.folder)}"
                 ) from error
             changed = status.st_mtime_ns != shard.mtime_ns
             if path.is_file():  # a folder's size says nothing
@@ -269,6 +273,12 @@ def _open(folder: Path, name: str, *, count: int) -> np.ndarray:
 
 
 def _rebuild(meta: dict[str, Any], folder: Path) -> str:
+    source = meta.get("selected_from_index")
+    if source is not None:  # index_subset.py
+        return (
+            f"select it again: mpl-scale select --index '{source}' --output '{folder}', with the checkpoint and the rule "
+            f"of '{folder / 'selection.json'}'"
+        )
     return f"rebuild it: mpl-scale index '{meta['root']}' --source {meta['source']} --output '{folder}'"
 
 

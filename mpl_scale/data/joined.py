@@ -80,7 +80,7 @@ def with_unlabelled(splits: Splits, folder: Path) -> Splits:
         ValueError: `folder` is no index, or its shards have changed.
     """
     try:
-        second = IndexedImages(folder)
+        second = IndexedImages(folder, root_setting=None)
     except ValueError as error:
         raise ValueError(f"mpl_scale.data.unlabelled_index: {error}") from error
     first = len(splits.images)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.data.index import IndexedImages
+from mpl_scale.data.joined import JoinedImages
+from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.splits import Splits
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
@@ -43,18 +45,51 @@ def write_manifest(splits: Splits, folder: Path) -> bool:
     return before is not None
 
 
+def refuse_other_unlabelled(splits: Splits, folder: Path) -> None:
+    """Refuse to go on with another index of unlabelled images than the one a run began with.
+
+    Compared by content: an index may be moved. Nothing is refused where there is no manifest.
+
+    Args:
+        splits: as the run is asked to go on.
+        folder: where `write_manifest` has written for the run.
+
+    Raises:
+        ValueError: naming both.
+    """
+    before, now = _read(folder / "manifest.json"), _describe_unlabelled(splits)
+    if not isinstance(before, dict) or "unlabelled_index" not in before or before["unlabelled_index"] == now:
+        return
+    began = before["unlabelled_index"]
+    if began is None or now is None or began["sha256"] != now["sha256"]:
+        raise ValueError(
+            f"mpl_scale.data.unlabelled_index = {_named(now)}, but the run of '{folder.parent}' began with "
+            f"{_named(began)}: set it to that one, or begin a new run under another --output"
+        )
+
+
+def _named(index: dict[str, str] | None) -> str:
+    return "null" if index is None else f"'{index['folder']}' (sha256 {index['sha256'][:12]})"
+
+
+def _describe_unlabelled(splits: Splits) -> dict[str, str] | None:
+    return _describe_index(splits.images.second) if isinstance(splits.images, JoinedImages) else None
+
+
+def _describe_index(images: ImageSet) -> dict[str, str] | None:
+    if not isinstance(images, IndexedImages):
+        return None
+    return {"folder": str(images.folder), "root": str(images.root), "sha256": images.fingerprint}
+
+
 def _describe(splits: Splits) -> dict[str, Any]:
     images = splits.images
-    index = (
-        {"folder": str(images.folder), "root": str(images.root), "sha256": images.fingerprint}
-        if isinstance(images, IndexedImages)
-        else None
-    )
     return {
         "images": len(images),
         "refused": len(images.refused),
         "classes": len(images.classes),
-        "index": index,
+        "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
+        "unlabelled_index": _describe_unlabelled(splits),
         "parts": {name: _part(getattr(splits, name), f"{name}.npy") for name in PARTS},
     }
 

@@ -16,6 +16,7 @@ from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.joined import with_unlabelled
+from mpl_scale.data.manifest import refuse_other_unlabelled
 from mpl_scale.data.views import evaluation_view, weak_view
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights
@@ -74,6 +75,11 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
     return notes
+
+
+def check_resumed(splits: Splits, checkpoint: Path) -> None:
+    """The run that a checkpoint is of was trained with this index of unlabelled images; the folder is step_...."""
+    refuse_other_unlabelled(splits, checkpoint.absolute().parents[1] / "splits")
 
 
 def check_models(run: RunConfig) -> None:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,15 @@ from mpl_scale.monitor import (
     versions,
     write_summary,
 )
-from mpl_scale.trainer.agree import check_same_on_all_ranks
-from mpl_scale.trainer.input import check_models, check_names, check_output, load_splits, record_splits
+from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
+from mpl_scale.trainer.input import (
+    check_models,
+    check_names,
+    check_output,
+    check_resumed,
+    load_splits,
+    record_splits,
+)
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.run import Trainer
@@ -187,6 +195,7 @@ def _make_trainer(
     )
     snapshot = snapshots.find(options.resume)
     if snapshot is not None:
+        value_on_main(mesh, partial(check_resumed, splits, snapshot.folder))
         trainer.restore(snapshot)
         writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
     if mesh.is_main:

@@ -33,7 +33,7 @@ class HashedImages(IndexedImages):
     """An index that keeps the SHA-256 of every encoded image it reads, until it is taken."""
 
     def __init__(self, folder: Path, *, root: Path | None = None) -> None:
-        super().__init__(folder, root=root)
+        super().__init__(folder, root=root, root_setting="--root")
         self._hashes: dict[int, bytes] = {}
 
     def read(self, sample: int) -> np.ndarray:

@@ -81,7 +81,7 @@ def write_selected(
         labels=chosen.found.labels,
         classes=_class_names(config, images),
         output=output,
-        about={"selected_from": images.fingerprint},
+        about={"selected_from": images.fingerprint, "selected_from_index": str(images.folder.absolute())},
         extra=extra,
     )
     return summary
