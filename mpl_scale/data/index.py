@@ -276,8 +276,8 @@ def _rebuild(meta: dict[str, Any], folder: Path) -> str:
     source = meta.get("selected_from_index")
     if source is not None:  # index_subset.py
         return (
-            f"select it again: mpl-scale select --index '{source}' --output '{folder}', with the checkpoint and the rule "
-            f"of '{folder / 'selection.json'}'"
+            f"select it again: mpl-scale select --index '{source}' --output '{folder}', with the checkpoint and the "
+            f"rule of '{folder / 'selection.json'}'"
         )
     return f"rebuild it: mpl-scale index '{meta['root']}' --source {meta['source']} --output '{folder}'"
 
