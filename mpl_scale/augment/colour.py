@@ -17,35 +17,29 @@ from mpl_scale.augment.registry import Given, bands, per_image, register_op
 _STEPS = 4096
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 
-Weights = tuple[torch.Tensor, torch.Tensor]
-
 
 def _rounded(factor: np.ndarray) -> np.ndarray:
     """The nearest multiples of 1/4096."""
     return np.round(factor * _STEPS) / _STEPS
 
 
-def _weights(factor: np.ndarray, images: torch.Tensor) -> Weights:
-    """f and 1 - f, multiples of 1/4096, each float32 [B, 1, 1, 1]."""
-    rounded = _rounded(factor)
-    return per_image(rounded, images, dtype=np.float32), per_image(1 - rounded, images, dtype=np.float32)
+def _factor(amount: np.ndarray, images: torch.Tensor) -> torch.Tensor:
+    """f, multiples of 1/4096, float32 [B, 1, 1, 1]."""
+    return per_image(_rounded(amount), images, dtype=np.float32)
 
 
-def _blend(degenerate: torch.Tensor | None, wide: torch.Tensor, weights: Weights) -> torch.Tensor:
-    """d + f (x - d), truncated and clipped to 0..255; x and d are overwritten.
+def _blend(degenerate: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """d + f (x - d), truncated and clipped to 0..255; x is overwritten.
 
     Args:
-        degenerate: float32 [B, 1 or 3, h or 1, w or 1], whole numbers; None: black.
-        wide: float32 [B, 1 or 3, h, w], whole numbers.
-        weights: of x and d.
+        degenerate: float32 [B, 1 or 3, h, w], whole numbers.
+        wide: float32 [B, 3, h, w], whole numbers.
+        factor: f.
 
     Returns:
-        int16 [B, 1 or 3, h, w]: on a CPU torch makes bytes of them, but not of float32, with vector instructions.
+        int16 [B, 3, h, w]: on a CPU torch makes bytes of them, but not of float32, with vector instructions.
     """
-    wide.mul_(weights[0])
-    if degenerate is not None:
-        wide.add_(degenerate.mul_(weights[1]))
-    return wide.clamp_(0, 255).short()
+    return torch.lerp(degenerate, wide, factor, out=wide).clamp_(0, 255).short()
 
 
 def _luminance(wide: torch.Tensor) -> torch.Tensor:
@@ -65,10 +59,10 @@ def brightness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.
 @register_op("color", amount=magnitudes.factor)
 def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Color(factor): blend with the grey image."""
-    weights, result = _weights(amount, images), torch.empty_like(images)
+    factor, result = _factor(amount, images), torch.empty_like(images)
     for band in bands(images):
         wide = images[:, :, band].float()
-        result[:, :, band] = _blend(_luminance(wide), wide, weights)
+        result[:, :, band] = _blend(_luminance(wide), wide, factor)
     return result
 
 
@@ -78,7 +72,7 @@ def contrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Te
     # Sums of a row are exact in float32, those of an image are not.
     sums = [_luminance(images[:, :, band].float()).sum(3).sum((1, 2), dtype=torch.float64) for band in bands(images)]
     mean = (torch.stack(sums).sum(0) / (images.shape[2] * images.shape[3]) + 0.5).floor().float()
-    factor = per_image(_rounded(amount), images, dtype=np.float32)
+    factor = _factor(amount, images)
     tables = factor * torch.arange(LEVELS, device=images.device) + (1 - factor) * mean.view(-1, 1, 1, 1)
     return look_up(images, tables.clamp_(0, 255).to(torch.uint8).squeeze(2))
 
@@ -86,7 +80,7 @@ def contrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Te
 @register_op("sharpness", amount=magnitudes.factor)
 def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Sharpness(factor): blend with ImageFilter.SMOOTH, which keeps the border pixels."""
-    weights, result = _weights(amount, images), images.clone()
+    factor, result = _factor(amount, images), images.clone()
     if min(images.shape[2:]) <= 2:
         return result
     inner = result[:, :, 1:-1, 1:-1]
@@ -97,8 +91,8 @@ def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.T
         total = rows[..., :-2] + rows[..., 1:-1]
         total.add_(rows[..., 2:]).add_(wide[:, :, 1:-1, 1:-1], alpha=4)
         # The kernel sums to 13: total / 13 is never halfway between two levels, nor near it by float32's rounding.
-        smooth = total.float().add_(6.5).mul_(1 / 13).floor_()
-        inner[:, :, band] = _blend(smooth, wide[:, :, 1:-1, 1:-1].float(), weights)
+        smooth = total.float().mul_(1 / 13).round_()
+        inner[:, :, band] = _blend(smooth, wide[:, :, 1:-1, 1:-1].float(), factor)
     return result
 
 
@@ -126,7 +120,7 @@ def invert(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tens
 def sample_pairing(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """Image.blend(image, partner, share) (Inoue 2018); the label stays the image's."""
     assert given.partners is not None
-    weights, result = _weights(amount, images), torch.empty_like(images)
+    factor, result = _factor(amount, images), torch.empty_like(images)
     for band in bands(images):
-        result[:, :, band] = _blend(images[:, :, band].float(), given.partners[:, :, band].float(), weights)
+        result[:, :, band] = _blend(images[:, :, band].float(), given.partners[:, :, band].float(), factor)
     return result

@@ -15,7 +15,7 @@ from mpl_scale.config.schema import StrongConfig
 
 CHUNK_BYTES = 1 << 16
 """Images an operation sees at once on a CPU: its intermediates, of four bytes a pixel, then stay near the core."""
-BAND_BYTES = 1 << 18
+BAND_BYTES = 1 << 17
 """The part of one larger image that an operation sees at once: its intermediates still fit a second-level cache."""
 
 
@@ -143,10 +143,9 @@ def find_ops(config: StrongConfig) -> list[Operation]:
 
 def bands(images: torch.Tensor) -> list[slice]:
     """The rows of images [B, 3, H, W] in bands, on a CPU small enough for their wide copies to stay in its cache."""
-    batch, channels, height, width = images.shape
-    step = height
-    if images.device.type == "cpu":
-        step = max(1, BAND_BYTES // max(1, batch * channels * width))
+    height = images.shape[2]
+    count = math.ceil(images.numel() / BAND_BYTES) if images.device.type == "cpu" else 1
+    step = max(1, math.ceil(height / max(1, count)))
     return [slice(first, min(first + step, height)) for first in range(0, height, step)]
 
 

@@ -133,32 +133,34 @@ class StrongView:
         drawn = self._draw(self._uniform(ids, epochs))
         if partners is None and self._pairing[drawn.which].any():
             raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
+        amounts = self._amounts(drawn, (images.shape[2], images.shape[3]))
         if not are_large(images):
-            return self._view(images, drawn, partners)
+            return self._view(images, drawn, amounts, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
         # one large image stays in a core's cache from operation to operation
         for index, (planes, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
             part = slice(index, index + 1)
             canvas = Canvas(planes)
-            self._view_of_large(canvas, drawn.rows(part), None if partners is None else partners[part])
+            self._view_of_large(canvas, drawn.rows(part), amounts[part], None if partners is None else partners[part])
             canvas.store(out)
         return result
 
-    def _view(self, images: torch.Tensor, drawn: Drawn, partners: torch.Tensor | None) -> torch.Tensor:
+    def _view(
+        self, images: torch.Tensor, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
+    ) -> torch.Tensor:
         """All that is drawn, in order."""
         for number in range(self._config.num_ops):
             given = Given(self._config.fill, partners, drawn.places[number])
-            images = self._apply_one(images, drawn.which[:, number], drawn.strength[:, number], given)
+            images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)
         return self._cut_and_crop(images, drawn)
 
-    def _view_of_large(self, canvas: Canvas, drawn: Drawn, partners: torch.Tensor | None) -> None:
+    def _view_of_large(self, canvas: Canvas, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None) -> None:
         """The same for one image."""
         config = self._config
-        for number in range(config.num_ops):
-            position = int(drawn.which[0, number])
+        for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
-                amount = self._amount(position, drawn.strength[:, number], canvas.size)
-                self._ops[position].on_canvas(canvas, amount, Given(config.fill, partners, drawn.places[number]))
+                given = Given(config.fill, partners, drawn.places[number])
+                self._ops[position].on_canvas(canvas, amounts[:, number], given)
         if config.cutout or config.crop_pad or config.flip:
             canvas.replace(lambda planes: self._cut_and_crop(planes, drawn))
 
@@ -192,7 +194,7 @@ class StrongView:
         places = places.reshape(rows, config.num_ops, _PLACE_PER_OP).swapaxes(0, 1)
         return Drawn(which=which, strength=strength, places=places, cutout=centre, crop=crop)
 
-    def _apply_one(self, images: torch.Tensor, which: np.ndarray, strength: np.ndarray, given: Given) -> torch.Tensor:
+    def _apply_one(self, images: torch.Tensor, which: np.ndarray, amount: np.ndarray, given: Given) -> torch.Tensor:
         """One operation per image, `which` [U] deciding; images are grouped by operation."""
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)])
@@ -201,14 +203,17 @@ class StrongView:
         for position in range(len(self._ops)):
             group = groups[position]
             if len(group):
-                amount = self._amount(position, strength[group], (images.shape[2], images.shape[3]))
-                parts[position] = self._ops[position](parts[position], amount, given.rows(group))
+                parts[position] = self._ops[position](parts[position], amount[group], given.rows(group))
         return torch.empty_like(images).index_copy_(0, indices, torch.cat(parts))
 
-    def _amount(self, position: int, strength: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """What an operation of the list takes for a strength; size: height and width."""
-        amount = self._ops[position].amount
-        return strength if amount is None else amount(strength, self._config, size)
+    def _amounts(self, drawn: Drawn, size: tuple[int, int]) -> np.ndarray:
+        """What the drawn operations take for their strengths: float64 [U, N]; size: height and width."""
+        amounts = drawn.strength.copy()
+        for position, operation in enumerate(self._ops):
+            if operation.amount is not None:
+                chosen = drawn.which == position
+                amounts[chosen] = operation.amount(drawn.strength[chosen], self._config, size)
+        return amounts
 
     def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
         """A second shifted crop and flip: the released code's strong view ends with them."""
