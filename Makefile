@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of quickstart: more options of benchmarks/methods.py, as OPTIONS='--max_steps 100'.
+OPTIONS ?=
 # DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
 CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
 
-.PHONY: install quickstart test test-slurm test-kills lint clean
+.PHONY: install quickstart test test-slurm test-kills test-docs lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -23,10 +25,10 @@ install: $(BIN)/.installed  ## install everything into .venv
 
 quickstart: install  ## supervised, UDA, MPL with and without feedback, finetuned: on real digits, two ranks, ZeRO-2
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 benchmarks/methods.py \
-		--ds_config ds_configs/digits.json --output runs/quickstart
+		--ds_config ds_configs/digits.json --output runs/quickstart $(OPTIONS)
 
 # loadgroup, and no groups: each worker gets one test at a time. Both keep pools of ranks, 8 GB together.
-test: install  ## lint, types, layering, and every test but the two targets below
+test: install  ## lint, types, layering, and every test but the targets below
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/mypy
@@ -37,6 +39,9 @@ test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, ro
 
 test-kills: install  ## one chain of runs of two ranks, killed 30 times, ends bitwise as if it had not been
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_KILLS=30 $(BIN)/python -m pytest -s tests/test_kills.py
+
+test-docs: install  ## every command of README.md and docs/, in a fresh clone; long runs shortened
+	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_DOCS=1 $(BIN)/python -m pytest -s tests/test_docs.py
 
 lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy

@@ -23,6 +23,7 @@ setup(
         "numpy",
         "pydantic>=2",
         "safetensors",
+        "shtab",
         "tqdm",
     ],
     extras_require={

@@ -18,10 +18,10 @@ from mpl_scale.config.schema import Config
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan
 from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.vectors import jittered
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl.losses import cross_entropy
-from mpl_scale.philox import uniform_numpy
 from mpl_scale.trainer.phases import Phase, Weights, build_state, collect_weights, plan_phases
 from mpl_scale.types import Batch
 
@@ -75,19 +75,8 @@ class PointViews(Views):
     jitter = 0.0
 
     def strong(self, weak: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Box-Muller on Philox numbers of (seed, epoch, id)."""
-        if not self.jitter or not len(weak):
-            return weak
-        pairs = -(-weak.shape[1] // 2)
-        stream = stream_of(Purpose.UNLABELLED_VIEW, self.stream)
-        numbers = torch.from_numpy(
-            uniform_numpy(
-                seed=self.config.seed, stream=stream, epoch=draws.epochs, ids=draws.ids, columns=2 * pairs
-            ).astype(np.float32)
-        )
-        radius, angle = torch.sqrt(-2 * numbers[:, :pairs].log()), 2 * torch.pi * numbers[:, pairs:]
-        noise = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, : weak.shape[1]]
-        return weak + self.jitter * noise
+        """Noise of (seed, epoch, id)."""
+        return jittered(weak, draws, seed=self.config.seed, stream=self.stream, deviation=self.jitter)
 
 
 class ImageViews(Views):

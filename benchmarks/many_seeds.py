@@ -188,7 +188,7 @@ def train_many(
     """Train every phase of a config for all seeds together.
 
     Args:
-        run: with perceptrons, SGD and no moving average; mixup would mix seeds. Its own seed keys label sampling.
+        run: with perceptrons, SGD and no moving average; mixes would mix seeds. Its own seed keys label sampling.
         samples: one for each seed, all of equal size.
         views: (samples, config, stream=) -> Views.
         seeds: of initial weights and of the order of samples.
@@ -200,7 +200,7 @@ def train_many(
         ValueError: a method or rule that is not for this.
     """
     config, count, mesh = run.mpl, len(seeds), build_mesh(device=CPU)
-    if config.method.ema_decay or "mixup" in (config.method.name, config.method.teacher_loss):
+    if config.method.ema_decay or {"mixup", "cutmix"} & {config.method.name, config.method.teacher_loss}:
         raise ValueError("many seeds at once: set method.ema_decay = 0, and no mixup, which would mix seeds")
     results: list[Results] = [{} for _ in seeds]
     trained: dict[str, Stacked] = {}

@@ -22,6 +22,7 @@ from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, State
+from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
 from tests.ranks import pool
 from tests.reference import Settings, make_batches
@@ -56,7 +57,7 @@ def storages(state: State) -> set[int]:
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 
-def count_host_reads(method: str, rule: str) -> tuple[Counter[str], bool]:
+def count_host_reads(method: str, rule: str, skipping: bool = False) -> tuple[Counter[str], bool]:
     """Host reads of the third step, and whether the state stayed in the same memory since the first."""
     s, mesh = Settings(), build_mesh(device=torch.device("cpu"))
     networks = [make_network(seed, s, torch.float32, width, "flat", {}, mesh) for seed, width in ((1, 6), (2, 5))]
@@ -65,7 +66,7 @@ def count_host_reads(method: str, rule: str) -> tuple[Counter[str], bool]:
     feedback = FeedbackConfig(rule=rule)
     state.method = state.method.model_copy(update={"feedback": feedback, "pseudo_labels": labels})
     batch = rank_batch(make_batches(s, torch.float32)[0], mesh)
-    step = METHODS[method].step
+    step = SkipNonfinite(METHODS[method].step, state) if skipping else METHODS[method].step
     step(state, batch)
     before = storages(state)
     step(state, batch)
@@ -77,7 +78,10 @@ def count_host_reads(method: str, rule: str) -> tuple[Counter[str], bool]:
 @pytest.mark.parametrize(
     ("method", "rule"),
     [("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")]
-    + [(m, "cosine") for m in ("supervised", "uda", "mixup", "pseudo_label", "noisy_student", "teacher_warmup")],
+    + [
+        (m, "cosine")
+        for m in ("supervised", "uda", "mixup", "cutmix", "pseudo_label", "noisy_student", "teacher_warmup")
+    ],
 )
 @pytest.mark.parametrize("world", [1, 2])
 def test_step_never_waits_for_the_device(world: int, method: str, rule: str) -> None:
@@ -85,6 +89,13 @@ def test_step_never_waits_for_the_device(world: int, method: str, rule: str) -> 
     for reads, in_place in results:
         assert not reads
         assert in_place
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_step_that_can_be_skipped_never_waits_either(world: int) -> None:
+    given = ("mpl", "cosine", True)
+    results = pool(world).run(count_host_reads, *given) if world > 1 else [count_host_reads(*given)]
+    assert all(not reads and in_place for reads, in_place in results)
 
 
 def live_storages() -> dict[int, int]:

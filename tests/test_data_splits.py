@@ -159,7 +159,7 @@ def test_impossible_splits_say_what_to_do(tmp_path: Path, name: str, settings: d
         split(index_of(tmp_path, [("train", 500)]), name, **settings)
 
 
-@pytest.mark.parametrize("name", sorted(SPLITS.keys() - {"stratified"}))
+@pytest.mark.parametrize("name", sorted(SPLITS.keys() - {"stratified", "transductive"}))
 def test_plain_files_have_no_parts_of_their_own(name: str) -> None:
     with pytest.raises(ValueError, match=r"use (split = 'stratified'|.*tfrecord.* webdataset)"):
         split(image_set([30, 30]), name)

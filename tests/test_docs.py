@@ -1,4 +1,7 @@
-"""docs/extending.md: its pieces are one module, its command trains with all of them, its layer can be split."""
+"""Every command of README.md and docs/ runs in a fresh copy, or is listed with the reason; extending.md's parts work.
+
+The commands take minutes: `make test-docs`, with MPL_SCALE_TEST_DOCS=1. tests/documented.py says what becomes of each.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -18,8 +23,12 @@ from torch import nn
 from mpl_scale.config import load_config
 from mpl_scale.spatial import plan_layout
 from tests.configs import DIGITS, tiny, write
+from tests.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, strays
+from tests.mini_imagenet import write_folder, write_tfrecord
 
 REPOSITORY = DIGITS.parents[1]
+PATIENCE = 600
+"""Seconds for one command."""
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 MODULE = "my_parts"
 
@@ -41,9 +50,9 @@ def test_the_page_of_extensions_runs(parts: Path) -> None:
     run = [sys.executable, *shlex.split(command)]
     done = subprocess.run(run, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [json.loads(line) for line in (parts / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (parts / "runs/my_parts/metrics.jsonl").read_text().splitlines()]
     assert {row["feedback"] for row in rows if "feedback" in row} <= {-1.0, 0.0, 1.0}  # the rule's signs
-    assert json.loads((parts / "runs/mine/config.json").read_text())["mpl_scale"]["imports"] == [MODULE]
+    assert json.loads((parts / "runs/my_parts/config.json").read_text())["mpl_scale"]["imports"] == [MODULE]
     layer = importlib.import_module(MODULE).Scale(4)
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     assert "0" in plan_layout(model, image_size=8, width=2, switch_at="never").sites
@@ -73,3 +82,101 @@ def test_a_module_that_cannot_be_imported_is_one_line(
         load_config(write(tmp_path, raw))
     assert "\n" not in str(caught.value)
     assert module not in sys.modules
+
+
+def test_every_page_and_every_command_is_known() -> None:
+    """No page is left out, no command hides outside its block, no row of the tables is without a command."""
+    there = {"README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))}
+    assert there == set(PAGES)
+    assert {page: strays(page) for page in PAGES if strays(page)} == {}
+    texts = [command.text for page in PAGES for command in commands(page)]
+    for pattern in (*LISTED, *SHORTENED):
+        assert any(re.match(pattern, text) for text in texts), f"no page has a command like {pattern}"
+    for command in (command for page in PAGES for command in commands(page) if command.reason is None):
+        assert re.match(r"(export|source|make|mpl-scale|python|deepspeed|torchrun|slurm/submit\.sh) ", command.text), (
+            command
+        )
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        text = (REPOSITORY / page).read_text()
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            path = (REPOSITORY / page).parent / target if target else REPOSITORY / page
+            assert path.exists(), f"{page}: {target}"
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
+            slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not anchor or anchor in slugs, f"{page}: {target}#{anchor}"
+
+
+def fresh_copy(folder: Path) -> dict[str, str]:
+    """A clone of the checkout with this Python's packages as its .venv; the environment of a shell in it.
+
+    What is not committed yet is laid over it. The pages' stand-ins for large data are small.
+    """
+    subprocess.run(["git", "clone", "--quiet", str(REPOSITORY), str(folder)], check=True)
+    listed = ["git", "ls-files", "-z", "--modified", "--deleted", "--others", "--exclude-standard"]
+    for name in subprocess.run(listed, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split("\0"):
+        if name and (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, folder / name)
+        elif name:
+            (folder / name).unlink(missing_ok=True)
+    programs = folder / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for path in (*Path(sys.prefix).iterdir(), *(Path(sys.prefix) / "bin").iterdir()):
+        link = programs.parent / path.relative_to(sys.prefix)
+        if path.name not in ("bin", "mpl-scale", ".installed"):
+            link.symlink_to(path)
+    script = "import sys\nfrom mpl_scale.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"
+    (programs / "mpl-scale").write_text(f"#!{programs}/python\n{script}")
+    (programs / "mpl-scale").chmod(0o755)
+    (programs / ".installed").touch()
+    write_tfrecord(folder / "data" / "imagenet")
+    for copy in range(8):  # of six classes: enough for a batch
+        write_folder(folder / "written", "PNG" if copy else "JPEG")
+        for path in (folder / "written").glob("*/*.*"):
+            images = folder / ("my_images" if copy else "validation") / path.parent.name
+            images.mkdir(parents=True, exist_ok=True)
+            path.rename(images / f"{copy}_{path.name}")
+    raw = json.loads((folder / "ds_configs" / "digits.json").read_text())
+    raw["mpl_scale"]["data"] |= {"source": "folder", "root": "my_images"}
+    raw["mpl_scale"]["model"] |= {"num_classes": 6, "image_size": 32}
+    write(folder, raw, "my.json")
+    (folder / f"{MODULE}.py").write_text("\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "MPL_SCALE"))}
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHONPATH": str(folder), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not os.environ.get("MPL_SCALE_TEST_DOCS"), reason="minutes: make test-docs")
+def test_a_strangers_path(tmp_path: Path) -> None:
+    """README.md, then docs/ in order: each command as it stands there, over less (documented.SHORTENED).
+
+    MPL_SCALE_TEST_DOCS=docs/planner.md runs that page alone.
+    """
+    wanted = os.environ["MPL_SCALE_TEST_DOCS"]
+    pages = [wanted] if wanted in PAGES else PAGES
+    folder = tmp_path / "mpl_scale"
+    environment = fresh_copy(folder)
+    exports: list[str] = []
+    failed = []
+    prepared = [Command("prepared", text) for text in PREPARED if pages[0] == PAGES[0]]
+    for command in (*prepared, *(command for page in pages for command in commands(page))):
+        if command.reason is not None:
+            print(f"{command.page}: not run ({command.reason}): {command.text}", flush=True)
+            continue
+        if command.text.startswith(("export ", "source ")):
+            exports.append(command.text)
+        line = "\n".join([*exports, command.as_run])
+        began = time.monotonic()
+        done = subprocess.run(
+            ["bash", "-e", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+        print(
+            f"{command.page}: {time.monotonic() - began:.0f} s, status {done.returncode}: {command.as_run}", flush=True
+        )
+        if done.returncode:
+            failed.append(f"{command.page}: {command.as_run}\n{(done.stdout + done.stderr)[-2000:]}")
+    assert not failed, "\n\n".join(failed)

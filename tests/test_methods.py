@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,12 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpl_scale.augment.mix import MixDraws, mixup
-from mpl_scale.augment.mix import beta as numpy_beta
 from mpl_scale.config.schema import UDAConfig
 from mpl_scale.mpl import LOSSES, METHODS
 from mpl_scale.mpl.losses import where_unsure
-from mpl_scale.mpl.mixup import beta, mix_rows
+from mpl_scale.mpl.mixing import beta, cutmix_box
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch
 from tests.test_properties import CLASSES, FEATURES, flat, gradient, make_batch, make_state, teacher_gradient
@@ -30,15 +29,27 @@ def student_gradient(method: str, batch: Batch, **settings: object) -> tuple[tor
     return before - flat(state.student.module), make_state("none").student.module
 
 
-# ---- mixup
+# ---- mixup and cutmix
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
-def test_the_devices_beta_is_the_hosts(alpha: float) -> None:
-    numbers = np.random.default_rng(0).uniform(size=(500, 128)).astype(np.float32)
-    found = beta(alpha, torch.from_numpy(numbers)).numpy()
-    np.testing.assert_allclose(found, numpy_beta(alpha, numbers.astype(np.float64)), rtol=1e-9)
-    assert abs(found.mean() - 0.5) < 0.05  # five deviations of the mean of 500 at alpha 0.2
+def test_lambda_is_beta_distributed(alpha: float) -> None:
+    count = 20_000
+    sample = beta(alpha, torch.from_numpy(np.random.default_rng(0).uniform(size=(count, 128)))).numpy()
+    # Beta(a, a): mean 1/2, variance 1 / (4 (2 a + 1)); four standard errors of the mean and of the variance
+    variance = 1 / (4 * (2 * alpha + 1))
+    assert abs(sample.mean() - 0.5) < 4 * math.sqrt(variance / count)
+    assert abs(sample.var() - variance) < 4 * variance * math.sqrt(2 / count)
+    # its density near 0 goes as x^(a - 1) / B(a, a): P(x < e) = e^a / (a B(a, a)) to first order
+    edge = 0.01
+    expected = edge**alpha / (alpha * math.gamma(alpha) ** 2 / math.gamma(2 * alpha))
+    assert abs((sample < edge).mean() / expected - 1) < 0.03 + 4 / math.sqrt(count * expected)
+
+
+def test_small_alphas_do_not_underflow() -> None:
+    sample = beta(0.001, torch.from_numpy(np.random.default_rng(0).uniform(size=(1000, 128)))).numpy()
+    assert np.isfinite(sample).all()
+    assert abs((sample > 0.5).mean() - 0.5) < 0.07  # binomial: standard deviation 0.016
 
 
 def drawn_weight(rows: torch.Tensor, *, step: int = 0) -> torch.Tensor:
@@ -46,17 +57,46 @@ def drawn_weight(rows: torch.Tensor, *, step: int = 0) -> torch.Tensor:
     return beta(1.0, numbers).repeat_interleave(2)
 
 
-def test_rows_are_mixed_as_on_the_host_and_in_any_micro_batches() -> None:
-    state, batch = make_state("none"), make_batch(labelled=8)
-    weight = drawn_weight(batch.labelled_rows)
-    draws = MixDraws(partner=np.array([1, 0, 3, 2, 5, 4, 7, 6]), weight=weight.numpy(), centre=np.zeros((8, 2)))
-    expected, _ = mixup(batch.labelled[:, :, None, None], torch.zeros(8, 1), draws)
-    whole = mix_rows(state, batch, batch.labelled)
-    torch.testing.assert_close(whole, expected[:, :, 0, 0], **ALMOST)
-    parts = [mix_rows(state, part, part.labelled) for part in batch.split(2)]
-    assert torch.equal(torch.cat(parts), whole)
-    state.step.add_(1)
-    assert not torch.equal(mix_rows(state, batch, batch.labelled), whole)  # drawn anew
+def image_batch() -> Batch:
+    images = torch.rand(16, 3, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return replace(make_batch(labelled=16), labelled=images, labels=torch.arange(16) % CLASSES)
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_a_mix_is_the_same_in_any_micro_batches_and_drawn_anew_at_each_step(name: str) -> None:
+    state, batch, loss = make_state("none"), image_batch(), LOSSES[name]()
+    for mixed in (loss.images, lambda state, batch: loss.targets(state, batch, CLASSES)):
+        whole = mixed(state, batch)
+        assert torch.equal(torch.cat([mixed(state, part) for part in batch.split(4)]), whole)
+        state.step.add_(1)
+        assert not torch.equal(mixed(state, batch), whole)
+
+
+def test_cutmix_pastes_one_box_and_weighs_labels_by_its_area() -> None:
+    state, batch, loss = make_state("none"), image_batch(), LOSSES["cutmix"]()
+    mixed, targets = loss.images(state, batch), loss.targets(state, batch, CLASSES)
+    one_hot = F.one_hot(batch.labels, CLASSES).double()
+    weights = drawn_weight(batch.labelled_rows)
+    for row, weight in enumerate(weights.tolist()):
+        pasted = (mixed[row] != batch.labelled[row]).any(0)
+        assert torch.equal(mixed[row][:, pasted], batch.labelled[row ^ 1][:, pasted])
+        y, x = np.flatnonzero(pasted.any(1)), np.flatnonzero(pasted.any(0))
+        assert pasted.sum() == len(y) * len(x), "one box"
+        share = len(y) * len(x) / (12 * 9)
+        assert share <= 1 - weight + 1e-12  # clipped and rounded down
+        torch.testing.assert_close(targets[row], (1 - share) * one_hot[row] + share * one_hot[row ^ 1], **ALMOST)
+    assert 0 < (mixed != batch.labelled).double().mean() < 1
+
+
+def test_an_unclipped_box_has_the_area_it_was_drawn_for() -> None:
+    """The sides' floors lose at most two pixels of each side."""
+    state, rows = make_state("none"), torch.arange(400)
+    images = torch.zeros(1).expand(400, 3, 100, 100)
+    box = cutmix_box(state, replace(make_batch(labelled=400), labelled=images))
+    area, drawn = box.double().mean((1, 2, 3)), 1 - drawn_weight(rows)
+    inside = ~(box[:, 0, 0].any(1) | box[:, 0, -1].any(1) | box[:, 0, :, 0].any(1) | box[:, 0, :, -1].any(1))
+    assert inside.sum() > 40  # a centre is uniform, half a side below 1/2: an eighth or so of the boxes
+    assert ((drawn - area)[inside].abs() <= 4 / 100).all()
 
 
 def test_mixup_learns_mixed_labels_from_mixed_images() -> None:
@@ -101,7 +141,7 @@ def test_where_unsure_looks_at_the_right_class() -> None:
 # ---- teachers of Table 10
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"cutmix"}))  # of images
 def test_mpl_without_feedback_trains_its_teacher_by_its_own_loss(loss: str) -> None:
     """What moves the teacher is the gradient of the loss of that name and nothing else."""
     batch = make_batch(labelled=6)

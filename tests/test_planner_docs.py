@@ -38,7 +38,8 @@ def test_the_commands_of_the_page_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibrate, "ROUNDS", 1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # calibrate would take all cores
-    lines = [line for line in commands() if LARGE not in line or os.environ.get("MPL_SCALE_TEST_ALL")]
+    planned = [line for line in commands() if "train.py" not in line]  # make test-docs has that one too
+    lines = [line for line in planned if LARGE not in line or os.environ.get("MPL_SCALE_TEST_ALL")]
     assert len(lines) >= 6
     for line in lines:
         program = next(name for name in programs if line.startswith(name))

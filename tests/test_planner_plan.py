@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mpl_scale.cli.check import report
-from mpl_scale.cli.jobs import main_job, make_jobs, make_machine
 from mpl_scale.cli.main import main
 from mpl_scale.config import check, load_config
 from mpl_scale.planner.duration import collective
@@ -20,6 +19,7 @@ from mpl_scale.planner.memory import memory
 from mpl_scale.planner.reasons import reasons
 from mpl_scale.planner.recorder import Line
 from mpl_scale.planner.search import Plan, search, sweep
+from mpl_scale.trainer.jobs import main_job, make_jobs, make_machine
 from tests.configs import DIGITS, tiny, write
 
 FOLDER = DIGITS.parent

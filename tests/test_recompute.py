@@ -139,5 +139,8 @@ def test_recomputation_repeats_the_collectives_of_batch_norm(policy: str) -> Non
 def test_a_model_without_blocks_is_refused() -> None:
     network = NetworkConfig(name="two_moons_mlp")
     shared = ModelConfig(teacher=network, student=network, num_classes=2, image_size=2)
-    with pytest.raises(ValueError, match=r"recompute = block: TwoMoonsMLP has no blocks"):
-        apply_recompute(build_model(network, shared, field="model", seed=0), "block")
+    with pytest.raises(ValueError, match=r"recompute = block: Sequential has no blocks"):
+        apply_recompute(nn.Sequential(nn.Conv2d(3, 4, 3)), "block")
+    vectors = build_model(network, shared, field="model", seed=0)
+    classes = [type(layer) for layer in vectors.modules()]
+    assert [type(layer) for layer in apply_recompute(vectors, "block").modules()] == classes  # nothing to recompute

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mpl_scale.cli.main import main
-from mpl_scale.config import load_config
+from mpl_scale.config import check, load_config
 from mpl_scale.data import load_images, make_splits
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
@@ -115,10 +115,18 @@ def test_labelled_images_can_be_seen_in_their_strong_view(tmp_path: Path) -> Non
         run(config_with(tmp_path), str(tmp_path / "out"), (view, 'mpl_scale.data.strong.ops=["sample_pairing"]'))
 
 
-def test_mixup_needs_pairs(tmp_path: Path) -> None:
-    odd = ("mpl_scale.method.name=mixup", "train_batch_size=15")
-    with pytest.raises(ValueError, match=r"train_micro_batch_size_per_gpu = 15 with mixup.* must be even; use 16"):
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_mixes_need_pairs(tmp_path: Path, name: str) -> None:
+    odd = (f"mpl_scale.method.name={name}", "train_batch_size=15")
+    with pytest.raises(ValueError, match=rf"train_micro_batch_size_per_gpu = 15 with {name}.* must be even; use 16"):
         run(config_with(tmp_path), str(tmp_path / "out"), odd)
+
+
+def test_cutmix_needs_whole_images(tmp_path: Path) -> None:
+    changes = ["mpl_scale.method.teacher_loss=cutmix", "mpl_scale.parallel.width=2"]
+    over_teacher = load_config(config_with(tmp_path), overrides=changes)
+    with pytest.raises(ValueError, match=r"width = 2 with cutmix.*set width = 1"):
+        check(over_teacher, world=2, cuda=False)
 
 
 @pytest.mark.parametrize("rule", sorted(FEEDBACK_RULES))

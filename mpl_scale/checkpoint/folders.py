@@ -78,9 +78,21 @@ def prune(root: Path, keep: int, *, keep_every: int = 0) -> None:
             kept.add(folder.name)
         steps.add(step)
         if folder.name not in kept:
-            doomed = _temporary(folder)
-            os.rename(folder, doomed)  # a kill while deleting must not leave half a checkpoint under a final name
-            shutil.rmtree(doomed, ignore_errors=True)
+            _delete(folder)
+
+
+def withdraw(root: Path, newest: Path) -> None:
+    """Make a checkpoint the newest one: `latest` names it, and those after it are deleted."""
+    replace_text(root / LATEST_NAME, newest.name + "\n")
+    for folder in find(root):
+        if _step_and_version(folder) > _step_and_version(newest):
+            _delete(folder)
+
+
+def _delete(folder: Path) -> None:
+    doomed = _temporary(folder)
+    os.rename(folder, doomed)  # a kill while deleting must not leave half a checkpoint under a final name
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""The command line `mpl-scale` (train, check, split, index, select, inspect, export), and train.py for launchers."""
+"""The command line `mpl-scale` (train, plan, check, index, sweep, report and more), and train.py for launchers."""
 
 from mpl_scale.cli.main import main
 

@@ -11,9 +11,11 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine, refuse_misfits
+from mpl_scale.cli.jobs import refuse_misfits
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.data.vectors import input_shape
+from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
     from mpl_scale.planner.job import Job, Machine
@@ -88,12 +90,13 @@ def report(
 
 def _networks(run: RunConfig, plan: Plan) -> list[str]:
     """One line each: what a network is, and what its rank keeps of an image."""
-    size, lines = run.mpl.model.image_size, []
+    shape, lines = input_shape(run.mpl), []
+    seen = f"a vector of {shape[0]}" if len(shape) == 1 else f"an image of {shape[1]}x{shape[2]}"
     for name in ("teacher", "student"):
         trace = plan.job.trace(name, plan.choice)
         lines.append(
             f"{name}: {getattr(run.mpl.model, name).name}, {trace.parameters / 1e6:.1f} M parameters, "
-            f"{trace.macs / GIGA:.3g} GMAC an image of {size}x{size}, {trace.kept_bytes(1) / 1e6:.1f} MB of activations"
+            f"{trace.macs / GIGA:.3g} GMAC {seen}, {trace.kept_bytes(1) / 1e6:.1f} MB of activations"
             f"{' a rank' if plan.choice.width > 1 else ''}"
         )
     return lines

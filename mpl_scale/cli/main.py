@@ -8,23 +8,48 @@ import sys
 from collections.abc import Sequence
 
 from mpl_scale.cli.check import CHECK
+from mpl_scale.cli.completion import COMPLETION
 from mpl_scale.cli.distributions import DISTRIBUTIONS
 from mpl_scale.cli.export import EXPORT
 from mpl_scale.cli.index import INDEX
 from mpl_scale.cli.inspect import INSPECT
 from mpl_scale.cli.plan import PLAN
+from mpl_scale.cli.report import REPORT
 from mpl_scale.cli.select import SELECT
 from mpl_scale.cli.split import SPLIT
+from mpl_scale.cli.sweep import SWEEP
 from mpl_scale.cli.train import TRAIN
 
-COMMANDS = (TRAIN, PLAN, CHECK, SPLIT, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT)
+COMMANDS = (TRAIN, PLAN, CHECK, SPLIT, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT, REPORT, SWEEP, COMPLETION)
+
+PACKAGES = {
+    "nvidia": ("nvidia-dali (DALI)", "nvidia-dali-cuda130"),
+    "deepspeed": ("deepspeed", "deepspeed"),
+    "timm": ("timm", "timm"),
+    "torch": ("torch", "torch"),
+    "sklearn": ("scikit-learn", "scikit-learn"),
+    "PIL": ("pillow", "pillow"),
+    "shtab": ("shtab", "shtab"),
+}
+"""Of modules that may be missing: the name for people, and pip's."""
+
+
+def _missing(module: str) -> str:
+    name, wheel = PACKAGES[module]
+    return f"{name} is not installed: make install, or pip install {wheel}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0 done or stopped with its state saved, 1 unequal, 2 bad input."""
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if options.debug or package not in PACKAGES:
+            raise
+        print(f"mpl-scale: error: {_missing(package)}", file=sys.stderr, flush=True)
+        return 2
     except (ValueError, OSError) as error:
         if options.debug:
             raise
@@ -36,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """All commands, each with its examples."""
+
     def examples(lines: Sequence[str]) -> str:
         return "\n  ".join(["examples:", *lines])
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import GIGA, main_job, make_jobs, make_machine, what_would_fit
+from mpl_scale.cli.jobs import what_would_fit
 from mpl_scale.config import Batches, RunConfig
+from mpl_scale.trainer.jobs import GIGA, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
     from mpl_scale.planner.job import Job, Machine

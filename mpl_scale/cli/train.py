@@ -17,6 +17,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: runs/<name of the config>")
     parser.add_argument("--resume", default="auto", metavar="auto|never|PATH", help="default: auto")
     parser.add_argument("--max_steps", type=positive, metavar="N", help="shorten every phase to N steps")
+    parser.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="measured rates, of python -m benchmarks.calibrate: the summary has the planned time of a step, too",
+    )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 
 
@@ -26,15 +31,17 @@ def _run(options: argparse.Namespace) -> int:
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     # torch, DALI, deepspeed: seconds, after the config is known to be good
+    from mpl_scale.monitor import cost_lines
     from mpl_scale.trainer.prepare import Options, train
 
     for warning in check_this_gpu(run):
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     output = options.output or Path("runs") / Path(options.ds_config).stem
-    summary = train(run, Options(output, options.resume, options.max_steps), stop_requested=stop)
+    chosen = Options(output, options.resume, options.max_steps, options.calibration)
+    summary = train(run, chosen, stop_requested=stop)
     if summary is not None and os.environ.get("RANK", "0") == "0":
         results = ", ".join(f"{name} {result['top1']:.2f}%" for name, result in summary["results"].items())
-        print(f"done: test top-1 {results}; files in {output}", flush=True)
+        print("\n".join([f"done: test top-1 {results}; files in {output}", *cost_lines(summary)]), flush=True)
     return 0
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mpl_scale.config.load import RunConfig
 
 FED_BACK = ("mpl", "reduced_mpl")
+MIXES = ("mixup", "cutmix")
 """Methods whose teacher hears of the student."""
 
 
@@ -49,11 +50,16 @@ def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
     _check_data(config)
     batches = _batches(config, world=world)
     method = config.mpl.method
-    mixed = method.name if method.name == "mixup" else method.teacher_loss
-    if mixed == "mixup" and batches.labelled_per_rank % 2:
+    mixed = method.name if method.name in MIXES else method.teacher_loss
+    if mixed in MIXES and batches.labelled_per_rank % 2:
         raise ValueError(
-            f"train_micro_batch_size_per_gpu = {batches.labelled_per_rank} with mixup, which mixes neighbours: it must "
-            f"be even; use {batches.labelled_per_rank + 1}"
+            f"train_micro_batch_size_per_gpu = {batches.labelled_per_rank} with {mixed}, which mixes neighbours: it "
+            f"must be even; use {batches.labelled_per_rank + 1}"
+        )
+    if mixed == "cutmix" and config.mpl.parallel.width > 1:
+        raise ValueError(
+            f"mpl_scale.parallel.width = {config.mpl.parallel.width} with cutmix, which pastes boxes into whole "
+            "images; set width = 1, or use mixup"
         )
     return batches
 

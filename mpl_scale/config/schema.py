@@ -1,33 +1,44 @@
 """The "mpl_scale" section of a ds_config: every field, its default, its bounds and its source in the paper.
 
-Models are frozen and refuse unknown keys. Checks across fields and against the world size are in checks.py.
+Models are frozen and refuse unknown keys. Checks across fields and against the world size are in checks.py. How images
+are seen stands in schema_views.py, methods and optimisers in schema_method.py; all sections can be imported from here.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from mpl_scale.config.presets import STRONG_PRESETS, under_preset
+from mpl_scale.config.schema_method import FeedbackConfig, MethodConfig, OptimConfig, OptimsConfig, UDAConfig
+from mpl_scale.config.schema_views import EvaluationConfig, StrongConfig, WeakConfig
+from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, Share
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Interpolation = Literal["bilinear", "bicubic"]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "FeedbackConfig",
+    "FinetunePhase",
+    "GuardConfig",
+    "LoggingConfig",
+    "MethodConfig",
+    "ModelConfig",
+    "NetworkConfig",
+    "OptimConfig",
+    "OptimsConfig",
+    "ParallelConfig",
+    "PhasesConfig",
+    "Section",
+    "StrongConfig",
+    "TrainPhase",
+    "UDAConfig",
+    "WarmupPhase",
+    "WeakConfig",
+]
 
 Recompute = Literal["none", "bn_act", "block"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict about types, closed to unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
 class NetworkConfig(Section):
@@ -61,102 +72,12 @@ class ModelConfig(Section):
     bn_eps: Positive = 1e-3
 
 
-class WeakConfig(Section):
-    """The weak view: a crop, then a flip."""
-
-    kind: str = Field("shift_crop", description="Registered: shift_crop, random_resized_crop.")
-    scale: tuple[Share, Share] = Field(
-        (0.08, 1.0), description="random_resized_crop: least and largest share of the image's area."
-    )
-    ratio: tuple[Positive, Positive] = Field(
-        (3 / 4, 4 / 3), description="random_resized_crop: least and largest width / height of the part."
-    )
-    interpolation: Interpolation = Field("bilinear", description="Of resizing, with an antialiasing filter.")
-    pad: CountOrZero = Field(0, description="shift_crop: pixels the window may leave the image by on each side.")
-    fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels outside the image.")
-    flip: bool = Field(False, description="Horizontal flip with probability 1/2; wrong for digits (C.2).")
-
-
-class EvaluationConfig(Section):
-    """How test images are seen."""
-
-    kind: str = Field("resize", description="Registered: resize (the whole image), center_crop (as timm evaluates).")
-    crop_pct: Share = Field(
-        0.875, description="center_crop: image_size over the shorter side before the crop; timm's default."
-    )
-    interpolation: Interpolation = Field("bilinear", description="Of resizing, with an antialiasing filter.")
-
-
-class StrongConfig(Section):
-    """The strong view: `num_ops` operations drawn uniformly (RandAugment), then cutout, on top of the weak view.
-
-    Limits are what an operation reaches at magnitude 10; their defaults are AutoAugment's, to which Table 5 refers.
-    """
-
-    preset: Literal["paper", "released_code"] | None = Field(
-        None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
-    )
-    op_set: str | None = Field(
-        None,
-        description="A named list of operations: cifar10, imagenet, svhn (Table 5), released_code, no_pairing (Table 5 "
-        "without Sample Pairing); null: no_pairing, or `ops`.",
-    )
-    ops: list[str] = Field(
-        default_factory=list, description="Names registered in mpl_scale.augment, instead of an op_set."
-    )
-    num_ops: CountOrZero = Field(2, description="N of RandAugment.")
-    magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
-        9.0, description="M of RandAugment, 0 to 10; the released code goes beyond."
-    )
-    random_magnitude: bool = Field(
-        True, description="Draw each magnitude from U(0, magnitude) instead of using it as is."
-    )
-    magnitude_rule: Literal["distance", "level"] = Field(
-        "distance", description="Whether 0 leaves an image alone (distance), or is one end of a range (released code)."
-    )
-    probability: Probability = Field(1.0, description="Of applying each drawn operation.")
-    probability_range: Annotated[tuple[Probability, Probability], Field(strict=False)] | None = Field(
-        None, description="Draw one probability for all operations of an image from U(low, high) instead."
-    )
-    enhance: Positive = Field(0.9, description="Limit of brightness, color, contrast, sharpness: factor 1 +- enhance.")
-    posterize: Annotated[int, Field(ge=1, le=8)] = Field(4, description="Limit of posterize: bits dropped.")
-    rotate: Annotated[float, Field(gt=0.0, le=180.0)] = Field(30.0, description="Limit of rotate, degrees.")
-    shear: Annotated[float, Field(gt=0.0, le=2.0)] = Field(0.3, description="Limit of shear_x and shear_y.")
-    translate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        100 / 331, description="Limit of translate_x and translate_y, share of the side: 100 of 331 pixels."
-    )
-    sample_pairing: Probability = Field(0.4, description="Limit of sample_pairing: weight of the other image.")
-    cutout_op: Fraction = Field(0.125, description="Limit of the operation cutout: half its square's side, as a share.")
-    cutout: CountOrZero = Field(
-        0, description="Side of the square set to `fill` after the operations, pixels; 0: none."
-    )
-    crop_pad: CountOrZero = Field(0, description="At the end, shift by up to so many pixels each way; 0: no shift.")
-    flip: bool = Field(False, description="At the end, flip horizontally with probability 1/2.")
-    fill: Annotated[int, Field(ge=0, le=255)] = Field(
-        0, description="Value of pixels that come from outside the image."
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_preset(cls, given: Any) -> Any:
-        """The preset's values under what is given; a preset whose name is wrong is left to the field's own check."""
-        return under_preset(given, STRONG_PRESETS) if isinstance(given, dict) else given
-
-    @model_validator(mode="after")
-    def _one_list(self) -> Self:
-        if self.ops and self.op_set:
-            raise ValueError(f"ops and op_set = {self.op_set!r} both say what to draw from; leave one out")
-        low, high = self.probability_range or (0.0, 1.0)
-        if low > high:
-            raise ValueError(f"probability_range = {[low, high]} is upside down; give the smaller one first")
-        return self
-
-
 class DataConfig(Section):
     """Where images come from and how they are split, viewed and batched."""
 
     source: str = Field(
-        "digits", description="Registered: digits, folder, tfrecord, webdataset, cifar10, svhn, arrays."
+        "digits",
+        description="Registered: digits, folder, tfrecord, webdataset, cifar10, svhn, arrays; two_moons, of vectors.",
     )
     root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
     index: str | None = Field(
@@ -178,7 +99,7 @@ class DataConfig(Section):
     split: str = Field(
         "stratified",
         description="Registered: stratified, test_files (the source's own test part), and those of C.1: cifar10_4k, "
-        "svhn_1k, imagenet_10; all_labelled (3.3, section 4).",
+        "svhn_1k, imagenet_10; all_labelled (3.3, section 4); transductive (3.1).",
     )
     evaluate_on: Literal["test", "held_out"] = Field(
         "test", description="held_out: the images that a split of C.1 keeps for tuning, instead of the test part."
@@ -203,6 +124,9 @@ class DataConfig(Section):
     )
     weak: WeakConfig = WeakConfig()
     strong: StrongConfig = StrongConfig()
+    jitter: NonNegative = Field(
+        0.0, description="Standard deviation of the noise that is the strong view of vectors (two_moons)."
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     max_bad_fraction: Share = Field(
         0.01, description="Of the images indexed, or drawn so far: more unreadable ones than that end the run."
@@ -213,98 +137,6 @@ class DataConfig(Section):
     threads: Count = Field(1, description="DALI's CPU threads per rank.")
     prefetch: Count = Field(2, description="Batches DALI prepares ahead.")
     evaluation_batch: Count = Field(256, description="Images per data rank and evaluation step.")
-
-
-class FeedbackConfig(Section):
-    """The student's feedback h (equation 12, appendix C.3)."""
-
-    rule: str = Field(
-        "cosine", description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact."
-    )
-    weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
-    dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
-    old_loss: Literal["own_pass", "update_pass"] = Field(
-        "own_pass",
-        description="Rule loss_difference: CE_old from a pass over x_l alone, as CE_new, or from the update pass, "
-        "where x_s shares the batch norm (the released code and its ports; mostly noise).",
-    )
-    target: Literal["pseudo_labels", "strong_argmax"] = Field(
-        "pseudo_labels",
-        description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port.",
-    )
-    baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
-    baseline_decay: Probability = 0.99
-    baseline_bias_correction: bool = Field(True, description="Divide the average by 1 - decay**t, as Adam does.")
-
-
-class UDAConfig(Section):
-    """Unsupervised data augmentation: the teacher's consistency loss (Table 7)."""
-
-    weight: NonNegative = Field(1.0, description="UDA factor.")
-    temperature: Positive = Field(0.7, description="Sharpens the weak view's distribution.")
-    threshold: Probability = Field(0.0, description="Only images whose sharpened confidence reaches it count.")
-    labelled_threshold: Probability = Field(
-        1.0, description="Labelled images whose class has a larger probability do not count (C.4); 1: all count."
-    )
-    ramp_steps: CountOrZero = Field(0, description="Linear ramp of the weight: weight * min(1, step / ramp_steps).")
-
-
-class MethodConfig(Section):
-    """What a step does."""
-
-    name: str = Field(
-        "mpl", description="Registered: supervised, mixup, pseudo_label, noisy_student, uda, mpl, reduced_mpl."
-    )
-    preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
-        None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
-    )
-    pseudo_labels: Literal["sampled", "argmax", "soft"] = "sampled"
-    pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
-    pseudo_label_temperature: Positive = 1.0
-    pseudo_label_threshold: Probability = Field(
-        0.95, description="Methods pseudo_label and noisy_student, and that teacher_loss: least confidence (Table 6)."
-    )
-    feedback: FeedbackConfig = FeedbackConfig()
-    teacher_loss: str = Field(
-        "uda",
-        description="Registered: uda, supervised, mixup, pseudo_label. What the teacher follows beside the "
-        "feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
-    )
-    mixup_alpha: Positive = Field(1.0, description="mixup: lambda ~ Beta(alpha, alpha).")
-    supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
-    uda: UDAConfig = UDAConfig()
-    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
-        0.0, description="Smooths the pseudo labels."
-    )
-    student_sees_labelled: bool = Field(True, description="The student's pass includes x_l, for BN statistics only.")
-    student_wait_steps: CountOrZero = Field(0, description="Steps with student learning rate 0 and feedback 0.")
-    ema_decay: Probability = Field(0.999, description="Student EMA: rate min(decay, (t+1)/(t+10)); 0: none.")
-
-
-class OptimConfig(Section):
-    """Optimiser and schedule of one network."""
-
-    name: str = Field("sgd", description="Registered: sgd, rmsprop, lars.")
-    lr: NonNegative
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegative = Field(0.0, description="Coupled L2, as in the released code.")
-    decay_bn_and_bias: bool = Field(False, description="Whether weight decay covers BN parameters and biases.")
-    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")
-    eps: Positive = Field(1e-3, description="RMSProp: added under the root (TF variant).")
-    trust: Positive = Field(1e-3, description="LARS: eta, a parameter's step as a share of its norm at lr 1.")
-    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-    warmup_steps: CountOrZero = Field(0, description="Linear: lr * (step + 1) / warmup_steps.")
-    decay_rate: Fraction = Field(0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps).")
-    decay_steps: Count = Field(750, description="Exponential schedule.")
-
-
-class OptimsConfig(Section):
-    """One optimiser per network."""
-
-    teacher: OptimConfig
-    student: OptimConfig
 
 
 class ParallelConfig(Section):
@@ -425,6 +257,18 @@ class CheckpointConfig(Section):
         return self
 
 
+class RewindConfig(Section):
+    """When the loss has jumped: compared at logging steps, the student's, or the teacher's where it is alone."""
+
+    factor: Annotated[float, Field(gt=1.0)] = Field(3.0, description="Times the mean of the lines before.")
+    window: Count = Field(20, description="Lines that the mean is of; there is no jump before there are so many.")
+    patience: Count = Field(3, description="Lines in a row that must be above.")
+    max_rewinds: Count = Field(3, description="Of a phase; one more jump stops the run.")
+    skip_batches: bool = Field(
+        True, description="Go on with the images that follow. false: the same again, for a loss that hardware spoilt."
+    )
+
+
 class GuardConfig(Section):
     """What ends a run that goes on without getting anywhere."""
 
@@ -433,10 +277,19 @@ class GuardConfig(Section):
         description="No step ended for that long: every rank leaves its stacks, the one that is behind is named, and "
         "the run ends with status 75. Above the slowest step, below parallel.timeout_seconds; null: off.",
     )
-    nonfinite: Literal["off", "stop"] = Field(
+    nonfinite: Literal["off", "stop", "skip"] = Field(
         "stop",
         description="A metric (at logging steps) or weight (before checkpoints) that is NaN or infinite: stop, with "
-        "the state saved in bad-<step>, where no resume looks.",
+        "the state saved in bad-<step>, where no resume looks. skip: every step with such a number changes nothing; "
+        "costs a copy of the state.",
+    )
+    max_skipped: Count = Field(
+        10, description="nonfinite = skip: so many skipped steps in a row stop the run after all."
+    )
+    rewind: RewindConfig | None = Field(
+        None,
+        description="Go back to a checkpoint when the loss jumps: factor, window, patience, max_rewinds, skip_batches "
+        "(docs/faults.md); null: off.",
     )
 
 

@@ -14,6 +14,7 @@ from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
+from mpl_scale.data.vectors import VectorSet
 from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh
 
@@ -21,7 +22,7 @@ from mpl_scale.mesh import Mesh
 class EvaluationBatch(NamedTuple):
     """One batch; rows that are not valid are padding, or stand in for images that cannot be decoded."""
 
-    images: torch.Tensor  # [b, 3, H, W], normalised
+    images: torch.Tensor  # [b, 3, H, W], normalised; or vectors [b, F]
     labels: torch.Tensor  # int64 [b]
     valid: torch.Tensor  # bool [b]
 
@@ -59,6 +60,15 @@ def evaluation_batches(
     positions = np.arange(batches)[:, None] * (size * mesh.data) + rows  # [batches, size]
     valid = positions < images
     ids = splits.test[np.minimum(positions, images - 1)]
+    vectors = splits.images
+    if isinstance(vectors, VectorSet):
+        for batch, batch_valid in zip(ids, valid, strict=True):
+            yield EvaluationBatch(
+                images=vectors.inputs[torch.from_numpy(batch)].to(mesh.device, dtype),
+                labels=torch.from_numpy(vectors.labels[batch]).to(mesh.device),
+                valid=torch.from_numpy(batch_valid).to(mesh.device),
+            )
+        return
     own, exchange = slice(0, size), None
     if columns is not None and mesh.width > 1:
         shares = [share(size, ranks=mesh.width, index=index) for index in range(mesh.width)]

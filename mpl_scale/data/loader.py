@@ -19,7 +19,7 @@ from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows
 from mpl_scale.data.distributions import Distributions
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.plan import Draws, SamplePlan
+from mpl_scale.data.plan import Draws, SamplePlan, rows_of_rank
 from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
@@ -94,8 +94,8 @@ class TrainLoader:
         check_batches(
             config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data
         )
-        labelled_rows = _rows_of_rank(labelled_batch, mesh)
-        unlabelled_rows = _rows_of_rank(unlabelled_batch, mesh)
+        labelled_rows = rows_of_rank(labelled_batch, mesh)
+        unlabelled_rows = rows_of_rank(unlabelled_batch, mesh)
         self._share, own_rows = slice(0, len(labelled_rows)), unlabelled_rows  # what this rank decodes
         self._exchange: WidthExchange | None = None
         if columns is not None and mesh.width > 1:
@@ -253,12 +253,6 @@ class _Step(NamedTuple):
     labelled: Draws  # of all rows
     unlabelled: Draws  # of this rank's share
     partners: np.ndarray  # int64 [U of this rank's share], ids, or -1
-
-
-def _rows_of_rank(batch: int, mesh: Mesh) -> np.ndarray:
-    """The contiguous global rows of a data rank, int64 [batch / data]."""
-    count = batch // mesh.data
-    return np.arange(mesh.data_index * count, (mesh.data_index + 1) * count, dtype=np.int64)
 
 
 def check_batches(

@@ -12,9 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpl_scale.data.order import shuffled
+from mpl_scale.mesh import Mesh
 from mpl_scale.philox import uniform_numpy
 
 _CHUNK_ROWS = 4096  # rows planned at once: numpy's cost per call is spread over many steps
+
+
+def rows_of_rank(batch: int, mesh: Mesh) -> np.ndarray:
+    """The contiguous rows of a global batch that are a data rank's, int64 [batch / data]."""
+    count = batch // mesh.data
+    return np.arange(mesh.data_index * count, (mesh.data_index + 1) * count, dtype=np.int64)
 
 
 @dataclass(frozen=True)

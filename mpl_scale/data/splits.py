@@ -22,7 +22,9 @@ from mpl_scale.philox import uniform_numpy
 
 @dataclass(frozen=True)
 class Splits:
-    """Sample ids of each part, int64, sorted. `test` is disjoint from the others; `unlabelled` may hold `labelled`.
+    """Sample ids of each part, int64, sorted. `unlabelled` may hold `labelled`.
+
+    test: disjoint from the others, but for the split that is called transductive.
 
     held_out: kept for tuning, in no other part, unless `evaluate_on: held_out` made it the test part.
     """
@@ -84,6 +86,15 @@ def stratified(images: ImageSet, config: DataConfig, seed: int) -> Parts:
     counts = np.bincount(images.labels[pool], minlength=len(images.classes))
     tests = np.maximum(1, np.round(config.test_fraction * counts).astype(np.int64))
     return _by_class(images, config, seed, pool=pool, counts=counts, tests=tests)
+
+
+@register_split("transductive")
+def transductive(images: ImageSet, config: DataConfig, seed: int) -> Parts:
+    """Every sample is tested, and trained on without its label but for `labelled_per_class` of each class (3.1)."""
+    pool = _usable(_training(images), images)
+    counts = np.bincount(images.labels[pool], minlength=len(images.classes))
+    drawn = _by_class(images, config, seed, pool=pool, counts=counts, tests=np.zeros_like(counts))
+    return drawn._replace(test=pool)
 
 
 @register_split("test_files")

@@ -66,6 +66,7 @@ class DeepSpeedNetwork:
         self._restore(initial)
         self._shards.allocate_state()
         self._shards.base.bind(self._shards.masters, self._shards.layout, group=self.dot_group)
+        self.refused_update = False
 
     def _adopt_rank_0(self) -> None:
         """Rank 0's parameters and buffers everywhere, contiguous: DeepSpeed itself reaches the shard group only."""
@@ -112,7 +113,8 @@ class DeepSpeedNetwork:
             group["lr"] = lr.to(self.master[0].device)
         self._engine.step()
         self._shards.clear()
-        if not self._engine.was_step_applied():
+        self.refused_update = not self._engine.was_step_applied()
+        if self.refused_update:
             logger.warning("the gradient of %s is not finite: update skipped", type(self.module).__name__)
 
     def discard(self) -> None:

@@ -151,6 +151,11 @@ class FlatNetwork:
         """Nothing to do: backward left the flat gradient buffers at zero, and apply reads only the last shard."""
 
     @property
+    def refused_update(self) -> bool:
+        """Never: a gradient that is not finite makes its weights such."""
+        return False
+
+    @property
     def dot_group(self) -> dist.ProcessGroup | None:
         """The shard group."""
         return self._mesh.shard_group

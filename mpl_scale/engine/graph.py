@@ -36,7 +36,7 @@ class StepRunner:
     def __init__(
         self, step: Step, state: State, *, capture: bool, fall_back: Callable[[str], None] | None = None
     ) -> None:
-        self._step, self._state, self._capture, self._fall_back = step, state, capture, fall_back
+        self.step, self._state, self._capture, self._fall_back = step, state, capture, fall_back
         self._slots: Batch | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._metrics: StepMetrics = {}
@@ -47,7 +47,7 @@ class StepRunner:
         slots = self._fill(batch)
         self._calls += 1
         if not self._capture:
-            return self._step(self._state, slots)
+            return self.step(self._state, slots)
         if self._calls <= WARMUP_STEPS:
             return self._warm_up(slots)
         if self._graph is None:
@@ -58,7 +58,7 @@ class StepRunner:
                     raise
                 self._capture = False
                 self._fall_back(f"the step could not be captured as a CUDA graph and runs eagerly: {error}")
-                return self._step(self._state, slots)
+                return self.step(self._state, slots)
         self._graph.replay()
         return self._metrics
 
@@ -66,7 +66,7 @@ class StepRunner:
         """Record the step; nothing is computed, so the state is as it was."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._metrics = self._step(self._state, slots)
+            self._metrics = self.step(self._state, slots)
         return graph
 
     def _warm_up(self, slots: Batch) -> StepMetrics:
@@ -74,7 +74,7 @@ class StepRunner:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            metrics = self._step(self._state, slots)
+            metrics = self.step(self._state, slots)
         torch.cuda.current_stream().wait_stream(stream)
         return metrics
 

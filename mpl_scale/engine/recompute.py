@@ -54,9 +54,13 @@ def apply_recompute(
         backend: who runs a block again; fairscale knows the policies none and block.
         offload: fairscale keeps the blocks' inputs in the host's memory.
 
+    A network of vectors (a reduced teacher's) keeps next to nothing and is left as it is.
+
     Raises:
         ValueError: the model has no blocks, or not as many stages as policies; or a backend without the policy.
     """
+    if not any(isinstance(layer, nn.Conv2d) for layer in model.modules()):
+        return model
     stages = find_stages(model)
     policies = [policy] * len(stages) if isinstance(policy, str) else list(policy)
     _check(model, policy, policies, list(stages), backend=backend, offload=offload)

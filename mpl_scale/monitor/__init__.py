@@ -7,7 +7,7 @@ from mpl_scale.monitor.control import ControlFiles, Request
 from mpl_scale.monitor.heartbeat import Heartbeat
 from mpl_scale.monitor.metrics import MetricsWriter, read_metrics
 from mpl_scale.monitor.progress import Progress
-from mpl_scale.monitor.summary import config_hash, mark_done, versions, write_summary
+from mpl_scale.monitor.summary import config_hash, cost_lines, mark_done, versions, write_summary
 from mpl_scale.monitor.table import format_table
 from mpl_scale.monitor.writers import EventMonitor, Writers
 
@@ -20,6 +20,7 @@ __all__ = [
     "Request",
     "Writers",
     "config_hash",
+    "cost_lines",
     "format_table",
     "mark_done",
     "read_metrics",

@@ -32,12 +32,19 @@ class MetricsWriter:
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = (
-            [] if resume_step is None else [line for line in read_metrics(path) if line["global_step"] <= resume_step]
-        )
+        self._open(resume_step)
+
+    def _open(self, resume_step: int | None) -> None:
+        lines = () if resume_step is None else read_metrics(self.path)
+        kept = [line for line in lines if line["global_step"] <= (resume_step or 0)]
         replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._last = kept[-1]["global_step"] if kept else None
         self._file = self.path.open("a", encoding="utf-8")
+
+    def go_back(self, global_step: int) -> None:
+        """Drop the lines after a step: they will be written again."""
+        self.close()
+        self._open(global_step)
 
     def write(self, values: Mapping[str, Any], *, phase: str, step: int, global_step: int) -> None:
         """Append one line. ValueError for a global_step before the last line's or a name of the line's own fields."""

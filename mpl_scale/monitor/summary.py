@@ -30,6 +30,20 @@ def write_summary(folder: str | os.PathLike[str], data: Mapping[str, Any]) -> Pa
     return path
 
 
+def cost_lines(summary: Mapping[str, Any]) -> list[str]:
+    """The table of a summary's "cost": what was planned for a rank, what it took; no lines where there is none."""
+    cost = summary.get("cost")
+    if not cost:
+        return []
+    phase, rows = cost["phase"], {f"{name}, MB": (row, 1e-6) for name, row in cost["bytes"].items()}
+    rows["a step, ms"] = (cost["step_ms"], 1.0)
+    lines = [f"{f'a rank in phase {phase}':<26}{'planned':>12}{'measured':>12}"]
+    for name, (row, scale) in rows.items():
+        cells = ("-" if row[key] is None else f"{scale * row[key]:.3f}" for key in ("planned", "measured"))
+        lines.append(f"  {name:<24}{''.join(f'{cell:>12}' for cell in cells)}")
+    return lines if cost["note"] is None else [*lines, f"  {cost['note']}"]
+
+
 def mark_done(folder: str | os.PathLike[str]) -> Path:
     """Leave an empty file DONE: the run reached its end, and a restart has nothing to do."""
     path = Path(folder) / DONE_NAME

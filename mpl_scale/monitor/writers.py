@@ -36,6 +36,11 @@ class Writers:
         if self.monitor is not None and self.monitor.enabled:
             self.monitor.write_events([(f"{phase}/{name}", value, global_step) for name, value in values.items()])
 
+    def go_back(self, *, global_step: int) -> None:
+        """What follows a step will be written again; the monitor is not told."""
+        if self.metrics is not None:
+            self.metrics.go_back(global_step)
+
     def note(self, line: str) -> None:
         """A line for people: warnings, what was saved or loaded."""
         if self.progress is not None:

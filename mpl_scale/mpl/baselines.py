@@ -65,7 +65,8 @@ def _on_the_students_slot(loss: str) -> Step:
 
 
 register_method("uda", teacher=False, student=True)(_on_the_students_slot("uda"))
-register_method("mixup", teacher=False, student=True, unlabelled=False)(_on_the_students_slot("mixup"))
+for _name in ("mixup", "cutmix"):
+    register_method(_name, teacher=False, student=True, unlabelled=False)(_on_the_students_slot(_name))
 
 
 @register_method("teacher_warmup", teacher=True, student=False)

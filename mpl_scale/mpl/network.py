@@ -47,6 +47,10 @@ class Network(Protocol):
         """Drop the last backward's gradient: weights, optimiser state and the next backward are untouched by it."""
 
     @property
+    def refused_update(self) -> bool:
+        """Whether the last `apply` changed nothing because its gradient was not finite; False where none looks."""
+
+    @property
     def dot_group(self) -> dist.ProcessGroup | None:
         """The group over which gradient shards are disjoint; None where every rank holds the whole gradient."""
 

@@ -11,7 +11,7 @@ import torch
 from mpl_scale.config.names import Registry
 from mpl_scale.config.schema import MethodConfig
 from mpl_scale.mpl.losses import accuracy, cross_entropy, uda_loss, where_unsure
-from mpl_scale.mpl.mixup import mix_rows
+from mpl_scale.mpl.mixing import average, cutmix_box, mixup_share, neighbours
 from mpl_scale.mpl.state import Logits, State
 from mpl_scale.types import Batch
 
@@ -87,13 +87,30 @@ class Mixup(TrainingLoss):
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
         """Neighbouring rows mixed."""
-        return mix_rows(state, batch, batch.labelled)
+        return average(batch.labelled, mixup_share(state, batch))
+
+    def share(self, state: State, batch: Batch) -> torch.Tensor:
+        """How much of each image is its own, [B]."""
+        return mixup_share(state, batch)
 
     def targets(self, state: State, batch: Batch, classes: int) -> torch.Tensor:
         """Their labels, mixed alike."""
         # F.one_hot reads the device on the host
         one_hot = batch.labels[:, None] == torch.arange(classes, device=batch.labels.device)
-        return mix_rows(state, batch, one_hot.to(batch.labelled.dtype))
+        return average(one_hot.to(batch.labelled.dtype), self.share(state, batch))
+
+
+@register_loss("cutmix")
+class CutMix(Mixup):
+    """CE of labelled images with a box of another one's, against labels mixed by area (Yun et al. 2019)."""
+
+    def images(self, state: State, batch: Batch) -> torch.Tensor:
+        """The neighbour's pixels in the box."""
+        return torch.where(cutmix_box(state, batch), neighbours(batch.labelled), batch.labelled)
+
+    def share(self, state: State, batch: Batch) -> torch.Tensor:
+        """The area outside the box."""
+        return 1 - cutmix_box(state, batch).double().mean((1, 2, 3))
 
 
 @register_loss("pseudo_label")

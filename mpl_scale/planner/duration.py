@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.planner.job import Choice, Job, Machine
 from mpl_scale.planner.recorder import Sent, Work
@@ -18,7 +19,7 @@ from mpl_scale.planner.static import FP32
 CAUSES = ("compute", "launches", "halo", "pools", "statistics", "zero")
 """Of a phase's time: kernels; waiting for Python to start them; the width group's exchanges, and its sums (pools,
 gates); batch norm's all-reduces; gradients and weights."""
-RAW = ("arrays", "cifar10", "svhn")
+RAW = {"arrays", "cifar10", "svhn"}
 """Sources whose images are not compressed."""
 
 
@@ -79,7 +80,8 @@ def duration(job: Job, choice: Choice, machine: Machine) -> Duration:
     labelled, unlabelled = job.images(choice)
     images = (labelled + unlabelled) * choice.parts / choice.width
     reached, data = machine.reached, job.config.data
-    one_image = reached.view * job.config.model.image_size**2 + (0.0 if data.source in RAW else reached.decode)
+    seen = reached.view * math.prod(input_shape(job.config)) / 3
+    one_image = seen + (0.0 if data.source in RAW | LENGTHS.keys() else reached.decode)
     phases = {name: dict(causes) for name, causes in found.items()}
     return Duration(phases, images * one_image / machine.device.cores)
 

@@ -10,6 +10,7 @@ import torch
 
 from mpl_scale.config.checks import FED_BACK
 from mpl_scale.config.schema import Config, MethodConfig, OptimsConfig
+from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.models.kernels import Mode
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS, Method
 from mpl_scale.planner.cache import traced
@@ -103,9 +104,15 @@ class Job:
             kernels=kernels,
             world=choice.world,
             dtype=self.dtype,
-            vectors=network == "teacher" and not self.teacher_sees_images,
+            vectors=self._vectors(network),
         )
         return traced(key)
+
+    def _vectors(self, network: Literal["teacher", "student"]) -> int:
+        """The length of what the network sees where that is no image, else 0."""
+        if network == "teacher" and not self.teacher_sees_images:
+            return self.config.model.num_classes
+        return LENGTHS.get(self.config.data.source, 0)
 
     @property
     def teacher_sees_images(self) -> bool:

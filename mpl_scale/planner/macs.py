@@ -79,7 +79,7 @@ def step_flops(
     | teacher_warmup | B + 2 U | |
     | reduced_mpl | B + U distributions | as mpl |
     | pseudo_label, noisy_student | U, forward only | B + U |
-    | supervised, mixup | | B |
+    | supervised, mixup, cutmix | | B |
 
     With `recompute` every backward repeats its forward (4 instead of 3; an upper bound for bn_act, which keeps the
     convolutions): the work of the hardware. Without, the work that the method asks for, which is what MFU divides by.
@@ -111,6 +111,7 @@ def step_flops(
         "noisy_student": (0, labelled + unlabelled),
         "supervised": (0, labelled),
         "mixup": (0, labelled),
+        "cutmix": (0, labelled),
     }
     if method not in trained:
         raise ValueError(f"method {method!r} has no row in step_flops; add one (known: {', '.join(trained)})")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mpl_scale.config.checks import FED_BACK
+from mpl_scale.data.vectors import input_shape
 from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
-from mpl_scale.planner.static import static_bytes
+from mpl_scale.planner.static import FP32, static_bytes
 
 # DeepSpeed's own defaults (docs: zero_optimization), where a configuration says nothing.
 REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
@@ -43,8 +45,9 @@ STATIC = (
     "clipping",
     "accumulation",
     "ema",
+    "skip",
 )
-"""Categories of static_bytes."""
+"""Categories of network_state."""
 
 
 def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
@@ -70,13 +73,13 @@ def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
 
 
 def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:
-    """Static bytes of one network by category (static.py has the table)."""
+    """Static bytes of one network by category: static.py's table, and the copies that guard.nonfinite = skip keeps."""
     trace = job.trace(network, choice)  # type: ignore[arg-type]
     zero = job.deepspeed.get("zero_optimization", {})
     optim = job.optim.teacher if network == "teacher" else job.optim.student
     feeds_back = job.method.name in FED_BACK and network == "student"
     threshold = zero.get("stage3_param_persistence_threshold", zero.get("param_persistence_threshold", PERSISTENCE))
-    return static_bytes(
+    found = static_bytes(
         trace.parameters,
         trace.buffers,
         stage=choice.stage,
@@ -91,6 +94,10 @@ def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:
         reduce_bucket=_number(zero.get("reduce_bucket_size"), REDUCE_BUCKET),
         persistent=trace.kept_whole(_number(threshold, PERSISTENCE)) if choice.stage == 3 else 0,
     )
+    if job.config.guard.nonfinite == "skip":
+        master = FP32 * -(-trace.parameters // (choice.shard_size if choice.stage else 1))
+        found["skip"] = master + found["optimizer"] + found["buffers"] + found["ema"]
+    return found
 
 
 def _number(given: object, default: int) -> int:
@@ -144,5 +151,5 @@ def _images(job: Job, choice: Choice) -> float:
     """Batches in fp32 on the device, and the teacher's concatenated one in the network's dtype."""
     labelled, unlabelled = job.images(choice)
     views = labelled + 2 * unlabelled
-    pixels = 3 * job.config.model.image_size**2 / choice.width
-    return views * pixels * (_BATCHES_AHEAD * choice.parts * 4 + 4 + job.dtype.itemsize)
+    numbers = math.prod(input_shape(job.config)) / choice.width
+    return views * numbers * (_BATCHES_AHEAD * choice.parts * 4 + 4 + job.dtype.itemsize)

@@ -41,8 +41,8 @@ STEM, HEAD = "stem", "head"
 class TraceKey:
     """Everything a trace depends on.
 
-    distributed: whether batch norm has other ranks to ask. vectors: the network sees distributions [B, num_classes]
-    instead of images. The rest as of the configuration.
+    distributed: whether batch norm has other ranks to ask. vectors: the network sees vectors [B, so many]
+    instead of images; 0: images. The rest as of the configuration.
     """
 
     network: NetworkConfig
@@ -54,7 +54,7 @@ class TraceKey:
     kernels: Mode
     distributed: bool
     dtype: torch.dtype
-    vectors: bool = False
+    vectors: int = 0
 
     @staticmethod
     def of(
@@ -65,7 +65,7 @@ class TraceKey:
         kernels: Mode,
         world: int,
         dtype: torch.dtype,
-        vectors: bool = False,
+        vectors: int = 0,
     ) -> TraceKey:
         """The key of a network in a configuration, without what costs nothing (the classifier's dropout, weights)."""
         plain = network.model_copy(update={"dropout": 0.0, "weights": None, "init": "default"})
@@ -84,7 +84,7 @@ class TraceKey:
         )
 
     @property
-    def built_from(self) -> tuple[str, str, Mode, bool]:
+    def built_from(self) -> tuple[str, str, Mode, int]:
         """What the whole network depends on."""
         return self.network.model_dump_json(), self.shared.model_dump_json(), self.kernels, self.vectors
 
@@ -152,7 +152,7 @@ def trace_network(key: TraceKey) -> NetworkTrace:
     model = to_compute_dtype(apply_recompute(model, recompute), key.dtype)  # type: ignore[arg-type]
     batch = PRIME * key.width
     start, stop = input_columns(size, key.width)[_rank(key)]
-    shape = (batch, key.shared.num_classes) if key.vectors else (batch, 3, size, stop - start)
+    shape = (batch, key.vectors) if key.vectors else (batch, 3, size, stop - start)
     images = torch.empty(shape, dtype=key.dtype, device="meta")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # the engines' gradients are there before
@@ -186,7 +186,7 @@ def trace_network(key: TraceKey) -> NetworkTrace:
 
 
 @lru_cache(maxsize=2)
-def _built(network: str, shared: str, kernels: Mode, vectors: bool) -> tuple[nn.Module, int, MeteredGroup]:
+def _built(network: str, shared: str, kernels: Mode, vectors: int) -> tuple[nn.Module, int, MeteredGroup]:
     """A network to copy, its multiply-accumulates, and the group its batch norms ask."""
     group, common = MeteredGroup("world"), ModelConfig.model_validate_json(shared)
     model = build_model(
@@ -199,7 +199,7 @@ def _built(network: str, shared: str, kernels: Mode, vectors: bool) -> tuple[nn.
         kernels=kernels,
     )
     if vectors:
-        return model, count_macs(model, common.num_classes, channels=0), group
+        return model, count_macs(model, vectors, channels=0), group
     return model, count_macs(model, common.image_size), group
 
 

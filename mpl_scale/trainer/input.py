@@ -17,6 +17,7 @@ from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.joined import with_unlabelled
 from mpl_scale.data.manifest import refuse_other_unlabelled
+from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.data.views import evaluation_view, weak_view
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights
@@ -46,8 +47,22 @@ def check_names(run: RunConfig) -> None:
             "mpl_scale.data.labelled_view = strong with sample_pairing among the operations, which mixes unlabelled "
             "images in; set data.strong.op_set = no_pairing"
         )
+    if run.mpl.data.source in LENGTHS:
+        _check_vectors(run)
     weak_view(run.mpl.data.weak, run.mpl.model.image_size)
     evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
+
+
+def _check_vectors(run: RunConfig) -> None:
+    """What images have and vectors have not."""
+    source, data = run.mpl.data.source, run.mpl.data
+    if run.mpl.parallel.width > 1:
+        raise ValueError(f"mpl_scale.parallel.width = {run.mpl.parallel.width}: source {source} has no width; set 1")
+    if "cutmix" in (run.mpl.method.name, run.mpl.method.teacher_loss):
+        raise ValueError(f"cutmix pastes boxes into images, and source {source} has none; use mixup")
+    for name in ("distributions", "index", "unlabelled_index"):
+        if getattr(data, name) is not None:
+            raise ValueError(f"mpl_scale.data.{name} = '{getattr(data, name)}' is for images; source {source} has none")
 
 
 def load_splits(run: RunConfig) -> Splits:
@@ -90,21 +105,25 @@ def check_models(run: RunConfig) -> None:
         section = getattr(config.model, name)
         check_weights(section, config.model, field=field)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
-        size = config.model.image_size
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
-        shape = (1, 3, size, size) if sees_images else (1, config.model.num_classes)
+        shape = (1, *(input_shape(config) if sees_images else (config.model.num_classes,)))
         with torch.no_grad():
             try:
                 logits = model.eval()(torch.empty(shape, device="meta"))
             except RuntimeError as error:
                 raise ValueError(
-                    f"{field}.name = {section.name} cannot take images of mpl_scale.model.image_size = {size}: "
-                    f"{str(error).splitlines()[0]}"
+                    f"{field}.name = {section.name} cannot take {_called(shape)}: {str(error).splitlines()[0]}"
                 ) from error
         if logits.shape != (1, config.model.num_classes):
             raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
         _check_split(model, run, field=field, name=section.name)
         recomputed(model, config.parallel)
+
+
+def _called(shape: tuple[int, ...]) -> str:
+    if len(shape) == 2:
+        return f"vectors of {shape[1]} numbers"
+    return f"images of mpl_scale.model.image_size = {shape[-1]}"
 
 
 def _check_split(model: nn.Module, run: RunConfig, *, field: str, name: str) -> None:

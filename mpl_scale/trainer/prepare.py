@@ -33,6 +33,7 @@ from mpl_scale.monitor import (
     write_summary,
 )
 from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
+from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.input import (
     check_models,
     check_names,
@@ -64,11 +65,15 @@ LOCK_PATIENCE = 300.0
 
 @dataclass(frozen=True)
 class Options:
-    """The command line beside the config. resume: auto, never, or a checkpoint's folder."""
+    """The command line beside the config.
+
+    resume: auto, never, or a checkpoint's folder. calibration: a file of measured rates, to plan the time of a step.
+    """
 
     output: Path
     resume: str = "auto"
     max_steps: int | None = None
+    calibration: str | None = None
 
 
 def train(
@@ -144,7 +149,7 @@ def _run(
             held.callback(trainer.watchdog.close)
         if not trainer.train():
             return None
-        summary = {"config_hash": fingerprint, **_summary(trainer)}
+        summary = {"config_hash": fingerprint, **_summary(trainer), "cost": trainer.gauge.report()}
         if mesh.is_main:
             write_summary(options.output, summary)
             mark_done(options.output)
@@ -184,6 +189,7 @@ def _make_trainer(
         snapshots=snapshots,
         stop_requested=stop_requested,
         capture=eager_because is None,
+        gauge=Gauge(run, batches, mesh, options.calibration),
         control=ControlFiles(options.output) if mesh.is_main else None,
         heartbeat=Heartbeat(options.output) if mesh.is_main else None,
         watchdog=_watchdog(run, options, mesh),

@@ -14,19 +14,22 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from mpl_scale.augment import StrongView
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
-from mpl_scale.data import Quarantine, Splits, TrainLoader
+from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
-from mpl_scale.spatial import input_columns
+from mpl_scale.mpl.skipping import IN_A_ROW, SkipNonfinite
+from mpl_scale.trainer.clock import Clock
 from mpl_scale.trainer.evaluation import Evaluator, Results
+from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.guard import batch_ids, nonfinite_metrics, nonfinite_weights
-from mpl_scale.trainer.phases import Phase, Weights, build_state, channels_last, collect_weights
+from mpl_scale.trainer.loading import load_batches
+from mpl_scale.trainer.phases import Phase, Weights, build_state, collect_weights
+from mpl_scale.trainer.rewind import LossWatch
 from mpl_scale.trainer.snapshots import Snapshot, Snapshots
 from mpl_scale.trainer.watchdog import Watchdog
 from mpl_scale.types import StepMetrics
@@ -38,7 +41,7 @@ class Trainer:
 
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
     and heartbeat: on rank 0 only. watchdog: on every rank or on none.
-    capture: replay the step as a CUDA graph.
+    capture: replay the step as a CUDA graph. gauge: measures what the main phase costs.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -50,6 +53,7 @@ class Trainer:
     snapshots: Snapshots
     stop_requested: Callable[[], bool]
     capture: bool
+    gauge: Gauge
     control: ControlFiles | None = None
     heartbeat: Heartbeat | None = None
     watchdog: Watchdog | None = None
@@ -59,6 +63,10 @@ class Trainer:
     global_step: int = 0
     _first: int = 0
     _step: int = 0
+    _rewinds: int = 0
+    _data_offset: int = 0  # step t of the phase sees the batch of t + so many: what a rewind leaves out
+    _known: dict[str, Any] | None = None  # what the watch over the loss knew at the snapshot
+    _watch: LossWatch | None = None
     _state: State | None = None
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -70,6 +78,8 @@ class Trainer:
         self._state = build_state(self.phases[self._first], self.run, mesh=self.mesh, weights={})
         self.snapshots.restore(snapshot, self._state)
         self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
+        self._rewinds, self._data_offset = (snapshot.metadata.get(name, 0) for name in ("rewinds", "data_offset"))
+        self._known = snapshot.metadata.get("loss_watch")
         self.global_step = sum(phase.steps for phase in self.phases[: self._first]) + self._step
 
     def train(self) -> bool:
@@ -86,7 +96,7 @@ class Trainer:
             if not self._train_phase(phase, state, step):
                 return False
             weights = collect_weights(state, mesh=self.mesh)
-            state, step = None, 0
+            state, step, self._rewinds, self._data_offset, self._known = None, 0, 0, 0, None
         self._tell("done", self.phases[-1], self.phases[-1].steps)
         return True
 
@@ -98,53 +108,53 @@ class Trainer:
         config = self.run.mpl
         if step >= phase.steps:  # a checkpoint of the phase's end
             return True
-        source = TrainLoader(
-            config=config.data,
-            splits=self.splits,
-            image_size=config.model.image_size,
-            labelled_batch=phase.labelled,
-            unlabelled_batch=phase.unlabelled,
-            mesh=self.mesh,
-            seed=config.seed,
-            stream=phase.index,
-            start_step=step,
-            strong_view=StrongView(
-                config.data.strong, seed=config.seed, stream=phase.index, candidates=self.splits.unlabelled
-            ),
-            columns=input_columns(config.model.image_size, self.mesh.width),
-            channels_last=channels_last(config.parallel, self.mesh.device),
-            quarantine=self.quarantine,
-        )
-        loader = Prefetcher(source, self.mesh.device)
-        images = phase.labelled + phase.unlabelled
-        if self.writers.progress is not None:
-            self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
+        loader, guard = self._load(phase, step), config.guard
+        self._show_progress(phase, step)
         fall_back = None if config.parallel.graph == "required" else self.writers.note
-        run_step = StepRunner(phase.method.step, state, capture=self.capture, fall_back=fall_back)
-        every, clock = config.logging.every, _Clock()
+        skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
+        run_step = StepRunner(skipping or phase.method.step, state, capture=self.capture, fall_back=fall_back)
+        self._watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step, known=self._known)
+        every, clock, jumped = config.logging.every, Clock(), None
         try:
             while step < phase.steps:
-                with clock.waiting():
-                    batch = next(loader)
-                metrics = run_step(batch)
-                step += 1
-                self.global_step += 1
-                clock.steps += 1
-                if step % every == 0 or step == phase.steps:
-                    bad = torch.tensor(float(self.quarantine.count * self.mesh.world), device=self.mesh.device)
-                    values = self._averages({**metrics, "bad_images": bad})  # of all ranks together
-                    if config.guard.nonfinite == "stop" and (found := nonfinite_metrics(values)):
-                        self._refuse(found, phase, state, step)
-                    values |= clock.rates(images)
-                    if self.heartbeat is not None:
-                        self.heartbeat.images_per_second = values["images_per_second"]
-                    self.writers.write(values, phase=phase.name, step=step, global_step=self.global_step)
+                with self.gauge.step(phase):
+                    with clock.waiting():
+                        batch = next(loader)
+                    metrics = self.gauge(run_step, phase, state, batch)
+                    step += 1
+                    self.global_step += 1
+                    clock.steps += 1
+                    if step % every == 0 or step == phase.steps:
+                        bad = torch.tensor(float(self.quarantine.count * self.mesh.world), device=self.mesh.device)
+                        values = self._averages({**metrics, "bad_images": bad})  # of all ranks together
+                        if skipping is not None:
+                            self._tell_skipped(skipping, values, phase, state, step)
+                        elif guard.nonfinite == "stop" and (found := nonfinite_metrics(values)):
+                            self._refuse(found, phase, state, step)
+                        values |= clock.rates(phase.labelled + phase.unlabelled)
+                        if self.heartbeat is not None:
+                            self.heartbeat.images_per_second = values["images_per_second"]
+                        self.writers.write(values, phase=phase.name, step=step, global_step=self.global_step)
+                        if self._watch is not None and not values.get(IN_A_ROW):  # a skipped step is none
+                            jumped = self._watch(values, step=step)
+                if jumped is not None:
+                    back, jumped = self._go_back(jumped, phase, state, step), None
+                    if back < step:
+                        loader.close()
+                        step, loader = back, self._load(phase, back)
+                        self._show_progress(phase, step)
+                        continue
                 done = self._end_of_step(phase, state, step)
                 if done is not None:
                     return done
         finally:
             loader.close()
         return True
+
+    def _show_progress(self, phase: Phase, step: int) -> None:
+        if self.writers.progress is not None:
+            images = phase.labelled + phase.unlabelled
+            self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
 
     def _end_of_step(self, phase: Phase, state: State, step: int) -> bool | None:
         """Evaluate, save, agree to stop. None: go on; True: the phase is over; False: stop."""
@@ -160,13 +170,12 @@ class Trainer:
             self._tell("save", phase, step)
             if config.guard.nonfinite == "stop" and (found := nonfinite_weights(state, mesh=self.mesh)):
                 self._refuse(found, phase, state, step)
-            metadata = {"results": self.results, "seconds": self.elapsed(), "config": self.run.resolved()}
             self.snapshots.save(
                 phase,
                 state,
                 step=step,
                 global_step=self.global_step,
-                metadata=metadata,
+                metadata=self._metadata(),
                 wait=last or request != Request.NONE,
                 needed=stop or (last and phase is self.phases[-1]),
             )
@@ -180,6 +189,17 @@ class Trainer:
         self._tell("train", phase, step)
         return True if last else None
 
+    def _metadata(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the state."""
+        return {
+            "results": self.results,
+            "seconds": self.elapsed(),
+            "config": self.run.resolved(),
+            "rewinds": self._rewinds,
+            "data_offset": self._data_offset,
+            "loss_watch": None if self._watch is None else self._watch.to_save(),
+        }
+
     def _tell(self, doing: str, phase: Phase, step: int) -> None:
         """The heartbeat and the watchdog of what goes on: only training has to end a step in time."""
         if self.heartbeat is not None:
@@ -191,17 +211,90 @@ class Trainer:
         else:
             self.watchdog.rest()
 
-    def _refuse(self, found: Sequence[str], phase: Phase, state: State, step: int) -> NoReturn:
+    def _load(self, phase: Phase, step: int) -> Prefetcher:
+        """The phase's batches from a step on."""
+        start, config = step + self._data_offset, self.run.mpl
+        return load_batches(
+            phase, config, splits=self.splits, mesh=self.mesh, start_step=start, quarantine=self.quarantine
+        )
+
+    def _tell_skipped(
+        self, skipping: SkipNonfinite, values: Mapping[str, float], phase: Phase, state: State, step: int
+    ) -> None:
+        """Name what was skipped since the last line, and end the run where nothing else happens any more."""
+        for number in skipping.news():
+            self.writers.note(
+                f"step {number + 1} of {phase.name} is skipped: it has NaN or infinity; its batch was "
+                f"{self._batch_ids(phase, number + 1)}"
+            )
+        if values[IN_A_ROW] >= self.run.mpl.guard.max_skipped:
+            most = f"mpl_scale.guard.max_skipped = {self.run.mpl.guard.max_skipped}"
+            self._refuse([f"{values[IN_A_ROW]:.0f} steps in a row had NaN or infinity ({most})"], phase, state, step)
+
+    def _go_back(self, jumped: str, phase: Phase, state: State, step: int) -> int:
+        """Fill the state with a checkpoint from before the loss jumped; its step. The one it is at: there is none.
+
+        It is saved again at once, with what a restart has to know: that it was gone back to, and what is left out.
+        """
+        settings, watch = self.run.mpl.guard.rewind, self._watch
+        assert settings is not None
+        assert watch is not None
+        if self._rewinds >= settings.max_rewinds:
+            used = f"mpl_scale.guard.rewind.max_rewinds = {settings.max_rewinds} used up,"
+            self._refuse([f"{jumped}, with {used}"], phase, state, step, otherwise="set mpl_scale.guard.rewind = null")
+        self._tell("save", phase, step)
+        snapshot = self.snapshots.go_back(phase, step=watch.last_good)
+        if snapshot is None:
+            watch.start_anew(step)
+            self.writers.note(
+                f"{jumped}, after step {step} of {phase.name}; there is no checkpoint of it from before, so it goes on"
+            )
+            return step
+        self.snapshots.restore(snapshot, state)
+        again = step - snapshot.step
+        self._rewinds += 1
+        self._data_offset += again if settings.skip_batches else 0
+        self.global_step -= again
+        self.writers.go_back(global_step=self.global_step)
+        watch.start_anew(snapshot.step)
+        images = "the images that follow" if settings.skip_batches else "the same images"
+        self.writers.note(
+            f"{jumped}, after step {step} of {phase.name}; back to {snapshot.folder}, step {snapshot.step}, and on "
+            f"with {images} (rewind {self._rewinds} of {settings.max_rewinds})"
+        )
+        self.snapshots.save(
+            phase,
+            state,
+            step=snapshot.step,
+            global_step=self.global_step,
+            metadata=self._metadata(),
+            needed=False,
+        )
+        self._tell("train", phase, snapshot.step)
+        return snapshot.step
+
+    def _batch_ids(self, phase: Phase, step: int) -> str:
+        return batch_ids(phase, config=self.run.mpl, splits=self.splits, step=step + self._data_offset)
+
+    def _refuse(
+        self,
+        found: Sequence[str],
+        phase: Phase,
+        state: State,
+        step: int,
+        *,
+        otherwise: str = "go on with mpl_scale.guard.nonfinite = off",
+    ) -> NoReturn:
         """End the run over numbers that are none, its state set aside; the same on every rank."""
         self._tell("save", phase, step)
         try:
             saved = f"the state is in {self.snapshots.set_aside(phase, state, step=step, global_step=self.global_step)}"
         except CheckpointError as error:
             saved = f"the state could not be saved ({error})"
-        ids = batch_ids(phase, config=self.run.mpl, splits=self.splits, step=step)
+        ids = self._batch_ids(phase, step)
         raise ValueError(
             f"{', '.join(found)} after step {step} of {phase.name}, whose batch was {ids}; {saved}, no resume takes "
-            "it; lower the learning rate, look at these images, or go on with mpl_scale.guard.nonfinite = off"
+            f"it; lower the learning rate, look at these images, or {otherwise}"
         )
 
     def _evaluate(self, phase: Phase, state: State, step: int) -> None:
@@ -230,30 +323,3 @@ class Trainer:
         asked = torch.tensor(float(own), device=self.mesh.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
         return Request(int(asked.item()))
-
-
-class _Clock:
-    """Wall time and the share of it spent waiting for data, since the last line."""
-
-    def __init__(self) -> None:
-        self._restart()
-
-    def _restart(self) -> None:
-        self._began, self._waited, self.steps = time.perf_counter(), 0.0, 0
-
-    def waiting(self) -> _Clock:
-        """A context that counts as waiting."""
-        return self
-
-    def __enter__(self) -> None:
-        self._entered = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._waited += time.perf_counter() - self._entered
-
-    def rates(self, images: int) -> dict[str, Any]:
-        """images_per_second over all ranks and data_wait_share, then start anew."""
-        seconds = max(time.perf_counter() - self._began, 1e-9)
-        rates = {"images_per_second": self.steps * images / seconds, "data_wait_share": self._waited / seconds}
-        self._restart()
-        return rates

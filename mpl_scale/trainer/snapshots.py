@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,9 @@ from mpl_scale.checkpoint import (
     save,
     shard_entries,
 )
-from mpl_scale.checkpoint.agree import together
-from mpl_scale.checkpoint.folders import LATEST_NAME, write_text
+from mpl_scale.checkpoint.agree import on_main, together
+from mpl_scale.checkpoint.folders import LATEST_NAME, withdraw, write_text
+from mpl_scale.checkpoint.format import read_index
 from mpl_scale.checkpoint.writer import writing
 from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.mesh import Mesh
@@ -197,6 +200,33 @@ class Snapshots:
         found = newest_good(folder.parent, mesh=self._mesh, warn=self._warn, only=folder.name)
         assert found is not None
         return Snapshot(*found)
+
+    def go_back(self, phase: Phase, *, step: int) -> Snapshot | None:
+        """The newest good checkpoint after at most `step` steps of a phase; those after it are deleted. None: no such.
+
+        A resume would take the deleted ones, and with them what the run goes back from.
+        """
+        self.wait()
+
+        def candidates() -> list[str]:
+            found = []
+            for folder in find(self.root):
+                with suppress(CheckpointError):
+                    metadata = read_index(folder).metadata
+                    if metadata["phase"] == phase.name and metadata["phase_step"] <= step:
+                        found.append(folder.name)
+            return found
+
+        for name in on_main(self._mesh, candidates):
+            try:
+                good = newest_good(self.root, mesh=self._mesh, warn=self._warn, only=name)
+            except CheckpointError as error:  # the same on every rank
+                self._say(error)
+                continue
+            assert good is not None
+            on_main(self._mesh, partial(withdraw, self.root, good[0]))
+            return Snapshot(*good)
+        return None
 
     def restore(self, snapshot: Snapshot, state: State) -> None:
         """Fill the state. CheckpointError, with names, where it is of another model."""

@@ -20,6 +20,8 @@ import pytest
 import torch
 
 from mpl_scale.checkpoint import find, read_prefix
+from mpl_scale.cli import main
+from mpl_scale.sweep import read_spec
 from tests.configs import DIGITS, tiny
 from tests.slurm.cluster import Cluster, install, wait_for
 
@@ -173,6 +175,26 @@ def sweep(jobs: Jobs) -> dict[str, str]:
     return {}
 
 
+def search(jobs: Jobs) -> dict[str, str]:
+    """The trials of `mpl-scale sweep`; what the second one asks for, no run finds in the data."""
+    labels = "mpl_scale.data.labelled_per_class"
+    spec = jobs.folder / "the spec.json"
+    content = {"ds_config": jobs.config.name, "space": {labels: {"choices": [4, 500]}}, "trials": 2}
+    spec.write_text(json.dumps(content | {"set": {"mpl_scale.phases.train.steps": 6}}))
+    drawn = ([read_spec(spec, seed=seed).trial(index)[labels] for index in (0, 1)] for seed in range(100))
+    seed = next(seed for seed, values in enumerate(drawn) if values == [4, 500])
+    command = ["sweep", str(spec), "--output", str(jobs.output("search")), "--seed", str(seed)]
+    assert main([*command, "--prepare"]) == 0
+    script, log = str(ROOT / "slurm" / "sweep.sbatch"), jobs.folder / "search-%a.log"
+    options = ("--array=0-1", "--nodes=1", "--ntasks=1", f"--output={log}", script, "--sweep")
+    job = jobs.cluster.submit(*options, str(jobs.output("search")), cwd=jobs.folder, environment=CPU)
+    found = [jobs.cluster.finish(f"{job}_{task}", jobs.folder / f"search-{task}.log") for task in (0, 1)]
+    assert main([*command, "--summary"]) == 0
+    return {f"state {task}": found[task]["JobState"] for task in (0, 1)} | {
+        f"log {task}": (jobs.folder / f"search-{task}.log").read_text() for task in (0, 1)
+    }
+
+
 def check_health(jobs: Jobs) -> dict[str, str]:
     """All well; then a node on which Python cannot start."""
     script = str(ROOT / "slurm" / "healthcheck.sh")
@@ -226,6 +248,7 @@ SCENARIOS: tuple[Callable[[Jobs], Any], ...] = (
     torchrun,
     steps_signalled,
     sweep,
+    search,
     check_health,
     refused,
 )
@@ -331,6 +354,19 @@ def test_an_array_runs_a_seed_per_task(jobs: Jobs, outcomes: dict[str, Future[An
     for seed in (3, 4):
         summary = json.loads((jobs.output("sweep") / str(seed) / "summary.json").read_text())
         assert summary["seed"] == seed
+
+
+def test_an_array_runs_a_trial_per_task_and_one_that_fails_says_so(
+    jobs: Jobs, outcomes: dict[str, Future[Any]]
+) -> None:
+    found = outcomes["search"].result()
+    assert (found["state 0"], found["state 1"]) == ("COMPLETED", "FAILED"), found["log 0"] + found["log 1"]
+    output = jobs.output("search")
+    best = json.loads((output / "best.json").read_text())
+    assert best["mpl_scale"]["data"] == {"labelled_per_class": 4}
+    assert json.loads((output / "trial_000" / "summary.json").read_text())["steps"] == 10
+    assert json.loads((output / "trial_001" / "error.json").read_text())["status"] == 2
+    assert "labelled_per_class = 500, but class" in found["log 1"]
 
 
 def test_the_health_check_names_the_node_that_is_ill(outcomes: dict[str, Future[Any]]) -> None:

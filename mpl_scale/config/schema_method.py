@@ -1,0 +1,102 @@
+"""The sections mpl_scale.method and mpl_scale.optim: what a step does, and how what it learned is applied."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section
+
+
+class FeedbackConfig(Section):
+    """The student's feedback h (equation 12, appendix C.3)."""
+
+    rule: str = Field(
+        "cosine", description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact."
+    )
+    weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
+    dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
+    old_loss: Literal["own_pass", "update_pass"] = Field(
+        "own_pass",
+        description="Rule loss_difference: CE_old from a pass over x_l alone, as CE_new, or from the update pass, "
+        "where x_s shares the batch norm (the released code and its ports; mostly noise).",
+    )
+    target: Literal["pseudo_labels", "strong_argmax"] = Field(
+        "pseudo_labels",
+        description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port.",
+    )
+    baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
+    baseline_decay: Probability = 0.99
+    baseline_bias_correction: bool = Field(True, description="Divide the average by 1 - decay**t, as Adam does.")
+
+
+class UDAConfig(Section):
+    """Unsupervised data augmentation: the teacher's consistency loss (Table 7)."""
+
+    weight: NonNegative = Field(1.0, description="UDA factor.")
+    temperature: Positive = Field(0.7, description="Sharpens the weak view's distribution.")
+    threshold: Probability = Field(0.0, description="Only images whose sharpened confidence reaches it count.")
+    labelled_threshold: Probability = Field(
+        1.0, description="Labelled images whose class has a larger probability do not count (C.4); 1: all count."
+    )
+    ramp_steps: CountOrZero = Field(0, description="Linear ramp of the weight: weight * min(1, step / ramp_steps).")
+
+
+class MethodConfig(Section):
+    """What a step does."""
+
+    name: str = Field(
+        "mpl",
+        description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, mpl, reduced_mpl.",
+    )
+    preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
+        None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
+    )
+    pseudo_labels: Literal["sampled", "argmax", "soft"] = "sampled"
+    pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
+    pseudo_label_temperature: Positive = 1.0
+    pseudo_label_threshold: Probability = Field(
+        0.95, description="Methods pseudo_label and noisy_student, and that teacher_loss: least confidence (Table 6)."
+    )
+    feedback: FeedbackConfig = FeedbackConfig()
+    teacher_loss: str = Field(
+        "uda",
+        description="Registered: uda, supervised, mixup, cutmix, pseudo_label. What the teacher follows beside the "
+        "feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
+    )
+    mixup_alpha: Positive = Field(1.0, description="mixup and cutmix: lambda ~ Beta(alpha, alpha).")
+    supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
+    uda: UDAConfig = UDAConfig()
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
+        0.0, description="Smooths the pseudo labels."
+    )
+    student_sees_labelled: bool = Field(True, description="The student's pass includes x_l, for BN statistics only.")
+    student_wait_steps: CountOrZero = Field(0, description="Steps with student learning rate 0 and feedback 0.")
+    ema_decay: Probability = Field(0.999, description="Student EMA: rate min(decay, (t+1)/(t+10)); 0: none.")
+
+
+class OptimConfig(Section):
+    """Optimiser and schedule of one network."""
+
+    name: str = Field("sgd", description="Registered: sgd, rmsprop, lars.")
+    lr: NonNegative
+    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    nesterov: bool = True
+    weight_decay: NonNegative = Field(0.0, description="Coupled L2, as in the released code.")
+    decay_bn_and_bias: bool = Field(False, description="Whether weight decay covers BN parameters and biases.")
+    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")
+    eps: Positive = Field(1e-3, description="RMSProp: added under the root (TF variant).")
+    trust: Positive = Field(1e-3, description="LARS: eta, a parameter's step as a share of its norm at lr 1.")
+    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
+    warmup_steps: CountOrZero = Field(0, description="Linear: lr * (step + 1) / warmup_steps.")
+    decay_rate: Fraction = Field(0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps).")
+    decay_steps: Count = Field(750, description="Exponential schedule.")
+
+
+class OptimsConfig(Section):
+    """One optimiser per network."""
+
+    teacher: OptimConfig
+    student: OptimConfig

@@ -1,0 +1,67 @@
+"""From a configuration to what the planner plans: one job per phase, on the devices that --gpu names.
+
+Imports what it needs when it is called: commands read this module before they know that they have something to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from mpl_scale.config import Batches, RunConfig
+from mpl_scale.config.checks import uses_flat_engine, zero_stage
+
+if TYPE_CHECKING:
+    from mpl_scale.planner.job import Job, Machine
+    from mpl_scale.planner.search import Plan
+
+GIGA = 1e9
+
+
+def make_jobs(run: RunConfig, batches: Batches, *, cuda: bool) -> list[Job]:
+    """The phases of a run. cuda: whether batch norm's loops are compiled where the configuration leaves it open."""
+    from mpl_scale.planner.job import Job
+    from mpl_scale.trainer.phases import plan_phases
+
+    kernels = run.mpl.parallel.kernels
+    return [
+        Job(
+            name=phase.name,
+            config=run.mpl,
+            deepspeed=run.deepspeed,
+            method=phase.method,
+            settings=phase.settings,
+            optim=phase.optim,
+            labelled=phase.labelled,
+            unlabelled=phase.unlabelled,
+            steps=phase.steps,
+            kernels=("compiled" if cuda else "eager") if kernels == "auto" else kernels,
+        )
+        for phase in plan_phases(run.mpl, batches, max_steps=None)
+    ]
+
+
+def main_job(jobs: list[Job]) -> Job:
+    """The phase that a plan is made for."""
+    return next(job for job in jobs if job.name == "train")
+
+
+def make_machine(gpu: str, *, calibration: str | None = None, per_node: int | None = None) -> Machine:
+    """The devices that --gpu, --calibration and --nodes mean. ValueError: there are none such."""
+    from mpl_scale.planner.hardware import Reached, find_device, load_calibration
+    from mpl_scale.planner.job import Machine
+
+    device, reached = find_device(gpu, ranks_per_node=per_node), Reached()
+    if device.cpu:  # no driver; Python and torch themselves
+        reached = dataclasses.replace(reached, runtime=0.5 * GIGA, launch=5e-6)
+    if calibration is not None:
+        device, reached = load_calibration(calibration, device)
+    return Machine(device, reached)
+
+
+def configured_plan(job: Job, run: RunConfig, batches: Batches, *, world: int, machine: Machine) -> Plan:
+    """The job as the configuration cuts it."""
+    from mpl_scale.planner.search import as_configured
+
+    flat = uses_flat_engine(run, cuda=not machine.device.cpu)
+    return as_configured(job, world, machine, stage=zero_stage(run), flat=flat, parts=batches.micro_batches)
