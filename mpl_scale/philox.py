@@ -85,7 +85,7 @@ def uniform_numpy(*, seed: int, stream: int, epoch: np.ndarray, ids: np.ndarray,
     low, high = ids[:, None] & _MASK, (ids[:, None] >> 32) & _MASK
     with np.errstate(over="ignore"):
         words = philox4x32((blocks, low, epoch[:, None] & _MASK, high), (seed & _MASK, stream & _MASK))
-    bits = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(ids), -1)[:, :columns]
+    bits = np.stack(np.broadcast_arrays(*words), axis=-1).reshape(len(ids), 4 * blocks.size)[:, :columns]
     return _to_unit(bits >> 8)
 
 

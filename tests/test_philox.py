@@ -39,6 +39,8 @@ def test_a_row_draws_the_same_numbers_in_any_part_of_the_batch() -> None:
 
 def test_host_and_device_draw_the_same_numbers() -> None:
     ids = np.arange(100, dtype=np.int64)
+    none = np.zeros(0, np.int64)
+    assert uniform_numpy(seed=5, stream=6, epoch=none, ids=none, columns=5).shape == (0, 5)
     on_host = uniform_numpy(seed=5, stream=6, epoch=np.full(100, 7), ids=ids, columns=5)
     on_device = uniform(seed=5, stream=6, step=torch.tensor(7), rows=torch.from_numpy(ids), columns=5)
     assert np.array_equal(on_host.astype(np.float32), on_device.numpy())

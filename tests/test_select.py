@@ -104,6 +104,13 @@ def best_of(column: np.ndarray, ids: np.ndarray, count: int) -> list[int]:
     return ids[sorted(range(len(ids)), key=lambda row: (-column[row], ids[row]))[:count]].tolist()
 
 
+def test_a_threshold_that_no_image_reaches_is_named(made: dict[str, Any], tmp_path: Path) -> None:
+    for duplicate in (False, True):
+        with pytest.raises(ValueError, match=r"no image of .* that rule threshold asks for, 0.99999; lower it"):
+            chosen(made, tmp_path / "none", rule="threshold", least=0.99999, count=12, duplicate=duplicate)
+    assert not (tmp_path / "none").exists()
+
+
 def test_scores_are_the_networks_probabilities_and_rules_equal_brute_force(
     made: dict[str, Any], tmp_path: Path
 ) -> None:

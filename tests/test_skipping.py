@@ -134,7 +134,7 @@ def infinite_gradient(engine: str, stage: int) -> tuple[list[int], list[bool], l
         spoilt = number == 2 and mesh.rank == mesh.world - 1
         classifier = [parameter for parameter in teacher.module.parameters() if parameter.requires_grad][-1]
         hook = classifier.register_hook(lambda gradient, factor=torch.inf if spoilt else 1.0: gradient * factor)
-        metrics = step(state, batch)
+        metrics = dict(step(state, batch))
         hook.remove()
         skipped.append(int(metrics.pop(SKIPPED)))
         metrics.pop(IN_A_ROW)
@@ -202,7 +202,7 @@ def jumping(state: State, batch: Batch) -> StepMetrics:
 
 def jumping_config(folder: Path, **rewind: Any) -> str:
     guard = {"rewind": {"factor": 3.0, "window": 4, "patience": 2, **rewind}}
-    config = {"data": {"labelled_per_class": 20}, "method": {"name": "test_jumping"}, "guard": guard}
+    config: dict[str, Any] = {"data": {"labelled_per_class": 20}, "method": {"name": "test_jumping"}, "guard": guard}
     raw = json.loads(Path(make_config(folder, phases={"train": {"steps": 20}}, **config)).read_text())
     raw["mpl_scale"]["checkpoint"] = {"every": 4, "keep": 9}
     return write(folder, raw)
