@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -155,6 +156,7 @@ def load_all(target: Layout, sources: list[str], root: str, dtype: torch.dtype) 
 
 LOADS = 31 if os.environ.get("MPL_SCALE_TEST_ALL") else 1
 """Sources that each target loads: every one on request."""
+pytestmark = pytest.mark.timeout(300 if LOADS == 1 else 3600)
 
 
 def table(root: Path, wanted: list[Layout], dtype: torch.dtype, loads: int) -> dict[tuple[str, str], float]:

@@ -118,6 +118,21 @@ def test_skipped_steps_are_named_and_too_many_in_a_row_end_the_run(
     check_documented(named[0].partition("step")[1] + named[0].partition("step")[2], folder=tmp_path)
 
 
+def test_a_run_without_such_a_step_is_the_same_and_its_copies_are_planned(tmp_path: Path) -> None:
+    held, static = {}, {}
+    for nonfinite in ("stop", "skip"):
+        folder = tmp_path / nonfinite
+        folder.mkdir()
+        config = make_config(folder, phases={"train": {"steps": 6}}, guard={"nonfinite": nonfinite})
+        train(load_config(config), Options(folder / "out"))
+        held[nonfinite] = weights(folder / "out", 6)
+        static[nonfinite] = json.loads((folder / "out" / "summary.json").read_text())["cost"]["bytes"]["static"]
+    for name, value in held["stop"].items():
+        assert torch.equal(value, held["skip"][name]), name
+    planned, measured = (static["skip"][key] - static["stop"][key] for key in ("planned", "measured"))
+    assert 0 <= measured - planned < 1024  # counters, and the numbers of the last 64 skipped steps
+
+
 def infinite_gradient(engine: str, stage: int) -> tuple[list[int], list[bool], list[bool]]:
     """Four steps; in the third the teacher's gradient is infinite on the last rank, and nothing else is.
 

@@ -22,7 +22,11 @@ from mpl_scale.types import Batch, StepMetrics
 
 @dataclass(frozen=True)
 class Measured:
-    """static: bytes of both networks' engines, gradients and averages; activations: kept, at the worst moment."""
+    """Bytes.
+
+    static: of both networks' engines, gradients and averages, and of a step's own copies. activations: kept, at the
+    worst moment.
+    """
 
     static: int
     activations: int
@@ -32,7 +36,7 @@ def measure_step(step: Step, state: State, batch: Batch) -> tuple[StepMetrics, M
     """Run a step eagerly, and count.
 
     Args:
-        step: of a registered method.
+        step: of a registered method, or one that can be skipped.
         state: what it trains; not in its first step, in which engines may allocate.
         batch: this rank's rows.
 
@@ -47,7 +51,7 @@ def measure_step(step: Step, state: State, batch: Batch) -> tuple[StepMetrics, M
     }
     census.networks = [one.network for one in watched.values()]
     metrics = step(dataclasses.replace(state, **watched), batch)  # type: ignore[arg-type]
-    static = sum(one.static for one in watched.values()) + reachable_bytes([state.student_average])
+    static = sum(one.static for one in watched.values()) + reachable_bytes([state.student_average, step])
     return metrics, Measured(static, census.most)
 
 
