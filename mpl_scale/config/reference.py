@@ -44,7 +44,7 @@ def _sections(section: type[BaseModel], path: str) -> Iterator[tuple[str, type[B
     yield path, section
     seen: dict[type[BaseModel], str] = {}
     for name, field in section.model_fields.items():
-        inner = _inner(field.annotation)
+        inner = next(filter(None, map(_inner, (field.annotation, *typing.get_args(field.annotation)))), None)
         if inner is not None:
             seen[inner] = f"{seen[inner]}, {name}" if inner in seen else f"{path}.{name}"
     for inner, where in seen.items():
@@ -93,6 +93,8 @@ def _type(annotation: Any) -> str:
         return f"list of {_type(arguments[0])}"
     if origin is dict:
         return "object"
+    if _inner(annotation) is not None:
+        return "a section"
     names = {int: "whole number", float: "number", str: "text", bool: "true or false", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
 

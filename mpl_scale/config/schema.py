@@ -288,8 +288,7 @@ class GuardConfig(Section):
     )
     rewind: RewindConfig | None = Field(
         None,
-        description="Go back to a checkpoint when the loss jumps: factor, window, patience, max_rewinds, skip_batches "
-        "(docs/faults.md); null: off.",
+        description="Go back to a checkpoint when the loss jumps (docs/faults.md); null: off.",
     )
 
 
