@@ -52,9 +52,8 @@ def config_with(tmp_path: Path, **top_level: Any) -> str:
     return write(tmp_path, raw)
 
 
-OWN = {
-    name for name, method in METHODS.items() if method.step.__module__.startswith("mpl_scale.")
-}  # tests register too
+OWN = {name for name, method in METHODS.items() if method.step.__module__.startswith("mpl_scale.")}
+"""Tests register methods too."""
 
 
 @pytest.mark.parametrize("method", sorted(OWN - {"teacher_warmup", "reduced_mpl", "noisy_student"}))
