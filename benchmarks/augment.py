@@ -7,8 +7,8 @@ decoding or for turning one into the other. The two take turns (A B A B ...) and
 seconds, which other processes do not lengthen by making it wait; an operation is judged by the least of its rounds,
 and the ratio is also given as the median of the rounds' own. "view" is the whole strong view, N = 2 and M = 9 of the
 list without Sample Pairing, against torchvision's RandAugment: of 8 draws for each image, the same in every round.
-Some operations hand large images to Pillow themselves (mpl_scale/augment/pictures.py): there the ratio is what turning
-tensors into pictures and back costs. Prints a table and writes OUTPUT.
+Rotations and vertical shears of large images are Pillow's own (mpl_scale/augment/large.py): there the ratio is what
+turning tensors into pictures and back costs. Prints a table and writes OUTPUT.
 """
 
 from __future__ import annotations

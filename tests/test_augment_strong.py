@@ -34,18 +34,16 @@ def test_does_not_depend_on_how_the_batch_is_divided(random_magnitude: bool) -> 
     assert torch.equal(whole[order], view(images[order], IDS[order], EPOCHS[order]))
 
 
-@pytest.mark.parametrize("other", ["SMALLEST", "_installed"])
 @pytest.mark.parametrize("settings", [{"op_set": "imagenet", "cutout": 30}, {"preset": "released_code"}], ids=str)
-def test_large_images_on_a_cpu_have_the_view_of_a_gpu_and_of_a_machine_without_pillow(
-    settings: dict[str, Any], other: str, monkeypatch: pytest.MonkeyPatch
+def test_large_images_on_a_cpu_have_the_view_of_a_gpu(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One by one, as pictures where that is faster: as all in a batch, in torch."""
+    """One by one, in numpy and Pillow: as all in a batch, in torch."""
     config = StrongConfig(**settings, num_ops=3)
     view = StrongView(config, seed=3, stream=1, candidates=CANDIDATES)
     images, partners = noise(size=112), noise(size=112).roll(1, 0)
     result = view(images.to(memory_format=torch.channels_last), IDS, EPOCHS, partners)
-    changed = {"SMALLEST": 1 << 60, "_installed": lambda: False}[other]
-    monkeypatch.setattr(f"mpl_scale.augment.pictures.{other}", changed)
+    monkeypatch.setattr("mpl_scale.augment.large.SMALLEST", 1 << 60)
     assert torch.equal(view(images, IDS, EPOCHS, partners), result)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpl_scale.augment import magnitudes
+from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import sample
 from mpl_scale.augment.registry import Given, bands, register_op
 
@@ -108,31 +108,31 @@ def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
     return (slope[:, None] * np.arange(length) + offset[:, None]).astype(np.int64) >> _BITS
 
 
-@register_op("shear_x", amount=magnitudes.shear)
+@register_op("shear_x", amount=magnitudes.shear, of_one=large.shear_x)
 def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, amount, 0, 0, 1, 0)."""
     return move_rows(images, right=_sheared(amount, images.shape[2]), fill=given.fill)
 
 
-@register_op("shear_y", amount=magnitudes.shear)
+@register_op("shear_y", amount=magnitudes.shear, of_one=large.shear_y)
 def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, amount, 1, 0)."""
     return move_columns(images, down=_sheared(amount, images.shape[3]), fill=given.fill)
 
 
-@register_op("translate_x", amount=magnitudes.columns)
+@register_op("translate_x", amount=magnitudes.columns, of_one=large.translate_x)
 def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, pixels, 0, 1, 0)."""
     return translate(images, amount, np.zeros_like(amount), fill=given.fill)
 
 
-@register_op("translate_y", amount=magnitudes.rows)
+@register_op("translate_y", amount=magnitudes.rows, of_one=large.translate_y)
 def translate_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, 0, 1, pixels)."""
     return translate(images, np.zeros_like(amount), amount, fill=given.fill)
 
 
-@register_op("rotate", amount=magnitudes.degrees)
+@register_op("rotate", amount=magnitudes.degrees, of_one=large.rotate)
 def rotate(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """Image.rotate(degrees, NEAREST, fillcolor=fill): counter-clockwise about the centre."""
     angle = -np.radians(amount)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from mpl_scale.augment import magnitudes
+from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import LEVELS, look_up
 from mpl_scale.augment.registry import Given, bands, per_image, register_op
 
@@ -39,7 +39,7 @@ def _blend(degenerate: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -
     Returns:
         int16 [B, 3, h, w]: on a CPU torch makes bytes of them, but not of float32, with vector instructions.
     """
-    return torch.lerp(degenerate, wide, factor, out=wide).clamp_(0, 255).short()
+    return torch.lerp(degenerate, wide, factor, out=wide).short().clamp_(0, 255)
 
 
 def _luminance(wide: torch.Tensor) -> torch.Tensor:
@@ -49,14 +49,14 @@ def _luminance(wide: torch.Tensor) -> torch.Tensor:
     return grey.add_(0.5).floor_()
 
 
-@register_op("brightness", amount=magnitudes.factor)
+@register_op("brightness", amount=magnitudes.factor, of_one=large.brightness)
 def brightness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Brightness(factor): blend with black."""
     tables = np.minimum(_rounded(amount)[:, None, None] * np.arange(LEVELS), 255).astype(np.uint8)
     return look_up(images, torch.from_numpy(tables).to(images.device))
 
 
-@register_op("color", amount=magnitudes.factor)
+@register_op("color", amount=magnitudes.factor, of_one=large.color)
 def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Color(factor): blend with the grey image."""
     factor, result = _factor(amount, images), torch.empty_like(images)
@@ -66,7 +66,7 @@ def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tenso
     return result
 
 
-@register_op("contrast", amount=magnitudes.factor)
+@register_op("contrast", amount=magnitudes.factor, of_one=large.contrast)
 def contrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Contrast(factor): blend with the rounded mean luminance."""
     # Sums of a row are exact in float32, those of an image are not.
@@ -96,13 +96,13 @@ def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.T
     return result
 
 
-@register_op("posterize", amount=magnitudes.bits)
+@register_op("posterize", amount=magnitudes.bits, of_one=large.posterize)
 def posterize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.posterize(bits): the low bits are set to 0."""
     return images & per_image(256 - 2.0 ** (8 - amount), images, dtype=np.uint8)
 
 
-@register_op("solarize", amount=magnitudes.threshold)
+@register_op("solarize", amount=magnitudes.threshold, of_one=large.solarize)
 def solarize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.solarize(threshold): pixels from it on are inverted."""
     level = np.arange(LEVELS, dtype=np.uint8)
@@ -110,7 +110,7 @@ def solarize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Te
     return look_up(images, tables.to(images.device))
 
 
-@register_op("invert")
+@register_op("invert", of_one=large.invert)
 def invert(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.invert."""
     return ~images

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from mpl_scale.augment import large
 from mpl_scale.augment.lookup import LEVELS, look_up
 from mpl_scale.augment.registry import Given, register_op
 
@@ -20,7 +21,7 @@ def histograms(images: torch.Tensor) -> torch.Tensor:
     return torch.bincount(index, minlength=batch * channels * LEVELS).view(batch, channels, LEVELS)
 
 
-@register_op("autocontrast")
+@register_op("autocontrast", of_one=large.autocontrast)
 def autocontrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.autocontrast with cutoff 0: stretch each channel to 0..255.
 
@@ -35,7 +36,7 @@ def autocontrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torc
     return look_up(images, stretched.clamp_(0, 255).to(torch.uint8))
 
 
-@register_op("equalize")
+@register_op("equalize", of_one=large.equalize)
 def equalize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.equalize: the lookup table is the running count over (pixels below the maximum) // 255.
 

@@ -8,7 +8,7 @@ import torch
 LEVELS = 256
 _LARGE = 1 << 12
 """Pixels of a plane from which one look-up per plane is cheaper on a CPU than one look-up of all with offsets."""
-_PIECE = 1 << 15
+_PIECE = 1 << 16
 _INT32 = 1 << 31
 
 
@@ -31,11 +31,15 @@ def look_up(images: torch.Tensor, tables: torch.Tensor) -> torch.Tensor:
     result = torch.empty_like(images)
     planes = zip(*(tensor.reshape(count, -1).numpy() for tensor in (images, tables, result)), strict=True)
     for plane, table, out in planes:
-        entries = table.tobytes()
-        for first in range(0, len(plane), _PIECE):
-            part = slice(first, first + _PIECE)
-            out[part] = np.frombuffer(plane[part].tobytes().translate(entries), np.uint8)
+        translate_bytes(plane, table.tobytes(), out=out)
     return result
+
+
+def translate_bytes(values: np.ndarray, table: bytes, *, out: np.ndarray) -> None:
+    """Entries of a table of 256 for values, uint8 [N], on the host."""
+    for first in range(0, len(values), _PIECE):
+        part = slice(first, first + _PIECE)
+        out[part] = np.frombuffer(values[part].tobytes().translate(table), np.uint8)
 
 
 def sample(planes: torch.Tensor, index: torch.Tensor, *, out: torch.Tensor) -> None:

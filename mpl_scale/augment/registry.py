@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpl_scale.augment import pictures
+from mpl_scale.augment.large import OfOne, are_large
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import StrongConfig
 
 CHUNK_BYTES = 1 << 16
 """Images an operation sees at once on a CPU: its intermediates, of four bytes a pixel, then stay near the core."""
-BAND_BYTES = 1 << 17
+BAND_BYTES = 5 << 15
 """The part of one larger image that an operation sees at once: its intermediates still fit a second-level cache."""
 
 
@@ -63,23 +63,23 @@ class Operation:
         apply: the operation, in torch.
         amount: its argument at a strength of magnitude / 10, signed; None: it has no magnitude.
         pairs: whether it needs `Given.partners`.
+        of_one: the same, to the byte, for one large image on a CPU; None: that is cheapest as a batch of one.
     """
 
     name: str
     apply: Apply
     amount: Amount | None = None
     pairs: bool = False
+    of_one: OfOne | None = None
 
     def __call__(self, images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
         """Apply; on a CPU to a few images at a time, or to large ones one by one."""
         images = images.contiguous()
-        if pictures.are_large(images):
+        if are_large(images):
             result = torch.empty_like(images)
-            for index, (planes, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
+            for index, (image, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
                 part = slice(index, index + 1)
-                canvas = pictures.Canvas(planes)
-                self.on_canvas(canvas, amount[part], given.rows(part))
-                canvas.store(out)
+                out[...] = self.on_one(image, amount[part], given.rows(part))
             return result
         count = max(1, CHUNK_BYTES // max(1, math.prod(images.shape[1:])))
         if images.device.type != "cpu" or len(images) <= count:
@@ -90,22 +90,23 @@ class Operation:
             result[part] = self.apply(images[part], amount[part], given.rows(part))
         return result
 
-    def on_canvas(self, canvas: pictures.Canvas, amount: np.ndarray, given: Given) -> None:
-        """Apply to one large image; amount: float64 [1]."""
-        if canvas.takes(self.name):
-            canvas.draw(self.name, float(amount[0]), fill=given.fill)
-        else:
-            canvas.replace(lambda planes: self.apply(planes, amount, given))
+    def on_one(self, image: np.ndarray, amount: np.ndarray, given: Given) -> np.ndarray:
+        """Apply to one large image on a CPU, uint8 [3, H, W], contiguous, and so is the result; amount: float64 [1]."""
+        if self.of_one is not None:
+            return self.of_one(image, float(amount[0]), given.fill)
+        return self.apply(torch.from_numpy(image[None]), amount, given)[0].numpy()
 
 
 OPS: Registry[Operation] = Registry("augmentation")
 
 
-def register_op(name: str, *, amount: Amount | None = None, pairs: bool = False) -> Callable[[Apply], Apply]:
+def register_op(
+    name: str, *, amount: Amount | None = None, pairs: bool = False, of_one: OfOne | None = None
+) -> Callable[[Apply], Apply]:
     """Make an operation available in `mpl_scale.data.strong.ops`; see `Operation` for the arguments."""
 
     def add(apply: Apply) -> Apply:
-        OPS[name] = Operation(name, apply, amount, pairs)
+        OPS[name] = Operation(name, apply, amount, pairs, of_one)
         return apply
 
     return add

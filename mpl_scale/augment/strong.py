@@ -9,7 +9,7 @@ import torch
 
 from mpl_scale.augment.affine import translate
 from mpl_scale.augment.cutout import cutout
-from mpl_scale.augment.pictures import Canvas, are_large
+from mpl_scale.augment.large import are_large
 from mpl_scale.augment.registry import Given, find_ops
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
@@ -138,11 +138,10 @@ class StrongView:
             return self._view(images, drawn, amounts, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
         # one large image stays in a core's cache from operation to operation
-        for index, (planes, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
+        for index, (image, out) in enumerate(zip(images.numpy(), result.numpy(), strict=True)):
             part = slice(index, index + 1)
-            canvas = Canvas(planes)
-            self._view_of_large(canvas, drawn.rows(part), amounts[part], None if partners is None else partners[part])
-            canvas.store(out)
+            mixed_in = None if partners is None else partners[part]
+            out[...] = self._view_of_one(np.ascontiguousarray(image), drawn.rows(part), amounts[part], mixed_in)
         return result
 
     def _view(
@@ -154,15 +153,18 @@ class StrongView:
             images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)
         return self._cut_and_crop(images, drawn)
 
-    def _view_of_large(self, canvas: Canvas, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None) -> None:
-        """The same for one image."""
+    def _view_of_one(
+        self, image: np.ndarray, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
+    ) -> np.ndarray:
+        """The same for one image, uint8 [3, H, W]."""
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
                 given = Given(config.fill, partners, drawn.places[number])
-                self._ops[position].on_canvas(canvas, amounts[:, number], given)
+                image = self._ops[position].on_one(image, amounts[:, number], given)
         if config.cutout or config.crop_pad or config.flip:
-            canvas.replace(lambda planes: self._cut_and_crop(planes, drawn))
+            image = self._cut_and_crop(torch.from_numpy(image[None]), drawn)[0].numpy()
+        return image
 
     def _cut_and_crop(self, images: torch.Tensor, drawn: Drawn) -> torch.Tensor:
         """What follows the drawn operations."""
