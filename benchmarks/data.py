@@ -236,7 +236,7 @@ def _stall(root: Path, options: argparse.Namespace) -> dict[str, Any]:
         began = time.perf_counter()
         loaded = next(loader)
         waited = time.perf_counter() - began
-        logits = model(torch.cat([loaded.labelled, loaded.strong]))
+        logits = model(loaded.normalise(torch.cat([loaded.labelled, loaded.strong])))
         torch.nn.functional.cross_entropy(logits[:batch], loaded.labels).backward()
         if step >= 2:
             shares.append(waited / (time.perf_counter() - began))

@@ -17,6 +17,7 @@ import torch
 
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.data.normalise import Normalise
 from mpl_scale.engine.graph import StepRunner, why_not_captured
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.models import build_model
@@ -108,7 +109,7 @@ def make_workload(
 
 
 def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
-    """Normal pixels and random labels: this rank's rows and columns of one global batch."""
+    """Random pixels and labels: this rank's rows and columns of one global batch."""
     size, device = run.mpl.model.image_size, mesh.device
     start, stop = input_columns(size, mesh.width)[mesh.width_index]
     generator = torch.Generator(device).manual_seed(1234 + mesh.rank)
@@ -120,12 +121,21 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
         return torch.arange(mesh.data_index * count, (mesh.data_index + 1) * count, device=device)
 
     def images(count: int) -> torch.Tensor:
-        values = torch.randn(count, 3, size, stop - start, generator=generator, device=device)
+        shape = (count, 3, size, stop - start)
+        values = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)
         return values.contiguous(memory_format=memory_format)
 
     labelled, unlabelled = rows(phase.labelled), rows(phase.unlabelled)
     labels = labelled % run.mpl.model.num_classes  # the same on all ranks of a width group
-    return Batch(images(len(labelled)), labels, labelled, images(len(unlabelled)), images(len(unlabelled)), unlabelled)
+    return Batch(
+        labelled=images(len(labelled)),
+        labels=labels,
+        labelled_rows=labelled,
+        weak=images(len(unlabelled)),
+        strong=images(len(unlabelled)),
+        unlabelled_rows=unlabelled,
+        normalise=Normalise(run.mpl.data, device=device, dtype=torch.float32, channels_last=wide),
+    )
 
 
 def _loader(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:

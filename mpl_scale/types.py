@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -11,13 +12,19 @@ StepMetrics = Mapping[str, torch.Tensor]
 """0-d device tensors by name; read on the host only when a line is logged."""
 
 
+def as_they_are(images: torch.Tensor) -> torch.Tensor:
+    """The same."""
+    return images
+
+
 @dataclass(frozen=True)
 class Batch:
     """This rank's part of the global batch of one step.
 
-    Shapes: B labelled and U unlabelled images; images are floating point [*, 3, H, W] (or [*, F] for vectors),
-    normalised, on the run's device. Rows are global positions in the step's batch: they key the counter-based
-    randomness (philox.py), so a row draws the same numbers on every layout of ranks.
+    Shapes: B labelled and U unlabelled images, on the run's device: pixels, uint8 [*, 3, H, W], which take a quarter of
+    what networks are given, `normalise` of a micro-batch of them; or that already, floating point (vectors [*, F]).
+    Rows are global positions in the step's batch: they key the counter-based randomness (philox.py), so a row draws the
+    same numbers on every layout of ranks.
     """
 
     labelled: torch.Tensor  # [B, 3, H, W]
@@ -28,18 +35,23 @@ class Batch:
     unlabelled_rows: torch.Tensor  # int64 [U], in [0, global U)
     labelled_distributions: torch.Tensor | None = None  # [B, K], what a trained teacher once said of x_l (appendix E)
     unlabelled_distributions: torch.Tensor | None = None  # [U, K], and of x_u
+    normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are  # any of the images, to floating point
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """What the batch has, by field."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+    def with_tensors(self, tensors: dict[str, Any]) -> Batch:
+        """The same with other tensors, by field."""
+        return replace(self, **tensors)
 
     def split(self, parts: int) -> list[Batch]:
         """Equal micro-batches of consecutive rows, as views; `parts` divides B and U."""
         if parts == 1:
             return [self]
         pieces = {name: value.chunk(parts) for name, value in self.tensors().items()}
-        return [Batch(**{name: piece[index] for name, piece in pieces.items()}) for index in range(parts)]
+        return [self.with_tensors({name: piece[index] for name, piece in pieces.items()}) for index in range(parts)]
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mpl_scale.data import Splits, TrainLoader, evaluation_batches, load_images,
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.philox import uniform_numpy
 from mpl_scale.types import Batch
+from tests.batches import normalised
 from tests.photographs import encoded, photograph
 from tests.test_data_sources import write_folder
 
@@ -54,15 +55,14 @@ def batches(config: DataConfig, place: Mesh, *, steps: int, start: int = 0, **ch
         "strong_view": StrongView(config.strong, seed=0, stream=1),
     } | changes
     loader = TrainLoader(config=config, splits=splits_of(config), mesh=place, start_step=start, **options)
-    taken = list(itertools.islice(loader, steps))
+    taken = [normalised(batch) for batch in itertools.islice(loader, steps)]
     loader.close()
     return taken
 
 
 def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
     """The global batch from the parts of all data ranks."""
-    names = [field.name for field in dataclasses.fields(Batch) if getattr(parts[0], field.name) is not None]
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
 
 
 @pytest.mark.parametrize("data", [2, 4])
@@ -226,7 +226,6 @@ def test_partners_are_seen_as_their_own_rows_would_be(photographs: Splits) -> No
         stream=1,
         start_step=0,
         strong_view=strong,
-        dtype=torch.float64,
     )
     views = {}  # by id and epoch: a step is an epoch here
     for epoch, batch in enumerate(itertools.islice(loader, 3)):
@@ -236,7 +235,7 @@ def test_partners_are_seen_as_their_own_rows_would_be(photographs: Splits) -> No
     assert len(views) == 3 * 48
     assert len(strong.given) > 40
     for partner, epoch, pixels in strong.given:
-        assert torch.equal((views[int(partner), int(epoch)] * 255).round().byte(), pixels)
+        assert torch.equal(views[int(partner), int(epoch)], pixels)
 
 
 def test_channels_last_changes_the_layout_alone(photographs: Splits) -> None:
@@ -254,7 +253,7 @@ def test_channels_last_changes_the_layout_alone(photographs: Splits) -> None:
             channels_last=channels_last,
             **options,
         )
-        found.append(list(itertools.islice(loader, 3)))
+        found.append([normalised(batch) for batch in itertools.islice(loader, 3)])
         loader.close()
     for planes, last in zip(*found, strict=True):
         for name in ("labelled", "weak", "strong"):

@@ -73,7 +73,6 @@ def train_batches(config: DataConfig, mesh: Mesh, size: int, **changes: Any) -> 
         "labelled_batch": 6 * mesh.data,
         "unlabelled_batch": 10 * mesh.data,
         "strong_view": StrongView(config.strong, seed=0, stream=1),
-        "dtype": torch.float64,
     } | changes
     splits = splits_of(config)
     loader = TrainLoader(
@@ -134,7 +133,7 @@ def test_slices_are_those_of_whole_images(digits: DataConfig, world: int, width:
         {"labelled_batch": 1, "unlabelled_batch": 2},
         {"labelled_batch": 1, "unlabelled_batch": 0},
         {"strong_view": None},
-        {"labelled_batch": 5, "unlabelled_batch": 3, "dtype": torch.bfloat16},
+        {"labelled_batch": 5, "unlabelled_batch": 3},
     ],
     ids=str,
 )

@@ -25,6 +25,7 @@ from mpl_scale.monitor import Progress
 from mpl_scale.trainer import loading
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
+from tests.batches import normalised
 from tests.configs import DIGITS, tiny, write
 from tests.faults import check_documented
 from tests.ranks import pool
@@ -160,7 +161,7 @@ def test_a_batch_with_a_nan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         drawn = 0
 
         def __next__(self) -> Batch:
-            batch = super().__next__()
+            batch = normalised(super().__next__())
             Spoilt.drawn += 1
             if Spoilt.drawn == 7:
                 batch = replace(batch, labelled=batch.labelled.clone())

@@ -22,6 +22,7 @@ from mpl_scale.data import TrainLoader, load_images, make_splits
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import FEEDBACK_RULES
 from mpl_scale.trainer.phases import plan_phases
+from tests.batches import normalised
 from tests.configs import DIGITS
 
 STEPS = 12
@@ -114,7 +115,7 @@ def test_batches_in_memory_are_the_loaders() -> None:
     batches = Batches(samples, ImageViews(samples, config, stream=phase.index), phase, seed=5)
     try:
         for step in (0, 1):
-            expected, found = next(loader), batches(step)
+            expected, found = normalised(next(loader)), batches(step)
             for name, tensor in expected.tensors().items():
                 assert torch.equal(getattr(found, name), tensor), name
     finally:

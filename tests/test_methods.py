@@ -57,6 +57,9 @@ def drawn_weight(rows: torch.Tensor, *, step: int = 0) -> torch.Tensor:
     return beta(1.0, numbers).repeat_interleave(2)
 
 
+LOGITS = torch.zeros(16, CLASSES, dtype=torch.float64)
+
+
 def image_batch() -> Batch:
     images = torch.rand(16, 3, 12, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return replace(make_batch(labelled=16), labelled=images, labels=torch.arange(16) % CLASSES)
@@ -65,7 +68,7 @@ def image_batch() -> Batch:
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_a_mix_is_the_same_in_any_micro_batches_and_drawn_anew_at_each_step(name: str) -> None:
     state, batch, loss = make_state("none"), image_batch(), LOSSES[name]()
-    for mixed in (loss.images, lambda state, batch: loss.targets(state, batch, CLASSES)):
+    for mixed in (loss.images, lambda state, batch: loss.targets(state, batch, LOGITS[: len(batch.labels)])):
         whole = mixed(state, batch)
         assert torch.equal(torch.cat([mixed(state, part) for part in batch.split(4)]), whole)
         state.step.add_(1)
@@ -74,7 +77,7 @@ def test_a_mix_is_the_same_in_any_micro_batches_and_drawn_anew_at_each_step(name
 
 def test_cutmix_pastes_one_box_and_weighs_labels_by_its_area() -> None:
     state, batch, loss = make_state("none"), image_batch(), LOSSES["cutmix"]()
-    mixed, targets = loss.images(state, batch), loss.targets(state, batch, CLASSES)
+    mixed, targets = loss.images(state, batch), loss.targets(state, batch, LOGITS)
     one_hot = F.one_hot(batch.labels, CLASSES).double()
     weights = drawn_weight(batch.labelled_rows)
     for row, weight in enumerate(weights.tolist()):

@@ -26,6 +26,7 @@ from mpl_scale.trainer import loading
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.trainer.rewind import LossWatch
 from mpl_scale.types import Batch, StepMetrics
+from tests.batches import normalised
 from tests.configs import tiny, write
 from tests.faults import check_documented
 from tests.ranks import pool
@@ -52,7 +53,7 @@ def spoilt_batches(numbers: range, *, rank: int) -> Iterator[None]:
 
     class Spoilt(loading.Prefetcher):
         def __next__(self) -> Batch:
-            batch = super().__next__()
+            batch = normalised(super().__next__())
             if next(drawn) in numbers and (rank == 0) == (batch.labelled_rows[0] == 0):
                 batch = replace(batch, labelled=batch.labelled.clone())
                 batch.labelled.view(-1)[0] = float("nan")

@@ -84,8 +84,8 @@ class TrainLoader:
         strong_view: makes x_s from x_u; None: the weak view itself.
         columns: [start, stop) of the image on each width rank; None: whole images. Not read where the mesh has no
             width.
-        dtype: floating type of the images.
-        channels_last: memory layout of the images.
+        dtype: floating type of what networks are given.
+        channels_last: memory layout of that.
         quarantine: where bad images are kept; None: in a list of its own.
 
         Raises:
@@ -174,12 +174,13 @@ class TrainLoader:
         self._in_flight.popleft()
         labels = torch.from_numpy(np.asarray(self._splits.images.labels[labelled], np.int64))
         return Batch(
-            labelled=self._normalise(views[0]),
+            labelled=views[0],
             labels=labels.to(self._device),
             labelled_rows=self._labelled_rows,
-            weak=self._normalise(views[1]),
-            strong=self._normalise(views[-1]),
+            weak=views[1],
+            strong=views[-1],
             unlabelled_rows=self._unlabelled_rows,
+            normalise=self._normalise,
             **self._stored(),
         )
 

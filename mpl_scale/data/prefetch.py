@@ -1,7 +1,7 @@
-"""The next batch while this one is trained on: decoded, augmented and normalised on a CUDA stream of its own.
+"""The next batch while this one is trained on: decoded and augmented on a CUDA stream of its own.
 
-DALI decodes ahead by itself. What follows it (strong views, normalisation) is a few milliseconds of kernels that would
-otherwise wait behind the step's graph, and the step behind them. On a CPU there is nothing to overlap: a pass-through.
+DALI decodes ahead by itself. What follows it (strong views) is a few milliseconds of kernels that would otherwise wait
+behind the step's graph, and the step behind them. On a CPU there is nothing to overlap: a pass-through.
 """
 
 from __future__ import annotations

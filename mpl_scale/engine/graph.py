@@ -82,7 +82,7 @@ class StepRunner:
         """Copy a batch into the slots, which the first batch shapes."""
         values = batch.tensors()
         if self._slots is None:
-            self._slots = Batch(**{name: value.clone() for name, value in values.items()})
+            self._slots = batch.with_tensors({name: value.clone() for name, value in values.items()})
             return self._slots
         slots = self._slots.tensors()
         for name, value in values.items():

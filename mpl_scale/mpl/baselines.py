@@ -39,7 +39,7 @@ def supervised_step(state: State, batch: Batch) -> StepMetrics:
     def losses() -> Iterator[torch.Tensor]:
         for part in batch.split(state.micro_batches):
             with student.module.passes(state.new_pass(STUDENT_PASS, part.labelled_rows + LABELLED_ROWS)):  # type: ignore[operator]
-                logits = student.forward(part.labelled)
+                logits = student.forward(part.normalise(part.labelled))
             loss = cross_entropy(logits, part.labels, smoothing=state.method.label_smoothing).mean()
             measured.append({"student_loss": loss.detach(), "student_accuracy": accuracy(logits, part.labels)})
             yield loss
@@ -109,7 +109,7 @@ def _taught_by_a_fixed_teacher(state: State, batch: Batch, *, soft: bool) -> Ste
             confident = confidence >= method.pseudo_label_threshold
             rows = torch.cat([part.unlabelled_rows + STRONG_ROWS, part.labelled_rows + LABELLED_ROWS])
             with student.module.passes(state.new_pass(STUDENT_PASS, rows)):  # type: ignore[operator]
-                logits = student.forward(torch.cat([part.strong, part.labelled]))
+                logits = student.forward(part.normalise(torch.cat([part.strong, part.labelled])))
             strong, labelled = logits.split([len(part.strong), len(part.labelled)])
             pseudo = (cross_entropy(strong, targets, smoothing=method.student_label_smoothing) * confident).mean()
             supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
@@ -139,7 +139,7 @@ def _fixed_teacher(state: State, batch: Batch) -> torch.Tensor:
     passes = state.new_pass(TEACHER_PASS, batch.unlabelled_rows + WEAK_ROWS, learn=False, dropout=False)
     teacher.module.eval()
     with teacher.module.passes(passes):  # type: ignore[operator]
-        logits = teacher.forward(batch.weak)
+        logits = teacher.forward(batch.normalise(batch.weak))
     teacher.module.train()
     return logits.softmax(-1)
 

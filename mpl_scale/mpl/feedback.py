@@ -207,7 +207,7 @@ def _labelled_pass(state: State, batch: Batch) -> tuple[torch.Tensor, dict[str, 
     rows = batch.labelled_rows + LABELLED_ROWS
     passes = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
     with student.module.passes(passes):  # type: ignore[operator]
-        logits = student.forward(batch.labelled)
+        logits = student.forward(batch.normalise(batch.labelled))
     loss = cross_entropy(logits, batch.labels).mean()
     metrics = {"student_labelled_loss": loss.detach(), "student_labelled_accuracy": accuracy(logits, batch.labels)}
     return loss, metrics

@@ -147,10 +147,11 @@ def three_views(
 ) -> Logits:
     """Logits of x_l [B, K], x_u [U, K] and x_s [U, K], from pass `number` over all three as one batch.
 
-    labelled: what is seen of x_l, [B, ...].
+    labelled: what is seen of x_l, normalised, [B, ...].
     """
+    unlabelled = batch.normalise(torch.cat([batch.weak, batch.strong]))
     with network.module.passes(state.new_pass(number, teacher_rows(batch), learn=learn)):  # type: ignore[operator]
-        logits = network.forward(torch.cat([labelled, batch.weak, batch.strong]))
+        logits = network.forward(torch.cat([labelled, unlabelled]))
     return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
 
 

@@ -147,5 +147,5 @@ def _student_pass(state: State, batch: Batch, student: Network, *, learn: bool =
         images = torch.cat([images, batch.labelled])
         rows = torch.cat([rows, batch.labelled_rows + LABELLED_ROWS])
     with student.module.passes(state.new_pass(STUDENT_PASS, rows, learn=learn)):  # type: ignore[operator]
-        logits = student.forward(images)
+        logits = student.forward(batch.normalise(images))
     return logits[: len(batch.strong)], logits[len(batch.strong) :]

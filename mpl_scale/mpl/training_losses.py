@@ -26,11 +26,11 @@ class TrainingLoss:
     """Base: the loss `supervised`, CE on labelled images with label smoothing (Table 6)."""
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
-        """What the network sees of x_l, [B, ...]."""
-        return batch.labelled
+        """What the network sees of x_l, normalised, [B, ...]."""
+        return batch.normalise(batch.labelled)
 
-    def targets(self, state: State, batch: Batch, classes: int) -> torch.Tensor:
-        """What it should say: labels int64 [B] or distributions [B, K]."""
+    def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+        """What it should say where it said logits [B, K]: labels int64 [B], or distributions like the logits."""
         return batch.labels
 
     def supervised(self, method: MethodConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -53,7 +53,7 @@ class TrainingLoss:
             weight: of the unlabelled part, [].
         """
         method, (labelled, weak, strong) = state.method, views
-        targets = self.targets(state, batch, labelled.shape[1])
+        targets = self.targets(state, batch, labelled)
         supervised = self.supervised(method, labelled, targets)
         loss, metrics = method.supervised_weight * supervised, {"supervised_loss": supervised.detach()}
         for name, value in self.unlabelled(method, weak, strong).items():
@@ -87,17 +87,17 @@ class Mixup(TrainingLoss):
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
         """Neighbouring rows mixed."""
-        return average(batch.labelled, mixup_share(state, batch))
+        return average(batch.normalise(batch.labelled), mixup_share(state, batch))
 
     def share(self, state: State, batch: Batch) -> torch.Tensor:
         """How much of each image is its own, [B]."""
         return mixup_share(state, batch)
 
-    def targets(self, state: State, batch: Batch, classes: int) -> torch.Tensor:
+    def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
         """Their labels, mixed alike."""
         # F.one_hot reads the device on the host
-        one_hot = batch.labels[:, None] == torch.arange(classes, device=batch.labels.device)
-        return average(one_hot.to(batch.labelled.dtype), self.share(state, batch))
+        one_hot = batch.labels[:, None] == torch.arange(logits.shape[1], device=batch.labels.device)
+        return average(one_hot.to(logits.dtype), self.share(state, batch))
 
 
 @register_loss("cutmix")
@@ -106,7 +106,7 @@ class CutMix(Mixup):
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
         """The neighbour's pixels in the box."""
-        return torch.where(cutmix_box(state, batch), neighbours(batch.labelled), batch.labelled)
+        return batch.normalise(torch.where(cutmix_box(state, batch), neighbours(batch.labelled), batch.labelled))
 
     def share(self, state: State, batch: Batch) -> torch.Tensor:
         """The area outside the box."""

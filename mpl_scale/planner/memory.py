@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 from mpl_scale.config.checks import FED_BACK
-from mpl_scale.data.vectors import input_shape
+from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
 from mpl_scale.planner.static import FP32, static_bytes
 
 # DeepSpeed's own defaults (docs: zero_optimization), where a configuration says nothing.
 REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
-_BATCHES_AHEAD = 2
-"""Batches on the device: the one that is used and the one that the prefetcher has copied."""
+_BATCHES = 3
+"""Batches on the device: the slots that the step reads, what was copied to them, and what the prefetcher has ready."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,15 @@ def _stages(job: Job, choice: Choice, one: NetworkPass, *, times: int = 1) -> di
 
 
 def _images(job: Job, choice: Choice) -> float:
-    """Batches in fp32 on the device, and the teacher's concatenated one in the network's dtype."""
+    """Batches of pixels, and of the largest moment's passes what the networks are given: fp32, and in their dtype."""
     labelled, unlabelled = job.images(choice)
-    views = labelled + 2 * unlabelled
+    batches = _BATCHES * choice.parts * (labelled + 2 * unlabelled)
+    given = {"teacher": 0, "student": 0}
+    for one in job.passes(choice):
+        if one.network == "student" or job.teacher_sees_images:
+            given[one.network] = max(given[one.network], one.images)
+    live = job.method.name in FED_BACK and not choice.deferred
+    shown = given["teacher"] * choice.parts + given["student"] if live else max(given.values())
     numbers = math.prod(input_shape(job.config)) / choice.width
-    return views * numbers * (_BATCHES_AHEAD * choice.parts * 4 + 4 + job.dtype.itemsize)
+    pixel = FP32 if job.config.data.source in LENGTHS else 1
+    return numbers * (batches * pixel + shown * (FP32 + job.dtype.itemsize))
