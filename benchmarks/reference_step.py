@@ -60,18 +60,19 @@ class ReferenceStep:
         """One step; returns the cosine, 0-d."""
         method = self._config.method
         count = len(batch.strong)
-        logits = self._logits(self.teacher, torch.cat([batch.labelled, batch.weak, batch.strong]))
-        labelled, weak, strong = logits.split([len(batch.labelled), count, count])
+        x_l, x_u, x_s = (batch.normalise(pixels) for pixels in (batch.labelled, batch.weak, batch.strong))
+        logits = self._logits(self.teacher, torch.cat([x_l, x_u, x_s]))
+        labelled, weak, strong = logits.split([len(x_l), count, count])
         pseudo = self._pseudo_labels(weak.detach())
 
-        student = self._logits(self.student, torch.cat([batch.strong, batch.labelled]))[:count]
+        student = self._logits(self.student, torch.cat([x_s, x_l]))[:count]
         F.cross_entropy(student, pseudo).backward()
         before = _flat_gradient(self.student)
         self._student_optimizer.step()
         self._student_optimizer.zero_grad()
 
         with _statistics_held(self.student):
-            F.cross_entropy(self._logits(self.student, batch.labelled), batch.labels).backward()
+            F.cross_entropy(self._logits(self.student, x_l), batch.labels).backward()
         after = _flat_gradient(self.student)
         self._student_optimizer.zero_grad()
         cosine = torch.dot(before, after) / torch.sqrt(torch.dot(before, before) * torch.dot(after, after))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mpl_scale.monitor import versions
+from mpl_scale.monitor import processor, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,18 +40,11 @@ def provenance(module: str, device: torch.device, *, commit: str | None = None) 
 
 def machine(device: torch.device) -> str:
     """The processor, as a person would name it."""
-    cpu = f"{os.cpu_count()} cores of {_processor()}"
+    cpu = processor()
     if device.type != "cuda":
         return f"{cpu}, no GPU"
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
     return f"{torch.cuda.get_device_name(device)} ({memory:.0f} GiB), {cpu}"
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def git(*arguments: str) -> str:

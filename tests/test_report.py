@@ -124,6 +124,7 @@ def test_the_page_says_what_the_runs_ended_with_and_stands_alone(runs: Path, tmp
     }
     origins = page.tables["Runs"]
     assert {row[origins[0].index("test images")] for row in origins[1:]} == {"599"}
+    assert all(" cores of " in row[origins[0].index("processor")] for row in origins[1:])
 
 
 def test_runs_that_differ_in_their_seed_alone_are_a_group(runs: Path) -> None:

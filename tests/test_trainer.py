@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -203,11 +206,13 @@ def test_evaluation_counts_each_image_once_on_any_number_of_ranks(tmp_path: Path
             assert result == pytest.approx(alone, rel=1e-6)
 
 
-def test_the_run_leaves_its_resolved_config_and_versions(tmp_path: Path) -> None:
+def test_the_run_leaves_its_resolved_config_command_machine_and_versions(tmp_path: Path) -> None:
     output = tmp_path / "out"
     summary = run(config_with(tmp_path), str(output), ("mpl_scale.seed=4",))
     resolved = load_config(output / "config.json")
     assert resolved.mpl.seed == 4
     assert summary["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert shlex.split(summary["command"])[0] == sys.argv[0]
+    assert summary["processor"].startswith(f"{os.cpu_count()} cores of ")
     assert json.loads((output / "summary.json").read_text()) == summary
     assert (output / "DONE").exists()

@@ -6,6 +6,7 @@ import ast
 import functools
 import re
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,3 +97,16 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert said == "mpl-scale: error: shtab is not installed: make install, or pip install shtab\n"
     with pytest.raises(ModuleNotFoundError):
         main(["completion", "bash", "--debug"])
+
+
+def test_a_missing_library_is_one_line_of_every_command() -> None:
+    """Not while the commands are imported: their help needs no torch, which takes seconds, and no DALI."""
+    script = (
+        "import sys; sys.modules |= {'torch': None, 'nvidia': None}; from mpl_scale.cli import main; "
+        f"sys.exit(main(['check', '--ds_config', '{DIGITS}']))"
+    )
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (
+        2,
+        "mpl-scale: error: torch is not installed: make install, or pip install torch\n",
+    )

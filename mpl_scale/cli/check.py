@@ -14,7 +14,6 @@ from mpl_scale.cli.command import Command, add_config_options, load, positive
 from mpl_scale.cli.jobs import refuse_misfits
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
-from mpl_scale.data.vectors import input_shape
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
@@ -90,6 +89,8 @@ def report(
 
 def _networks(run: RunConfig, plan: Plan) -> list[str]:
     """One line each: what a network is, and what its rank keeps of an image."""
+    from mpl_scale.data.vectors import input_shape
+
     shape, lines = input_shape(run.mpl), []
     seen = f"a vector of {shape[0]}" if len(shape) == 1 else f"an image of {shape[1]}x{shape[2]}"
     for name in ("teacher", "student"):

@@ -7,7 +7,15 @@ from mpl_scale.monitor.control import ControlFiles, Request
 from mpl_scale.monitor.heartbeat import Heartbeat
 from mpl_scale.monitor.metrics import MetricsWriter, read_metrics
 from mpl_scale.monitor.progress import Progress
-from mpl_scale.monitor.summary import config_hash, cost_lines, mark_done, versions, write_summary
+from mpl_scale.monitor.summary import (
+    command,
+    config_hash,
+    cost_lines,
+    mark_done,
+    processor,
+    versions,
+    write_summary,
+)
 from mpl_scale.monitor.table import format_table
 from mpl_scale.monitor.writers import EventMonitor, Writers
 
@@ -19,10 +27,12 @@ __all__ = [
     "Progress",
     "Request",
     "Writers",
+    "command",
     "config_hash",
     "cost_lines",
     "format_table",
     "mark_done",
+    "processor",
     "read_metrics",
     "versions",
     "write_summary",

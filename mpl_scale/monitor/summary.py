@@ -7,6 +7,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,19 @@ def versions() -> dict[str, str | None]:
     installed = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
     dali = [version for name, version in installed.items() if name.startswith(DALI_PREFIX)]
     return found | {"nvidia-dali": dali[0] if dali else None}
+
+
+def command() -> str:
+    """This process's command line; without the rank that DeepSpeed's launcher adds."""
+    return shlex.join(word for word in sys.argv if not word.startswith("--local_rank="))
+
+
+def processor() -> str:
+    """The host's processor, as a person would name it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor() or platform.machine()}"
 
 
 def config_hash(config: Mapping[str, Any]) -> str:

@@ -185,9 +185,8 @@ def _origins(material: Material) -> str:
     if runs:
         columns = list(dict.fromkeys(name for origin in runs for name in origin.facts if name != "versions"))
         rows = [[str(origin.path), *(origin.facts.get(name, "") for name in columns)] for origin in runs]
-        numbers = [
-            name for name in columns if name not in ("configuration", "config file", "state", "engine", "device")
-        ]
+        words = ("configuration", "config file", "state", "engine", "device", "processor", "command")
+        numbers = [name for name in columns if name not in words]
         text = table(["folder", *columns], rows, numbers=numbers)
         versions = dict.fromkeys(origin.facts["versions"] for origin in runs if "versions" in origin.facts)
         text += "".join(f'\n<p class="soft">{html.escape(one)}</p>' for one in versions)

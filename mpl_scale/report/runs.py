@@ -261,6 +261,8 @@ def _facts(run: Run, label: str) -> dict[str, str]:
         "ranks": summary.get("ranks"),
         **zero,
         "device": summary.get("device"),
+        "processor": summary.get("processor"),
+        "command": summary.get("command"),
         "minutes": f"{summary['seconds'] / 60:.1f}" if "seconds" in summary else None,
         **{f"{name} images": parts[name]["count"] for name in ("labelled", "unlabelled", "test") if name in parts},
         "versions": ", ".join(f"{name} {value}" for name, value in summary.get("versions", {}).items()) or None,

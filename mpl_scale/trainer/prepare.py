@@ -27,8 +27,10 @@ from mpl_scale.monitor import (
     MetricsWriter,
     Progress,
     Writers,
+    command,
     config_hash,
     mark_done,
+    processor,
     versions,
     write_summary,
 )
@@ -223,6 +225,7 @@ def _watchdog(run: RunConfig, options: Options, mesh: Mesh) -> Watchdog | None:
 def _summary(trainer: Trainer) -> dict[str, Any]:
     run, device = trainer.run, trainer.mesh.device
     return {
+        "command": command(),
         "config": str(run.path),
         "method": run.mpl.method.name,
         "seed": run.mpl.seed,
@@ -234,6 +237,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "zero_stage": zero_stage(run),
         "engine": "flat" if uses_flat_engine(run, cuda=device.type == "cuda") else "deepspeed",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "processor": processor(),
         "versions": versions(),
     }
 
