@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpl_scale.config.schema import FeedbackConfig, ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.config.schema import DataConfig, FeedbackConfig, ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.data.normalise import Normalise
 from mpl_scale.engine import build_network
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.engine.recompute import apply_recompute
@@ -108,8 +109,12 @@ def live_storages() -> dict[int, int]:
     return found
 
 
+def _pixels(images: torch.Tensor) -> torch.Tensor:
+    return (128 + 64 * images).clamp(0, 255).byte().contiguous()
+
+
 def whole_step(width: int, micro_batches: int, recompute: str) -> tuple[Counter[str], int, list[int]]:
-    """The step with all that a run puts into it: RMSProp, clipping, EMA, dropout, drop-path, recomputation, halos.
+    """The step with all that a run puts into it: pixels, RMSProp, clipping, EMA, drop-path, recomputation, halos.
 
     Host reads of the fourth step, bytes alive after the second, and the sizes of storages that the two after it added
     or moved.
@@ -128,9 +133,9 @@ def whole_step(width: int, micro_batches: int, recompute: str) -> tuple[Counter[
     state = make_state(settings, *networks, mesh, steps=9)
     whole = rank_batch(make_batches(settings, torch.float32)[0], mesh)
     begin, end = (input_columns(32, width) or [(0, 32)])[mesh.width_index]
-    own = {name: getattr(whole, name)[..., begin:end].contiguous() for name in ("labelled", "weak", "strong")}
+    own = {name: _pixels(getattr(whole, name)[..., begin:end]) for name in ("labelled", "weak", "strong")}
     runner = StepRunner(METHODS["mpl"].step, state, capture=False)
-    batch = replace(whole, **own)
+    batch = replace(whole, **own, normalise=Normalise(DataConfig(), device=mesh.device, dtype=torch.float32))
     for _ in range(2):
         runner(batch)
     before = live_storages()

@@ -52,11 +52,17 @@ def batches(device: torch.device) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
 
     def one() -> Batch:
-        x_l, x_u, x_s = (torch.randn(n, 3, 32, 32, generator=generator).to(device) for n in (8, 16, 16))
+        shapes = [(n, 3, 32, 32) for n in (8, 16, 16)]
+        x_l, x_u, x_s = (torch.randint(256, s, generator=generator, dtype=torch.uint8).to(device) for s in shapes)
         y_l = torch.randint(0, 10, (8,), generator=generator).to(device)
-        return Batch(x_l, y_l, torch.arange(8, device=device), x_u, x_s, torch.arange(16, device=device))
+        rows = torch.arange(8, device=device), torch.arange(16, device=device)
+        return Batch(x_l, y_l, rows[0], x_u, x_s, rows[1], normalise=inputs)
 
     return [one() for _ in range(STEPS)]
+
+
+def inputs(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.float().sub_(127.5).div_(64.0)
 
 
 def everything(state: State) -> list[torch.Tensor]:
@@ -106,7 +112,7 @@ def test_what_lies_between_steps_touches_nothing(tmp_path: Path) -> None:
         copied = copy.deepcopy(disturbed.student.module).eval()
         copied.load_state_dict(weights["ema"])
         with torch.no_grad():
-            copied(batch.weak)
+            copied(batch.normalise(batch.weak))
         snapshots.save(phase, disturbed, step=step, global_step=step, metadata={"results": {}, "seconds": 0.0})
     for found, expected in zip(everything(disturbed), everything(plain), strict=True):
         assert torch.equal(found, expected)

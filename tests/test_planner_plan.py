@@ -107,6 +107,22 @@ def test_a_live_teacher_keeps_every_micro_batch_and_a_deferred_one_its_own(tmp_p
     assert kept(dataclasses.replace(parts, deferred=False)) > 0.5 * kept(dataclasses.replace(whole, deferred=False))
 
 
+def test_batches_are_bytes_and_micro_batches_what_networks_are_given(tmp_path: Path) -> None:
+    planned = job(tmp_path)
+    pixels, given = 3 * 64 * 64, 3 * 64 * 64 * (4 + 2)  # fp32, and bf16 of it
+    labelled, unlabelled = planned.labelled, planned.unlabelled
+    batches, views = 3 * (labelled + 2 * unlabelled), labelled + 2 * unlabelled
+    seen = unlabelled + labelled * planned.settings.student_sees_labelled
+
+    def images(parts: int, *, deferred: bool) -> float:
+        choice = Choice(1, 1, 0, 1, "flat", "none", deferred, labelled // parts, parts)
+        return memory(planned, choice, H200).categories["images"]
+
+    assert images(1, deferred=True) == batches * pixels + views * given
+    assert images(4, deferred=True) == batches * pixels + views * given / 4
+    assert images(4, deferred=False) == batches * pixels + (views + seen / 4) * given
+
+
 def test_collectives_cost_latency_then_bytes_and_more_over_the_network() -> None:
     def seconds(size: float, ranks: int, operation: str = "all_reduce") -> float:
         return collective(operation, size, ranks=ranks, spread=ranks, machine=H200)
