@@ -67,14 +67,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "reduced mpl": REDUCED,
 }
 """Settings by row."""
-TABLE_10 = {
-    "mpl over supervised": "supervised",
-    "mpl over mixup": "mixup",
-    "mpl over randaugment": "randaugment",
-    "mpl over pseudo labels": "pseudo labels",
-    "mpl over uda": "uda",
-}
-"""MPL, and its teacher alone."""
+PAIRS = (
+    ("mpl over supervised", "supervised"),
+    ("mpl over mixup", "mixup"),
+    ("mpl over randaugment", "randaugment"),
+    ("mpl over pseudo labels", "pseudo labels"),
+    ("mpl over uda", "uda"),
+    ("mpl over uda", "mpl over uda, no feedback"),
+)
+"""MPL, and its teacher alone (Table 10); and what the feedback is worth."""
 FIGURE_4 = ("supervised", "mpl over uda")
 
 
@@ -168,11 +169,11 @@ def main() -> int:
         print(f"\n{labels} labels a class\n\n{format_table(rows, by=['method'], columns=columns)}", flush=True)
         differences = {}
         if len(options.seeds) > 1:
-            for ours, alone in TABLE_10.items():
-                if ours in found and alone in found:
-                    pair = paired([best(run) for run in found[ours]], [best(run) for run in found[alone]])
-                    differences[f"{ours} - {alone}"] = pair
-                    print(f"{ours} - {alone}: {written(pair)}", flush=True)
+            for ours, other in PAIRS:
+                if ours in found and other in found:
+                    pair = paired([best(run) for run in found[ours]], [best(run) for run in found[other]])
+                    differences[f"{ours} - {other}"] = pair
+                    print(f"{ours} - {other}: {written(pair)}", flush=True)
         document["labels"][str(labels)] = {"runs": found, "differences": differences}
     if options.output is not None:
         write(options.output, document)
