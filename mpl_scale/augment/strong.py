@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mpl_scale.augment.affine import translate
-from mpl_scale.augment.cutout import cutout
+from mpl_scale.augment.affine import framed, translate
+from mpl_scale.augment.cutout import cutout, square
 from mpl_scale.augment.large import are_large
-from mpl_scale.augment.registry import Given, find_ops
+from mpl_scale.augment.registry import Given, Operation, find_ops, on_device
+from mpl_scale.augment.static import LONGEST_SIDE, NONE, STEP, StaticView
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
 
@@ -74,6 +76,8 @@ class StrongView:
         self._seed = seed
         self._stream = _STREAM_BASE | stream
         self._candidates = candidates
+        self._last: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.static = self._static()
 
     @property
     def pairs(self) -> bool:
@@ -130,10 +134,15 @@ class StrongView:
         """
         if not len(images):
             return images
+        size = (images.shape[2], images.shape[3])
         drawn = self._draw(self._uniform(ids, epochs))
         if partners is None and self._pairing[drawn.which].any():
             raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
-        amounts = self._amounts(drawn, (images.shape[2], images.shape[3]))
+        if self._is_static(images):
+            assert self.static is not None
+            parameters = self._packed(drawn, size, images.device)
+            return self.static(images, parameters, partners)
+        amounts = self._amounts(drawn, size)
         if not are_large(images):
             return self._view(images, drawn, amounts, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -143,6 +152,72 @@ class StrongView:
             mixed_in = None if partners is None else partners[part]
             out[...] = self._view_of_one(np.ascontiguousarray(image), drawn.rows(part), amounts[part], mixed_in)
         return result
+
+    def parameters(
+        self, ids: np.ndarray, epochs: np.ndarray, *, size: tuple[int, int], device: torch.device
+    ) -> torch.Tensor:
+        """What `static` makes the strong views with, in one transfer to the device.
+
+        Args:
+            ids: int64 [U], sample ids.
+            epochs: int64 [U], the epoch each sample is drawn in.
+            size: the images' height and width.
+            device: the images' device.
+
+        Returns:
+            int32 [U, columns]; the number of columns depends on the config alone.
+
+        Raises:
+            ValueError: an operation of the list has no static form.
+        """
+        return self._packed(self._draw(self._uniform(ids, epochs)), size, device)
+
+    def _is_static(self, images: torch.Tensor) -> bool:
+        """Whether a batch goes through `static`; else its images are grouped by operation.
+
+        Grouped, each image takes part in its own operations only: on a CPU, where the arithmetic is what costs, that is
+        several times faster. On a device what costs is the host's queueing, of thousands of small operators.
+        """
+        return self.static is not None and images.device.type != "cpu" and max(images.shape[2:]) <= LONGEST_SIDE
+
+    def _static(self) -> StaticView | None:
+        """The view of fixed shapes; None where an operation of the list has no static form."""
+        config, none = self._config, np.empty(0)
+        forms = [operation.static for operation in self._ops]
+        if None in forms:
+            return None
+        drawn = frozenset(name for form in forms if form is not None for name in form(none, none.reshape(0, 2), (1, 1)))
+        steps = [drawn] * config.num_ops
+        if config.cutout:
+            steps.append(frozenset({"square"}))
+        if config.crop_pad or config.flip:
+            steps.append(frozenset({"matrix"}))
+        return StaticView(tuple(steps), config.fill)
+
+    def _packed(self, drawn: Drawn, size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """The parameters of `static`, int32 [U, columns]."""
+        if self.static is None:
+            missing = [operation.name for operation in self._ops if operation.static is None]
+            raise ValueError(f"mpl_scale.data.strong draws {missing}, registered without `static=`: see register_op")
+        config, count = self._config, len(drawn.which)
+        shape = (count, len(self.static.steps) * STEP.itemsize // 4)
+        packed = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        rows = packed.numpy().view(STEP)
+        rows[...] = NONE
+        for operation, chosen, amount in self._chosen(drawn, size):
+            assert operation.static is not None
+            image, number = chosen
+            for name, values in operation.static(amount, drawn.places[number, image], size).items():
+                rows[name][chosen] = values
+        after = config.num_ops
+        if config.cutout:
+            rows["square"][:, after] = square(np.full(count, config.cutout), drawn.cutout, size)["square"]
+        if config.crop_pad or config.flip:
+            right, down = self._shift(drawn.crop)
+            flipped = config.flip & (drawn.crop[:, 2] < 0.5)
+            a, c = np.where(flipped, -1, 1), np.where(flipped, size[1] + right, right)
+            rows["matrix"][:, -1] = framed(a=a, c=c, f=down)["matrix"]
+        return packed.to(device, non_blocking=True)
 
     def _view(
         self, images: torch.Tensor, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
@@ -176,7 +251,11 @@ class StrongView:
     def _uniform(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """float64 [U, columns]; a column's numbers do not depend on how many columns follow it."""
         columns = (_DRAWS_PER_OP + _PLACE_PER_OP) * self._config.num_ops + _CUTOUT + _PROBABILITY + _PARTNER + _CROP
-        return uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=columns)
+        if self._last is not None and np.array_equal(ids, self._last[0]) and np.array_equal(epochs, self._last[1]):
+            return self._last[2]  # `partners` has just drawn them
+        uniform = uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=columns)
+        self._last = ids.copy(), epochs.copy(), uniform
+        return uniform
 
     def _draw(self, uniform: np.ndarray) -> Drawn:
         """Every decision, from the uniform numbers [U, columns]."""
@@ -200,7 +279,7 @@ class StrongView:
         """One operation per image, `which` [U] deciding; images are grouped by operation."""
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)])
-        indices = torch.from_numpy(order).to(images.device)
+        indices = on_device(order, images.device)
         parts = list(images.index_select(0, indices).split([len(group) for group in groups]))
         for position in range(len(self._ops)):
             group = groups[position]
@@ -211,19 +290,34 @@ class StrongView:
     def _amounts(self, drawn: Drawn, size: tuple[int, int]) -> np.ndarray:
         """What the drawn operations take for their strengths: float64 [U, N]; size: height and width."""
         amounts = drawn.strength.copy()
-        for position, operation in enumerate(self._ops):
-            if operation.amount is not None:
-                chosen = drawn.which == position
-                amounts[chosen] = operation.amount(drawn.strength[chosen], self._config, size)
+        for _, chosen, amount in self._chosen(drawn, size):
+            amounts[chosen] = amount
         return amounts
+
+    def _chosen(
+        self, drawn: Drawn, size: tuple[int, int]
+    ) -> Iterator[tuple[Operation, tuple[np.ndarray, ...], np.ndarray]]:
+        """Each operation, the images and the numbers of the draws that it is drawn in, and its amounts there."""
+        for position, operation in enumerate(self._ops):
+            chosen = np.nonzero(drawn.which == position)
+            strength = drawn.strength[chosen]
+            yield (
+                operation,
+                chosen,
+                (strength if operation.amount is None else operation.amount(strength, self._config, size)),
+            )
 
     def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
         """A second shifted crop and flip: the released code's strong view ends with them."""
         config = self._config
         if config.crop_pad:
-            shift = np.floor(uniform[:, :2] * (2 * config.crop_pad + 1)) - config.crop_pad
-            images = translate(images, shift[:, 1], shift[:, 0], fill=config.fill)
+            images = translate(images, *self._shift(uniform), fill=config.fill)
         if config.flip:
-            rows = torch.from_numpy(np.flatnonzero(uniform[:, 2] < 0.5)).to(images.device)
+            rows = on_device(np.flatnonzero(uniform[:, 2] < 0.5), images.device)
             images = images.index_copy(0, rows, images.index_select(0, rows).flip(3))
         return images
+
+    def _shift(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The last crop's pixels to the right and down, float64 [U]."""
+        down, right = np.floor(uniform[:, :2] * (2 * self._config.crop_pad + 1)).T - self._config.crop_pad
+        return right, down
