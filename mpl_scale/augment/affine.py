@@ -13,12 +13,11 @@ import torch
 
 from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import sample
-from mpl_scale.augment.registry import Given, Values, bands, on_device, register_op
+from mpl_scale.augment.parameters import BITS, affine_map
+from mpl_scale.augment.registry import Given, bands, on_device, register_op
 
-BITS = 16
 _LARGEST_INT32 = 4096
 """Sides up to it keep sums of two 16-bit fixed-point coordinates of slope 2 within 32 bits."""
-Number = np.ndarray | float
 
 
 def translate(images: torch.Tensor, right: np.ndarray, down: np.ndarray, *, fill: int) -> torch.Tensor:
@@ -95,16 +94,6 @@ def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch
     return result
 
 
-def framed(a: Number = 1, b: Number = 0, c: Number = 0, d: Number = 0, e: Number = 1, f: Number = 0) -> Values:
-    """The map of `transform` for static.py; [B] or one for all, at least one of them [B].
-
-    Shifts too long for 32 bits leave the image, and so do those that they are clipped to, 2**15 pixels.
-    """
-    fixed = _fixed(np.stack(np.broadcast_arrays(a, b, c, d, e, f), axis=1).astype(np.float64))
-    fixed[:, [2, 5]] += 1 << BITS
-    return {"matrix": fixed.clip(-(1 << 31), (1 << 31) - 1)}
-
-
 def _fixed(matrices: np.ndarray) -> np.ndarray:
     """PIL's fixed-point coefficients, int64 [B, 6]; it samples at pixel centres."""
     centred = matrices.copy()
@@ -123,7 +112,7 @@ def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
     "shear_x",
     amount=magnitudes.shear,
     of_one=large.shear_x,
-    static=lambda amount, centres, size: framed(b=amount),
+    static=lambda amount, centres, size: affine_map(b=amount),
 )
 def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, amount, 0, 0, 1, 0)."""
@@ -134,7 +123,7 @@ def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Ten
     "shear_y",
     amount=magnitudes.shear,
     of_one=large.shear_y,
-    static=lambda amount, centres, size: framed(d=amount),
+    static=lambda amount, centres, size: affine_map(d=amount),
 )
 def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, amount, 1, 0)."""
@@ -145,7 +134,7 @@ def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Ten
     "translate_x",
     amount=magnitudes.columns,
     of_one=large.translate_x,
-    static=lambda amount, centres, size: framed(c=amount),
+    static=lambda amount, centres, size: affine_map(c=amount),
 )
 def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, pixels, 0, 1, 0)."""
@@ -156,30 +145,30 @@ def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch
     "translate_y",
     amount=magnitudes.rows,
     of_one=large.translate_y,
-    static=lambda amount, centres, size: framed(f=amount),
+    static=lambda amount, centres, size: affine_map(f=amount),
 )
 def translate_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, 0, 1, pixels)."""
     return translate(images, np.zeros_like(amount), amount, fill=given.fill)
 
 
-def _rotation(amount: np.ndarray, size: tuple[int, int]) -> list[np.ndarray]:
-    """PIL's `data` for Image.rotate(amount), six of [B]."""
+def _rotation(amount: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """PIL's `data` for Image.rotate(amount): six of [B]."""
     angle = -np.radians(amount)
     cosine, sine = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
     centre_x, centre_y = size[1] / 2, size[0] / 2
     shift_x = -cosine * centre_x - sine * centre_y + centre_x
     shift_y = sine * centre_x - cosine * centre_y + centre_y
-    return [cosine, sine, shift_x, -sine, cosine, shift_y]
+    return {"a": cosine, "b": sine, "c": shift_x, "d": -sine, "e": cosine, "f": shift_y}
 
 
 @register_op(
     "rotate",
     amount=magnitudes.degrees,
     of_one=large.rotate,
-    static=lambda amount, centres, size: framed(*_rotation(amount, size)),
+    static=lambda amount, centres, size: affine_map(**_rotation(amount, size)),
 )
 def rotate(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """Image.rotate(degrees, NEAREST, fillcolor=fill): counter-clockwise about the centre."""
-    matrices = np.stack(_rotation(amount, (images.shape[2], images.shape[3])), axis=1)
+    matrices = np.stack(list(_rotation(amount, (images.shape[2], images.shape[3])).values()), axis=1)
     return transform(images, matrices, fill=given.fill)

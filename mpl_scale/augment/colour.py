@@ -12,7 +12,8 @@ import torch
 
 from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import LEVELS, look_up
-from mpl_scale.augment.registry import Given, Static, Values, bands, on_device, per_image, register_op
+from mpl_scale.augment.parameters import Static, Values
+from mpl_scale.augment.registry import Given, bands, on_device, per_image, register_op
 
 _STEPS = 4096
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -91,7 +92,7 @@ def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tenso
 
 
 def _contrasted(amount: np.ndarray, centres: np.ndarray, size: tuple[int, int]) -> Values:
-    return _line(_rounded(amount)) | {"of_mean": 1 - _rounded(amount)}
+    return {**_line(_rounded(amount)), "of_mean": 1 - _rounded(amount)}
 
 
 @register_op("contrast", amount=magnitudes.factor, of_one=large.contrast, static=_contrasted)

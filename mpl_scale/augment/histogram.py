@@ -7,7 +7,8 @@ import torch
 
 from mpl_scale.augment import large
 from mpl_scale.augment.lookup import LEVELS, look_up
-from mpl_scale.augment.registry import Given, Values, register_op
+from mpl_scale.augment.parameters import Values
+from mpl_scale.augment.registry import Given, register_op
 
 
 def histograms(images: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpl_scale.augment.large import OfOne, are_large
+from mpl_scale.augment.parameters import Static
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import StrongConfig
 
@@ -52,16 +53,6 @@ amount: float64 [B] on the host, in the units of PIL's function (degrees, pixels
 """
 Amount = Callable[[np.ndarray, StrongConfig, tuple[int, int]], np.ndarray]
 """`(strength, limits, (height, width)) -> amount`, float64 [B]; see magnitudes.py."""
-Values = dict[str, np.ndarray | float]
-Static = Callable[[np.ndarray, np.ndarray, tuple[int, int]], Values]
-"""`(amount, centres, (height, width)) -> parameters`
-
-The operation as parameters of the passes in static.py, which every image goes through: those that differ from
-`static.NONE`, by their names in `static.STEP`, [B, ...] or one for all. The names depend on neither argument.
-
-amount: float64 [B], as for `Apply`.
-centres: float64 [B, 2], as in `Given`.
-"""
 
 
 @dataclass(frozen=True)
@@ -74,8 +65,8 @@ class Operation:
         amount: its argument at a strength of magnitude / 10, signed; None: it has no magnitude.
         pairs: whether it needs `Given.partners`.
         of_one: the same, to the byte, for one large image on a CPU; None: that is cheapest as a batch of one.
-        static: the same, to the byte, without grouping the images by operation; None: a list with this operation is
-            grouped on every device.
+        static: the same, to the byte, as parameters of the passes in static.py; None: the images are grouped by
+            operation on every device, where a list has this one.
     """
 
     name: str

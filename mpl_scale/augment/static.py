@@ -24,38 +24,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from mpl_scale.augment import affine
 from mpl_scale.augment.colour import luminance, mean_level
 from mpl_scale.augment.histogram import count_levels, equalized_tables, stretched_tables
 from mpl_scale.augment.lookup import LEVELS
+from mpl_scale.augment.parameters import BITS, BLEND, COLUMNS, LINE, MATRIX, SQUARE, STEP, TABLE
 
-STEP = np.dtype(
-    [
-        ("color", np.float32),
-        ("sharpness", np.float32),
-        ("share", np.float32),  # the partner's
-        ("first", np.float32),  # the level from which the line holds
-        ("slope", np.float32),
-        ("offset", np.float32),
-        ("of_mean", np.float32),  # how often the mean luminance is added to the offset
-        ("mask", np.int32),
-        ("stretch", np.int32),  # 1: stretch each channel
-        ("equalize", np.int32),  # 1: equalise each channel
-        ("matrix", np.int32, 6),  # PIL's `data` in 16-bit fixed point, of a map to an image with a frame of one pixel
-        ("square", np.int32, 4),  # first row, first column, and the ones after the last
-    ]
-)
-"""Parameters of one step of one image."""
-COLUMNS = STEP.itemsize // 4
-NONE = np.array(
-    (1, 1, 0, LEVELS, 1, 0, 0, LEVELS - 1, 0, 0, (1 << 16, 0, 3 << 15, 0, 1 << 16, 3 << 15), (0, 0, 0, 0)), STEP
-)
-"""Parameters that leave an image alone."""
-_LINE = frozenset({"first", "slope", "offset", "of_mean"})
-_TABLE = _LINE | {"mask", "stretch", "equalize"}
-_BLEND = frozenset({"color", "sharpness", "share"})
-LONGEST_SIDE = 1 << 14
-"""Pixels: a rotation's fixed-point coordinates fit 32 bits."""
+LONGEST_SIDE = 1 << 13
+"""Pixels: shifts of three times as many, the most that a config can ask for, fit 32 bits in fixed point."""
 _NUMBERS = 1 << 23
 """Numbers of the images treated at once: temporary memory is some 30 bytes for each of them."""
 
@@ -65,7 +40,7 @@ class StaticView:
     """The strong view as a function of tensors.
 
     Attributes:
-        steps: the parameters, by their names in `STEP`, that each step may set to something else than `NONE`.
+        steps: the parameters, by their names in `STEP`, that each step may change from `NONE`.
         fill: value of pixels that come from outside the image.
     """
 
@@ -94,24 +69,29 @@ class StaticView:
         grid = _Grid(images)
         for number, used in enumerate(self.steps):
             own = _Parameters(parameters[:, number * COLUMNS : (number + 1) * COLUMNS])
-            if used & (_BLEND | _TABLE):
+            if used & (BLEND | TABLE):
                 images = _colours(images, own, used, grid, partners)
-            if "matrix" in used:
-                images = _mapped(images, own["matrix"], grid, self.fill)
-            if "square" in used:
-                images = _filled(images, own["square"], grid, self.fill)
+            if used & MATRIX:
+                images = _mapped(images, own.span("a", "f"), grid, self.fill)
+            if used & SQUARE:
+                images = _filled(images, own.span("top", "right"), grid, self.fill)
         return images
 
 
 class _Parameters:
-    """Columns of a step by name: [B, 1], or [B, n] where `STEP` has n numbers."""
+    """Columns of a step, int32 [B, COLUMNS], by name."""
 
     def __init__(self, columns: torch.Tensor) -> None:
         self._columns = {np.dtype(np.int32): columns, np.dtype(np.float32): columns.view(torch.float32)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        kind, offset = STEP.fields[name][:2]  # type: ignore[index]
-        return self._columns[kind.base].narrow(1, offset // 4, kind.itemsize // 4)
+        """[B, 1]."""
+        return self.span(name, name)
+
+    def span(self, first: str, last: str) -> torch.Tensor:
+        """Adjacent columns of one type: [B, n]."""
+        start, stop = STEP.names.index(first), STEP.names.index(last) + 1  # type: ignore[union-attr]
+        return self._columns[STEP[first]][:, start:stop]
 
 
 class _Grid:
@@ -127,12 +107,12 @@ def _colours(
     images: torch.Tensor, own: _Parameters, used: frozenset[str], grid: _Grid, partners: torch.Tensor
 ) -> torch.Tensor:
     """The blends, then the tables: an image takes part in one of them, so each may read what the other left."""
-    if not used & (_BLEND | {"of_mean"}):
+    if not used & (BLEND | {"of_mean"}):
         return _looked_up(images, own, used, grid, None)
     wide = images.float()
     grey = luminance(wide) if used & {"color", "of_mean"} else wide
     mean = mean_level(grey.sum((1, 2, 3), dtype=torch.float64), images) if "of_mean" in used else None
-    if used & _BLEND:
+    if used & BLEND:
         if "color" in used:
             wide = torch.lerp(grey, wide, own["color"][..., None, None])
         if "sharpness" in used and min(grid.height, grid.width) > 2:
@@ -143,7 +123,7 @@ def _colours(
         if "share" in used:
             wide = torch.lerp(wide, partners.float(), own["share"][..., None, None])
         images = wide.clamp_(0, LEVELS - 1).to(torch.uint8)
-    return _looked_up(images, own, used, grid, mean) if used & _TABLE else images
+    return _looked_up(images, own, used, grid, mean) if used & TABLE else images
 
 
 def _looked_up(
@@ -152,7 +132,7 @@ def _looked_up(
     """Every pixel through the table of its image and channel; mean: float32 [B], the mean luminance."""
     flat, table = images.flatten(2), grid.levels[None]
     index = flat.long()
-    if used & _LINE:
+    if used & LINE:
         offset = own["offset"] if mean is None else own["offset"] + own["of_mean"] * mean[:, None]
         table = torch.where(table >= own["first"], own["slope"] * table + offset, table).clamp_(0, LEVELS - 1)
     table = table.to(torch.uint8)
@@ -174,7 +154,7 @@ def _mapped(images: torch.Tensor, matrix: torch.Tensor, grid: _Grid, fill: int) 
     padded = F.pad(images, (1, 1, 1, 1), value=fill)
     along_x, along_y, start = matrix.long().view(-1, 2, 3).split(1, dim=2)
     lines = (along_x * grid.places[:width] + start)[:, :, None] + (along_y * grid.places[:height])[..., None]
-    x, y = lines.bitwise_right_shift_(affine.BITS).unbind(1)
+    x, y = lines.bitwise_right_shift_(BITS).unbind(1)
     index = x.clamp_(0, width + 1).add_(y.clamp_(0, height + 1), alpha=width + 2)
     return padded.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
 

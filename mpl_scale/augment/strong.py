@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpl_scale.augment.affine import framed, translate
-from mpl_scale.augment.cutout import cutout, square
+from mpl_scale.augment.affine import translate
+from mpl_scale.augment.cutout import cutout, square_of
 from mpl_scale.augment.large import are_large
+from mpl_scale.augment.parameters import MATRIX, SQUARE, affine_map, unchanged
 from mpl_scale.augment.registry import Given, Operation, find_ops, on_device
-from mpl_scale.augment.static import LONGEST_SIDE, NONE, STEP, StaticView
+from mpl_scale.augment.static import LONGEST_SIDE, StaticView
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
 
@@ -34,7 +35,7 @@ class Drawn:
     Attributes:
         which: int64 [U, N], position of the operation in the list; its length: none.
         strength: float64 [U, N], signed, 1 at magnitude 10.
-        places: float64 [N, U, 2], where an operation that needs a place has it.
+        places: float64 [U, N, 2], where an operation that needs a place has it.
         cutout: float64 [U, 2], the centre of the final cutout.
         crop: float64 [U, 3], the final shift of rows and columns, and flip.
     """
@@ -47,7 +48,7 @@ class Drawn:
 
     def rows(self, part: slice) -> Drawn:
         """The same for some of the images."""
-        return Drawn(self.which[part], self.strength[part], self.places[:, part], self.cutout[part], self.crop[part])
+        return Drawn(self.which[part], self.strength[part], self.places[part], self.cutout[part], self.crop[part])
 
 
 class StrongView:
@@ -189,9 +190,9 @@ class StrongView:
         drawn = frozenset(name for form in forms if form is not None for name in form(none, none.reshape(0, 2), (1, 1)))
         steps = [drawn] * config.num_ops
         if config.cutout:
-            steps.append(frozenset({"square"}))
+            steps.append(SQUARE)
         if config.crop_pad or config.flip:
-            steps.append(frozenset({"matrix"}))
+            steps.append(MATRIX)
         return StaticView(tuple(steps), config.fill)
 
     def _packed(self, drawn: Drawn, size: tuple[int, int], device: torch.device) -> torch.Tensor:
@@ -199,24 +200,24 @@ class StrongView:
         if self.static is None:
             missing = [operation.name for operation in self._ops if operation.static is None]
             raise ValueError(f"mpl_scale.data.strong draws {missing}, registered without `static=`: see register_op")
-        config, count = self._config, len(drawn.which)
-        shape = (count, len(self.static.steps) * STEP.itemsize // 4)
-        packed = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
-        rows = packed.numpy().view(STEP)
-        rows[...] = NONE
+        config, count, steps = self._config, len(drawn.which), len(self.static.steps)
+        packed, rows = unchanged(count, steps, pinned=device.type == "cuda")
+        every, centres = rows.reshape(-1), drawn.places.reshape(-1, _PLACE_PER_OP)
         for operation, chosen, amount in self._chosen(drawn, size):
             assert operation.static is not None
-            image, number = chosen
-            for name, values in operation.static(amount, drawn.places[number, image], size).items():
-                rows[name][chosen] = values
-        after = config.num_ops
+            row = chosen + chosen // config.num_ops * (steps - config.num_ops)
+            for name, values in operation.static(amount, centres[chosen], size).items():
+                every[name][row] = values
         if config.cutout:
-            rows["square"][:, after] = square(np.full(count, config.cutout), drawn.cutout, size)["square"]
+            sides = np.full(count, min(config.cutout, 2 * max(size)))
+            for name, edge in square_of(sides, drawn.cutout, size).items():
+                rows[name][:, config.num_ops] = edge
         if config.crop_pad or config.flip:
-            right, down = self._shift(drawn.crop)
+            right, down = self._shift(drawn.crop, size)
             flipped = config.flip & (drawn.crop[:, 2] < 0.5)
-            a, c = np.where(flipped, -1, 1), np.where(flipped, size[1] + right, right)
-            rows["matrix"][:, -1] = framed(a=a, c=c, f=down)["matrix"]
+            a, c = np.where(flipped, -1.0, 1.0), np.where(flipped, size[1] + right, right)
+            for name, values in affine_map(a=a, c=c, f=down).items():
+                rows[name][:, -1] = values
         return packed.to(device, non_blocking=True)
 
     def _view(
@@ -224,7 +225,7 @@ class StrongView:
     ) -> torch.Tensor:
         """All that is drawn, in order."""
         for number in range(self._config.num_ops):
-            given = Given(self._config.fill, partners, drawn.places[number])
+            given = Given(self._config.fill, partners, drawn.places[:, number])
             images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)
         return self._cut_and_crop(images, drawn)
 
@@ -235,7 +236,7 @@ class StrongView:
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
-                given = Given(config.fill, partners, drawn.places[number])
+                given = Given(config.fill, partners, drawn.places[:, number])
                 image = self._ops[position].on_one(image, amounts[:, number], given)
         if config.cutout or config.crop_pad or config.flip:
             image = self._cut_and_crop(torch.from_numpy(image[None]), drawn)[0].numpy()
@@ -272,7 +273,7 @@ class StrongView:
             low, high = config.probability_range
             probability = low + (high - low) * share
         which[per_op[..., 3] >= probability] = len(self._ops)  # left alone
-        places = places.reshape(rows, config.num_ops, _PLACE_PER_OP).swapaxes(0, 1)
+        places = places.reshape(rows, config.num_ops, _PLACE_PER_OP)
         return Drawn(which=which, strength=strength, places=places, cutout=centre, crop=crop)
 
     def _apply_one(self, images: torch.Tensor, which: np.ndarray, amount: np.ndarray, given: Given) -> torch.Tensor:
@@ -291,33 +292,35 @@ class StrongView:
         """What the drawn operations take for their strengths: float64 [U, N]; size: height and width."""
         amounts = drawn.strength.copy()
         for _, chosen, amount in self._chosen(drawn, size):
-            amounts[chosen] = amount
+            amounts.reshape(-1)[chosen] = amount
         return amounts
 
-    def _chosen(
-        self, drawn: Drawn, size: tuple[int, int]
-    ) -> Iterator[tuple[Operation, tuple[np.ndarray, ...], np.ndarray]]:
-        """Each operation, the images and the numbers of the draws that it is drawn in, and its amounts there."""
-        for position, operation in enumerate(self._ops):
-            chosen = np.nonzero(drawn.which == position)
-            strength = drawn.strength[chosen]
-            yield (
-                operation,
-                chosen,
-                (strength if operation.amount is None else operation.amount(strength, self._config, size)),
-            )
+    def _chosen(self, drawn: Drawn, size: tuple[int, int]) -> Iterator[tuple[Operation, np.ndarray, np.ndarray]]:
+        """Each operation, the places in [U, N] flattened where it is drawn, and its amounts there."""
+        which = drawn.which.reshape(-1).astype(np.int16)  # of which numpy sorts by radix
+        order = np.argsort(which, kind="stable")
+        ends = np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)]
+        strengths = drawn.strength.reshape(-1)[order]
+        first = 0
+        for operation, end in zip(self._ops, ends.tolist(), strict=True):
+            amount = strengths[first:end]
+            if operation.amount is not None:
+                amount = operation.amount(amount, self._config, size)
+            yield operation, order[first:end], amount
+            first = end
 
     def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
         """A second shifted crop and flip: the released code's strong view ends with them."""
         config = self._config
         if config.crop_pad:
-            images = translate(images, *self._shift(uniform), fill=config.fill)
+            images = translate(images, *self._shift(uniform, (images.shape[2], images.shape[3])), fill=config.fill)
         if config.flip:
             rows = on_device(np.flatnonzero(uniform[:, 2] < 0.5), images.device)
             images = images.index_copy(0, rows, images.index_select(0, rows).flip(3))
         return images
 
-    def _shift(self, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The last crop's pixels to the right and down, float64 [U]."""
-        down, right = np.floor(uniform[:, :2] * (2 * self._config.crop_pad + 1)).T - self._config.crop_pad
-        return right, down
+    def _shift(self, uniform: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The last crop's pixels to the right and down, float64 [U]; longer shifts show as little."""
+        pad = self._config.crop_pad
+        down, right = (np.floor(uniform[:, :2] * (2 * pad + 1)) - pad).T
+        return right.clip(-size[1], size[1]), down.clip(-size[0], size[0])
