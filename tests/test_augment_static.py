@@ -88,6 +88,7 @@ def test_a_part_of_the_batch_takes_its_rows_of_the_parameters(monkeypatch: pytes
     whole = static_views(view, images, partners)
     parts = [static_views(view, images, partners, part=part) for part in (slice(0, 7), slice(7, 8), slice(8, COUNT))]
     assert torch.equal(whole, torch.cat(parts))
+    assert torch.equal(whole, static_views(view, images.to(memory_format=torch.channels_last), partners))
     monkeypatch.setattr("mpl_scale.augment.static._NUMBERS", 3 * 16 * 16 * 20)  # 20 images at once
     assert torch.equal(static_views(view, images, partners), whole)
 

@@ -2,8 +2,8 @@
 
 The host writes the parameters of a batch into one int32 tensor [U, S * columns], a row an image, and they reach the
 device in one transfer. What follows is a pure function of tensors: it neither reads a device value on the host nor
-moves a tensor to the device, and its operators do not depend on what was drawn. So a GPU's host only queues some 60
-operators a step, and a CUDA graph can contain them.
+moves a tensor to the device, and its operators do not depend on what was drawn. So a GPU's host queues the same 80
+operators for every step, and a CUDA graph can contain them.
 
 One step applies one operation to each image, as three passes that are exact where they change nothing:
 
@@ -31,7 +31,7 @@ from mpl_scale.augment.parameters import BITS, BLEND, COLUMNS, LINE, MATRIX, SQU
 
 LONGEST_SIDE = 1 << 13
 """Pixels: shifts of three times as many, the most that a config can ask for, fit 32 bits in fixed point."""
-_NUMBERS = 1 << 23
+_NUMBERS = 1 << 22
 """Numbers of the images treated at once: temporary memory is some 30 bytes for each of them."""
 
 
@@ -152,7 +152,7 @@ def _mapped(images: torch.Tensor, matrix: torch.Tensor, grid: _Grid, fill: int) 
     """`affine.transform`, in 64 bits, which a gather wants its index in. matrix: int32 [B, 6]."""
     height, width = grid.height, grid.width
     padded = F.pad(images, (1, 1, 1, 1), value=fill)
-    along_x, along_y, start = matrix.long().view(-1, 2, 3).split(1, dim=2)
+    along_x, along_y, start = matrix.long().view(len(matrix), 2, 3).split(1, dim=2)
     lines = (along_x * grid.places[:width] + start)[:, :, None] + (along_y * grid.places[:height])[..., None]
     x, y = lines.bitwise_right_shift_(BITS).unbind(1)
     index = x.clamp_(0, width + 1).add_(y.clamp_(0, height + 1), alpha=width + 2)

@@ -176,8 +176,9 @@ class StrongView:
     def _is_static(self, images: torch.Tensor) -> bool:
         """Whether a batch goes through `static`; else its images are grouped by operation.
 
-        Grouped, each image takes part in its own operations only: on a CPU, where the arithmetic is what costs, that is
-        several times faster. On a device what costs is the host's queueing, of thousands of small operators.
+        Grouped, each image takes part in its own operations only: on a CPU, where arithmetic costs most, that is
+        several times faster. On a device the host's queueing costs most, and grouping needs six times as many operators
+        (benchmarks/strong_host.py).
         """
         return self.static is not None and images.device.type != "cpu" and max(images.shape[2:]) <= LONGEST_SIDE
 
