@@ -3,11 +3,12 @@
     python -m benchmarks.strong_host --images 896 --size 32 --rounds 15
 
 No device is needed. "operators" and "transfers" (host tensors that enter the device) are counted on torch's meta
-device. "queueing" is the host's time for these operators, in CPU milliseconds, measured with almost no arithmetic in them: for
-the grouped form on as many images of 4x4 pixels, for the static one, whose operators do not depend on the number of
-images, on one image. It includes neither a GPU's launches nor the grouped form's waits. "parameters" is what the host
-computes before the static form, and all it does where a CUDA graph contains the rest. "computing" is both forms'
-time on this CPU, why a CPU keeps the grouped form. The least of ROUNDS; one thread. Prints a table and writes OUTPUT.
+device. "queueing" is the host's time for these operators, in CPU milliseconds, measured with almost no arithmetic in
+them: for the grouped form on as many images of 4x4 pixels, for the static one, whose operators do not depend on the
+number of images, on one image. It includes neither a GPU's launches nor the grouped form's waits. "parameters" is what
+the host computes before the static form, and all it does where a CUDA graph contains the rest. "computing" is both
+forms' time on this CPU, why a CPU keeps the grouped form. The least of ROUNDS; one thread. Prints a table and writes
+OUTPUT.
 """
 
 from __future__ import annotations

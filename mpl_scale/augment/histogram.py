@@ -65,8 +65,8 @@ def _equalize(amount: np.ndarray, places: np.ndarray, size: tuple[int, int]) -> 
 @register_op("autocontrast", of_one=large.autocontrast, static=_stretch)
 def autocontrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.autocontrast with cutoff 0: stretch each channel to 0..255."""
-    low, high = torch.aminmax(images.flatten(2), dim=2, keepdim=True)
-    return look_up(images, stretched_tables(low, high))
+    flat = images.flatten(2)  # torch.aminmax takes 5 to 20 times as long on a CPU
+    return look_up(images, stretched_tables(flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)))
 
 
 @register_op("equalize", of_one=large.equalize, static=_equalize)

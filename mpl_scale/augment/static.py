@@ -139,11 +139,11 @@ def _looked_up(
     if "mask" in used:
         table = table & own["mask"].to(torch.uint8)
     table = table[:, None]
-    low, high = torch.aminmax(flat, dim=2, keepdim=True) if used & {"stretch", "equalize"} else (flat, flat)
     if "stretch" in used:
-        table = torch.where(own["stretch"][..., None] > 0, stretched_tables(low, high), table)
+        tables = stretched_tables(flat.amin(2, keepdim=True), flat.amax(2, keepdim=True))
+        table = torch.where(own["stretch"][..., None] > 0, tables, table)
     if "equalize" in used and flat.shape[2] >= LEVELS:
-        tables = equalized_tables(count_levels(index), high, images)
+        tables = equalized_tables(count_levels(index), flat.amax(2, keepdim=True), images)
         table = torch.where(own["equalize"][..., None] > 0, tables, table)
     return table.expand(*flat.shape[:2], LEVELS).gather(2, index).view(images.shape)
 
