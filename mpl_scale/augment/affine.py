@@ -13,9 +13,9 @@ import torch
 
 from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import sample
-from mpl_scale.augment.registry import Given, bands, register_op
+from mpl_scale.augment.parameters import BITS, affine_map
+from mpl_scale.augment.registry import Given, bands, on_device, register_op
 
-_BITS = 16
 _LARGEST_INT32 = 4096
 """Sides up to it keep sums of two 16-bit fixed-point coordinates of slope 2 within 32 bits."""
 
@@ -46,7 +46,7 @@ def move_rows(images: torch.Tensor, *, right: np.ndarray, fill: int) -> torch.Te
     padded = images.new_full((batch, channels, height, stride), fill)
     padded[..., before : before + width] = images
     first = np.arange(0, planes * height * stride, stride).reshape(batch, channels, height)
-    start = torch.from_numpy((first + before + right[:, None]).reshape(-1)).to(images.device)
+    start = on_device((first + before + right[:, None]).reshape(-1), images.device)
     return padded.view(-1).unfold(0, width, 1).index_select(0, start).view_as(images)
 
 
@@ -57,7 +57,7 @@ def move_columns(images: torch.Tensor, *, down: np.ndarray, fill: int) -> torch.
     above, below = max(0, -int(down.min())), max(0, int(down.max()))
     padded = images.new_full((batch, channels, above + height + below, width), fill)
     padded[:, :, above : above + height] = images
-    top = torch.from_numpy(((down + above) * width + np.arange(width)).astype(np.int32)).to(images.device)
+    top = on_device(((down + above) * width + np.arange(width)).astype(np.int32), images.device)
     first = torch.arange(0, height * width, width, device=images.device, dtype=torch.int32)[:, None]
     planes, result = padded.flatten(2), torch.empty_like(images)
     for band in bands(images):
@@ -78,18 +78,18 @@ def transform(images: torch.Tensor, matrices: np.ndarray, *, fill: int) -> torch
     padded = images.new_full((batch, channels, height + 2, width + 2), fill)
     padded[:, :, 1:-1, 1:-1] = images
     a, b, c, d, e, f = np.moveaxis(_fixed(matrices), 1, 0)[..., None]
-    frame, x, y = 1 << _BITS, np.arange(width), np.arange(height)
+    frame, x, y = 1 << BITS, np.arange(width), np.arange(height)
     lines = np.concatenate([a * x + (c + frame), b * y, d * x + (f + frame), e * y], axis=1)
     dtype = np.int32 if max(height, width) <= _LARGEST_INT32 else np.int64
-    on_device = torch.from_numpy(lines.astype(dtype)).to(images.device).split([width, height] * 2, dim=1)
+    moved = on_device(lines.astype(dtype), images.device).split([width, height] * 2, dim=1)
     (column_x, column_y), (row_x, row_y) = (
-        (line[:, None] for line in on_device[::2]),
-        (line[..., None] for line in on_device[1::2]),
+        (line[:, None] for line in moved[::2]),
+        (line[..., None] for line in moved[1::2]),
     )
     planes, result = padded.flatten(2), torch.empty_like(images)
     for band in bands(images):
-        source_x = (column_x + row_x[:, band]).bitwise_right_shift_(_BITS).clamp_(0, width + 1)
-        source_y = (column_y + row_y[:, band]).bitwise_right_shift_(_BITS).clamp_(0, height + 1)
+        source_x = (column_x + row_x[:, band]).bitwise_right_shift_(BITS).clamp_(0, width + 1)
+        source_y = (column_y + row_y[:, band]).bitwise_right_shift_(BITS).clamp_(0, height + 1)
         sample(planes, source_x.add_(source_y, alpha=width + 2), out=result[:, :, band])
     return result
 
@@ -98,47 +98,77 @@ def _fixed(matrices: np.ndarray) -> np.ndarray:
     """PIL's fixed-point coefficients, int64 [B, 6]; it samples at pixel centres."""
     centred = matrices.copy()
     centred[:, [2, 5]] += 0.5 * matrices[:, [0, 3]] + 0.5 * matrices[:, [1, 4]]
-    return np.floor(centred * (1 << _BITS) + 0.5).astype(np.int64)
+    return np.floor(centred * (1 << BITS) + 0.5).astype(np.int64)
 
 
 def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
     """Whole pixels by which line 0 .. length - 1 moves: int64 [B, length], in PIL's fixed point."""
-    slope = np.floor(amount * (1 << _BITS) + 0.5)
-    offset = np.floor((0.5 + 0.5 * amount) * (1 << _BITS) + 0.5)
-    return (slope[:, None] * np.arange(length) + offset[:, None]).astype(np.int64) >> _BITS
+    slope = np.floor(amount * (1 << BITS) + 0.5)
+    offset = np.floor((0.5 + 0.5 * amount) * (1 << BITS) + 0.5)
+    return (slope[:, None] * np.arange(length) + offset[:, None]).astype(np.int64) >> BITS
 
 
-@register_op("shear_x", amount=magnitudes.shear, of_one=large.shear_x)
+@register_op(
+    "shear_x",
+    amount=magnitudes.shear,
+    of_one=large.shear_x,
+    static=lambda amount, centres, size: affine_map(b=amount),
+)
 def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, amount, 0, 0, 1, 0)."""
     return move_rows(images, right=_sheared(amount, images.shape[2]), fill=given.fill)
 
 
-@register_op("shear_y", amount=magnitudes.shear, of_one=large.shear_y)
+@register_op(
+    "shear_y",
+    amount=magnitudes.shear,
+    of_one=large.shear_y,
+    static=lambda amount, centres, size: affine_map(d=amount),
+)
 def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, amount, 1, 0)."""
     return move_columns(images, down=_sheared(amount, images.shape[3]), fill=given.fill)
 
 
-@register_op("translate_x", amount=magnitudes.columns, of_one=large.translate_x)
+@register_op(
+    "translate_x",
+    amount=magnitudes.columns,
+    of_one=large.translate_x,
+    static=lambda amount, centres, size: affine_map(c=amount),
+)
 def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, pixels, 0, 1, 0)."""
     return translate(images, amount, np.zeros_like(amount), fill=given.fill)
 
 
-@register_op("translate_y", amount=magnitudes.rows, of_one=large.translate_y)
+@register_op(
+    "translate_y",
+    amount=magnitudes.rows,
+    of_one=large.translate_y,
+    static=lambda amount, centres, size: affine_map(f=amount),
+)
 def translate_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, 0, 1, pixels)."""
     return translate(images, np.zeros_like(amount), amount, fill=given.fill)
 
 
-@register_op("rotate", amount=magnitudes.degrees, of_one=large.rotate)
-def rotate(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
-    """Image.rotate(degrees, NEAREST, fillcolor=fill): counter-clockwise about the centre."""
+def _rotation(amount: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """PIL's `data` for Image.rotate(amount): six of [B]."""
     angle = -np.radians(amount)
     cosine, sine = np.round(np.cos(angle), 15), np.round(np.sin(angle), 15)
-    centre_x, centre_y = images.shape[3] / 2, images.shape[2] / 2
+    centre_x, centre_y = size[1] / 2, size[0] / 2
     shift_x = -cosine * centre_x - sine * centre_y + centre_x
     shift_y = sine * centre_x - cosine * centre_y + centre_y
-    matrices = np.stack([cosine, sine, shift_x, -sine, cosine, shift_y], axis=1)
+    return {"a": cosine, "b": sine, "c": shift_x, "d": -sine, "e": cosine, "f": shift_y}
+
+
+@register_op(
+    "rotate",
+    amount=magnitudes.degrees,
+    of_one=large.rotate,
+    static=lambda amount, centres, size: affine_map(**_rotation(amount, size)),
+)
+def rotate(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
+    """Image.rotate(degrees, NEAREST, fillcolor=fill): counter-clockwise about the centre."""
+    matrices = np.stack(list(_rotation(amount, (images.shape[2], images.shape[3])).values()), axis=1)
     return transform(images, matrices, fill=given.fill)

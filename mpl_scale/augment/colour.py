@@ -12,7 +12,8 @@ import torch
 
 from mpl_scale.augment import large, magnitudes
 from mpl_scale.augment.lookup import LEVELS, look_up
-from mpl_scale.augment.registry import Given, bands, per_image, register_op
+from mpl_scale.augment.parameters import Static, Values
+from mpl_scale.augment.registry import Given, bands, on_device, per_image, register_op
 
 _STEPS = 4096
 _LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
@@ -42,42 +43,70 @@ def _blend(degenerate: torch.Tensor, wide: torch.Tensor, factor: torch.Tensor) -
     return torch.lerp(degenerate, wide, factor, out=wide).short().clamp_(0, 255)
 
 
-def _luminance(wide: torch.Tensor) -> torch.Tensor:
+def luminance(wide: torch.Tensor) -> torch.Tensor:
     """PIL's mode "L" (ITU-R 601-2 in 16-bit fixed point): float32 [B, 3, h, w] to [B, 1, h, w]."""
     red, green, blue = wide.split(1, dim=1)
     grey = (red * _LUMA[0]).add_(green, alpha=_LUMA[1]).add_(blue, alpha=_LUMA[2])
     return grey.add_(0.5).floor_()
 
 
-@register_op("brightness", amount=magnitudes.factor, of_one=large.brightness)
+def mean_level(total: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """The nearest level to the mean of each image's pixels, float32 [B]; total: their sum, float64 [B].
+
+    In whole numbers: on CUDA a division by a number of the host multiplies by its reciprocal, and a half may be lost.
+    """
+    pixels = images.shape[2] * images.shape[3]
+    return total.long().mul_(2).add_(pixels).div_(2 * pixels, rounding_mode="floor").float()
+
+
+def _line(slope: np.ndarray | float, *, first: np.ndarray | float = 0.0, offset: float = 0.0) -> Values:
+    """The table slope * level + offset from level `first` on."""
+    return {"slope": slope, "first": first, "offset": offset}
+
+
+def _blended(name: str) -> Static:
+    """The blend whose factor is the parameter `name`."""
+    return lambda amount, centres, size: {name: _rounded(amount)}
+
+
+@register_op(
+    "brightness",
+    amount=magnitudes.factor,
+    of_one=large.brightness,
+    static=lambda amount, centres, size: _line(_rounded(amount)),
+)
 def brightness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Brightness(factor): blend with black."""
     tables = np.minimum(_rounded(amount)[:, None, None] * np.arange(LEVELS), 255).astype(np.uint8)
-    return look_up(images, torch.from_numpy(tables).to(images.device))
+    return look_up(images, on_device(tables, images.device))
 
 
-@register_op("color", amount=magnitudes.factor, of_one=large.color)
+@register_op("color", amount=magnitudes.factor, of_one=large.color, static=_blended("color"))
 def color(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Color(factor): blend with the grey image."""
     factor, result = _factor(amount, images), torch.empty_like(images)
     for band in bands(images):
         wide = images[:, :, band].float()
-        result[:, :, band] = _blend(_luminance(wide), wide, factor)
+        result[:, :, band] = _blend(luminance(wide), wide, factor)
     return result
 
 
-@register_op("contrast", amount=magnitudes.factor, of_one=large.contrast)
+def _contrasted(amount: np.ndarray, centres: np.ndarray, size: tuple[int, int]) -> Values:
+    return {**_line(_rounded(amount)), "of_mean": 1 - _rounded(amount)}
+
+
+@register_op("contrast", amount=magnitudes.factor, of_one=large.contrast, static=_contrasted)
 def contrast(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Contrast(factor): blend with the rounded mean luminance."""
     # Sums of a row are exact in float32, those of an image are not.
-    sums = [_luminance(images[:, :, band].float()).sum(3).sum((1, 2), dtype=torch.float64) for band in bands(images)]
-    mean = (torch.stack(sums).sum(0) / (images.shape[2] * images.shape[3]) + 0.5).floor().float()
+    sums = [luminance(images[:, :, band].float()).sum(3).sum((1, 2), dtype=torch.float64) for band in bands(images)]
+    mean = mean_level(torch.stack(sums).sum(0), images)
     factor = _factor(amount, images)
     tables = factor * torch.arange(LEVELS, device=images.device) + (1 - factor) * mean.view(-1, 1, 1, 1)
     return look_up(images, tables.clamp_(0, 255).to(torch.uint8).squeeze(2))
 
 
-@register_op("sharpness", amount=magnitudes.factor)
+@register_op("sharpness", amount=magnitudes.factor, static=_blended("sharpness"))
 def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageEnhance.Sharpness(factor): blend with ImageFilter.SMOOTH, which keeps the border pixels."""
     factor, result = _factor(amount, images), images.clone()
@@ -96,27 +125,41 @@ def sharpness(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.T
     return result
 
 
-@register_op("posterize", amount=magnitudes.bits, of_one=large.posterize)
+def _mask(bits: np.ndarray) -> np.ndarray:
+    return 256 - 2.0 ** (8 - bits)
+
+
+@register_op(
+    "posterize",
+    amount=magnitudes.bits,
+    of_one=large.posterize,
+    static=lambda amount, centres, size: {"mask": _mask(amount)},
+)
 def posterize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.posterize(bits): the low bits are set to 0."""
-    return images & per_image(256 - 2.0 ** (8 - amount), images, dtype=np.uint8)
+    return images & per_image(_mask(amount), images, dtype=np.uint8)
 
 
-@register_op("solarize", amount=magnitudes.threshold, of_one=large.solarize)
+@register_op(
+    "solarize",
+    amount=magnitudes.threshold,
+    of_one=large.solarize,
+    static=lambda amount, centres, size: _line(-1.0, first=amount, offset=255.0),
+)
 def solarize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.solarize(threshold): pixels from it on are inverted."""
     level = np.arange(LEVELS, dtype=np.uint8)
-    tables = torch.from_numpy(np.where(level >= amount[:, None], 255 - level, level)[:, None])
-    return look_up(images, tables.to(images.device))
+    tables = np.where(level >= amount[:, None], 255 - level, level)[:, None]
+    return look_up(images, on_device(tables, images.device))
 
 
-@register_op("invert", of_one=large.invert)
+@register_op("invert", of_one=large.invert, static=lambda amount, centres, size: _line(-1.0, offset=255.0))
 def invert(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """ImageOps.invert."""
     return ~images
 
 
-@register_op("sample_pairing", amount=magnitudes.share, pairs=True)
+@register_op("sample_pairing", amount=magnitudes.share, pairs=True, static=_blended("share"))
 def sample_pairing(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """Image.blend(image, partner, share) (Inoue 2018); the label stays the image's."""
     assert given.partners is not None

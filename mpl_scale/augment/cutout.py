@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mpl_scale.augment import magnitudes
-from mpl_scale.augment.registry import Given, register_op
+from mpl_scale.augment.registry import Given, on_device, register_op
 
 
 def cutout(images: torch.Tensor, sides: np.ndarray, *, centres: np.ndarray, fill: int) -> torch.Tensor:
@@ -19,20 +19,26 @@ def cutout(images: torch.Tensor, sides: np.ndarray, *, centres: np.ndarray, fill
         fill: value inside the square.
     """
     height, width = images.shape[2:]
-    inside_y = _inside(np.arange(height), np.floor(centres[:, :1] * height), sides[:, None])
-    inside_x = _inside(np.arange(width), np.floor(centres[:, 1:] * width), sides[:, None])
-    rows, columns = (torch.from_numpy(inside).to(images.device) for inside in (inside_y, inside_x))
-    square = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]: 255 inside
-    return (images & ~square).bitwise_or_(square & fill)
+    square = square_of(sides, centres, (height, width))
+    inside_y = _inside(np.arange(height), square["top"], square["bottom"])
+    inside_x = _inside(np.arange(width), square["left"], square["right"])
+    rows, columns = (on_device(inside, images.device) for inside in (inside_y, inside_x))
+    mask = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]: 255 inside
+    return (images & ~mask).bitwise_or_(mask & fill)
 
 
-def _inside(position: np.ndarray, centre: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """255 within the square and 0 elsewhere, uint8 [B, length]."""
-    first = centre - side // 2
-    return np.where((position >= first) & (position < first + side), 255, 0).astype(np.uint8)
+def square_of(sides: np.ndarray, centres: np.ndarray, size: tuple[int, int]) -> dict[str, np.ndarray]:
+    """The squares of `cutout` by their edges, whole numbers [B]: also the operation's parameters in static.py."""
+    top, left = np.floor(centres.T * np.array(size)[:, None]) - sides // 2
+    return {"top": top, "left": left, "bottom": top + sides, "right": left + sides}
 
 
-@register_op("cutout", amount=magnitudes.side)
+def _inside(position: np.ndarray, first: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """255 in [first, end) and 0 elsewhere, uint8 [B, length]."""
+    return np.where((position >= first[:, None]) & (position < end[:, None]), 255, 0).astype(np.uint8)
+
+
+@register_op("cutout", amount=magnitudes.side, static=square_of)
 def cutout_op(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """Cutout with a side of `amount` pixels around `given.centres`."""
     assert given.centres is not None

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from mpl_scale.augment.large import OfOne, are_large
+from mpl_scale.augment.parameters import Static
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import StrongConfig
 
@@ -39,7 +40,7 @@ class Given:
             return self
         partners = self.partners
         if partners is not None:
-            index = which if isinstance(which, slice) else torch.from_numpy(which).to(partners.device)
+            index = which if isinstance(which, slice) else on_device(which, partners.device)
             partners = partners[index]
         return Given(self.fill, partners, None if self.centres is None else self.centres[which])
 
@@ -64,6 +65,8 @@ class Operation:
         amount: its argument at a strength of magnitude / 10, signed; None: it has no magnitude.
         pairs: whether it needs `Given.partners`.
         of_one: the same, to the byte, for one large image on a CPU; None: that is cheapest as a batch of one.
+        static: the same, to the byte, as parameters of the passes in static.py; None: the images are grouped by
+            operation on every device, where a list has this one.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Operation:
     amount: Amount | None = None
     pairs: bool = False
     of_one: OfOne | None = None
+    static: Static | None = None
 
     def __call__(self, images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
         """Apply; on a CPU to a few images at a time, or to large ones one by one."""
@@ -101,12 +105,17 @@ OPS: Registry[Operation] = Registry("augmentation")
 
 
 def register_op(
-    name: str, *, amount: Amount | None = None, pairs: bool = False, of_one: OfOne | None = None
+    name: str,
+    *,
+    amount: Amount | None = None,
+    pairs: bool = False,
+    of_one: OfOne | None = None,
+    static: Static | None = None,
 ) -> Callable[[Apply], Apply]:
     """Make an operation available in `mpl_scale.data.strong.ops`; see `Operation` for the arguments."""
 
     def add(apply: Apply) -> Apply:
-        OPS[name] = Operation(name, apply, amount, pairs, of_one)
+        OPS[name] = Operation(name, apply, amount, pairs, of_one, static)
         return apply
 
     return add
@@ -152,4 +161,10 @@ def bands(images: torch.Tensor) -> list[slice]:
 
 def per_image(values: np.ndarray, images: torch.Tensor, *, dtype: type[np.generic] = np.int32) -> torch.Tensor:
     """Whole numbers [B] of the host as a tensor [B, 1, 1, 1] on the images' device."""
-    return torch.from_numpy(values.astype(dtype).reshape(-1, 1, 1, 1)).to(images.device)
+    return on_device(values.astype(dtype).reshape(-1, 1, 1, 1), images.device)
+
+
+def on_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array of the host on a device. To a GPU it goes from pinned memory: a pageable copy waits for the stream."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

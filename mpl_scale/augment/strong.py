@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mpl_scale.augment.affine import translate
-from mpl_scale.augment.cutout import cutout
+from mpl_scale.augment.cutout import cutout, square_of
 from mpl_scale.augment.large import are_large
-from mpl_scale.augment.registry import Given, find_ops
+from mpl_scale.augment.parameters import MATRIX, SQUARE, affine_map, unchanged
+from mpl_scale.augment.registry import Given, Operation, find_ops, on_device
+from mpl_scale.augment.static import LONGEST_SIDE, StaticView
 from mpl_scale.config.schema import StrongConfig
 from mpl_scale.philox import uniform_numpy
 
@@ -32,7 +35,7 @@ class Drawn:
     Attributes:
         which: int64 [U, N], position of the operation in the list; its length: none.
         strength: float64 [U, N], signed, 1 at magnitude 10.
-        places: float64 [N, U, 2], where an operation that needs a place has it.
+        places: float64 [U, N, 2], where an operation that needs a place has it.
         cutout: float64 [U, 2], the centre of the final cutout.
         crop: float64 [U, 3], the final shift of rows and columns, and flip.
     """
@@ -45,7 +48,7 @@ class Drawn:
 
     def rows(self, part: slice) -> Drawn:
         """The same for some of the images."""
-        return Drawn(self.which[part], self.strength[part], self.places[:, part], self.cutout[part], self.crop[part])
+        return Drawn(self.which[part], self.strength[part], self.places[part], self.cutout[part], self.crop[part])
 
 
 class StrongView:
@@ -74,6 +77,8 @@ class StrongView:
         self._seed = seed
         self._stream = _STREAM_BASE | stream
         self._candidates = candidates
+        self._last: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self.static = self._static()
 
     @property
     def pairs(self) -> bool:
@@ -130,10 +135,15 @@ class StrongView:
         """
         if not len(images):
             return images
+        size = (images.shape[2], images.shape[3])
         drawn = self._draw(self._uniform(ids, epochs))
         if partners is None and self._pairing[drawn.which].any():
             raise ValueError("mpl_scale.data.strong draws sample_pairing: give the partners' images, see StrongView")
-        amounts = self._amounts(drawn, (images.shape[2], images.shape[3]))
+        if self._is_static(images):
+            assert self.static is not None
+            parameters = self._packed(drawn, size, images.device)
+            return self.static(images, parameters, partners)
+        amounts = self._amounts(drawn, size)
         if not are_large(images):
             return self._view(images, drawn, amounts, partners)
         result = torch.empty_like(images, memory_format=torch.contiguous_format)
@@ -144,12 +154,79 @@ class StrongView:
             out[...] = self._view_of_one(np.ascontiguousarray(image), drawn.rows(part), amounts[part], mixed_in)
         return result
 
+    def parameters(
+        self, ids: np.ndarray, epochs: np.ndarray, *, size: tuple[int, int], device: torch.device
+    ) -> torch.Tensor:
+        """What `static` makes the strong views with, in one transfer to the device.
+
+        Args:
+            ids: int64 [U], sample ids.
+            epochs: int64 [U], the epoch each sample is drawn in.
+            size: the images' height and width.
+            device: the images' device.
+
+        Returns:
+            int32 [U, columns]; the number of columns depends on the config alone.
+
+        Raises:
+            ValueError: an operation of the list has no static form.
+        """
+        return self._packed(self._draw(self._uniform(ids, epochs)), size, device)
+
+    def _is_static(self, images: torch.Tensor) -> bool:
+        """Whether a batch goes through `static`; else its images are grouped by operation.
+
+        Grouped, each image takes part in its own operations only: on a CPU, where arithmetic costs most, that is
+        several times faster. On a device the host's queueing costs most, and grouping needs six times as many operators
+        (benchmarks/strong_host.py).
+        """
+        return self.static is not None and images.device.type != "cpu" and max(images.shape[2:]) <= LONGEST_SIDE
+
+    def _static(self) -> StaticView | None:
+        """The view of fixed shapes; None where an operation of the list has no static form."""
+        config, none = self._config, np.empty(0)
+        forms = [operation.static for operation in self._ops]
+        if None in forms:
+            return None
+        drawn = frozenset(name for form in forms if form is not None for name in form(none, none.reshape(0, 2), (1, 1)))
+        steps = [drawn] * config.num_ops
+        if config.cutout:
+            steps.append(SQUARE)
+        if config.crop_pad or config.flip:
+            steps.append(MATRIX)
+        return StaticView(tuple(steps), config.fill)
+
+    def _packed(self, drawn: Drawn, size: tuple[int, int], device: torch.device) -> torch.Tensor:
+        """The parameters of `static`, int32 [U, columns]."""
+        if self.static is None:
+            missing = [operation.name for operation in self._ops if operation.static is None]
+            raise ValueError(f"mpl_scale.data.strong draws {missing}, registered without `static=`: see register_op")
+        config, count, steps = self._config, len(drawn.which), len(self.static.steps)
+        packed, rows = unchanged(count, steps, pinned=device.type == "cuda")
+        every, centres = rows.reshape(-1), drawn.places.reshape(-1, _PLACE_PER_OP)
+        for operation, chosen, amount in self._chosen(drawn, size):
+            assert operation.static is not None
+            row = chosen + chosen // config.num_ops * (steps - config.num_ops)
+            for name, values in operation.static(amount, centres[chosen], size).items():
+                every[name][row] = values
+        if config.cutout:
+            sides = np.full(count, min(config.cutout, 2 * max(size)))
+            for name, edge in square_of(sides, drawn.cutout, size).items():
+                rows[name][:, config.num_ops] = edge
+        if config.crop_pad or config.flip:
+            right, down = self._shift(drawn.crop, size)
+            flipped = config.flip & (drawn.crop[:, 2] < 0.5)
+            a, c = np.where(flipped, -1.0, 1.0), np.where(flipped, size[1] + right, right)
+            for name, values in affine_map(a=a, c=c, f=down).items():
+                rows[name][:, -1] = values
+        return packed.to(device, non_blocking=True)
+
     def _view(
         self, images: torch.Tensor, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> torch.Tensor:
         """All that is drawn, in order."""
         for number in range(self._config.num_ops):
-            given = Given(self._config.fill, partners, drawn.places[number])
+            given = Given(self._config.fill, partners, drawn.places[:, number])
             images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)
         return self._cut_and_crop(images, drawn)
 
@@ -160,7 +237,7 @@ class StrongView:
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
-                given = Given(config.fill, partners, drawn.places[number])
+                given = Given(config.fill, partners, drawn.places[:, number])
                 image = self._ops[position].on_one(image, amounts[:, number], given)
         if config.cutout or config.crop_pad or config.flip:
             image = self._cut_and_crop(torch.from_numpy(image[None]), drawn)[0].numpy()
@@ -176,7 +253,11 @@ class StrongView:
     def _uniform(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """float64 [U, columns]; a column's numbers do not depend on how many columns follow it."""
         columns = (_DRAWS_PER_OP + _PLACE_PER_OP) * self._config.num_ops + _CUTOUT + _PROBABILITY + _PARTNER + _CROP
-        return uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=columns)
+        if self._last is not None and np.array_equal(ids, self._last[0]) and np.array_equal(epochs, self._last[1]):
+            return self._last[2]  # `partners` has just drawn them
+        uniform = uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=columns)
+        self._last = ids.copy(), epochs.copy(), uniform
+        return uniform
 
     def _draw(self, uniform: np.ndarray) -> Drawn:
         """Every decision, from the uniform numbers [U, columns]."""
@@ -193,14 +274,14 @@ class StrongView:
             low, high = config.probability_range
             probability = low + (high - low) * share
         which[per_op[..., 3] >= probability] = len(self._ops)  # left alone
-        places = places.reshape(rows, config.num_ops, _PLACE_PER_OP).swapaxes(0, 1)
+        places = places.reshape(rows, config.num_ops, _PLACE_PER_OP)
         return Drawn(which=which, strength=strength, places=places, cutout=centre, crop=crop)
 
     def _apply_one(self, images: torch.Tensor, which: np.ndarray, amount: np.ndarray, given: Given) -> torch.Tensor:
         """One operation per image, `which` [U] deciding; images are grouped by operation."""
         order = np.argsort(which, kind="stable")
         groups = np.split(order, np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)])
-        indices = torch.from_numpy(order).to(images.device)
+        indices = on_device(order, images.device)
         parts = list(images.index_select(0, indices).split([len(group) for group in groups]))
         for position in range(len(self._ops)):
             group = groups[position]
@@ -211,19 +292,36 @@ class StrongView:
     def _amounts(self, drawn: Drawn, size: tuple[int, int]) -> np.ndarray:
         """What the drawn operations take for their strengths: float64 [U, N]; size: height and width."""
         amounts = drawn.strength.copy()
-        for position, operation in enumerate(self._ops):
-            if operation.amount is not None:
-                chosen = drawn.which == position
-                amounts[chosen] = operation.amount(drawn.strength[chosen], self._config, size)
+        for _, chosen, amount in self._chosen(drawn, size):
+            amounts.reshape(-1)[chosen] = amount
         return amounts
+
+    def _chosen(self, drawn: Drawn, size: tuple[int, int]) -> Iterator[tuple[Operation, np.ndarray, np.ndarray]]:
+        """Each operation, the places in [U, N] flattened where it is drawn, and its amounts there."""
+        which = drawn.which.reshape(-1).astype(np.int16)  # of which numpy sorts by radix
+        order = np.argsort(which, kind="stable")
+        ends = np.cumsum(np.bincount(which, minlength=len(self._ops)))[: len(self._ops)]
+        strengths = drawn.strength.reshape(-1)[order]
+        first = 0
+        for operation, end in zip(self._ops, ends.tolist(), strict=True):
+            amount = strengths[first:end]
+            if operation.amount is not None:
+                amount = operation.amount(amount, self._config, size)
+            yield operation, order[first:end], amount
+            first = end
 
     def _crop_and_flip(self, images: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
         """A second shifted crop and flip: the released code's strong view ends with them."""
         config = self._config
         if config.crop_pad:
-            shift = np.floor(uniform[:, :2] * (2 * config.crop_pad + 1)) - config.crop_pad
-            images = translate(images, shift[:, 1], shift[:, 0], fill=config.fill)
+            images = translate(images, *self._shift(uniform, (images.shape[2], images.shape[3])), fill=config.fill)
         if config.flip:
-            rows = torch.from_numpy(np.flatnonzero(uniform[:, 2] < 0.5)).to(images.device)
+            rows = on_device(np.flatnonzero(uniform[:, 2] < 0.5), images.device)
             images = images.index_copy(0, rows, images.index_select(0, rows).flip(3))
         return images
+
+    def _shift(self, uniform: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """The last crop's pixels to the right and down, float64 [U]; longer shifts show as little."""
+        pad = self._config.crop_pad
+        down, right = (np.floor(uniform[:, :2] * (2 * pad + 1)) - pad).T
+        return right.clip(-size[1], size[1]), down.clip(-size[0], size[0])
