@@ -255,6 +255,37 @@ def test_a_pickle_cannot_take_memory_that_it_does_not_hold() -> None:
     huge = pickle.dumps(np.zeros(4, np.uint8), protocol=2).replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85")
     with pytest.raises(MalformedShard, match=r"an array of 2147483647 values in 4 bytes"):
         read_pickle(huge)
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20)  # encoded a thousand times: 1 GB of 1 MB
+    bomb = b"\x80\x02c_codecs\nencode\nq\x00" + text + b"X\x06\0\0\0latin1\x86q\x01" + 1000 * b"h\x00h\x01R" + b"."
+    with pytest.raises(MalformedShard, match="makes more bytes of its text than it has"):
+        read_pickle(bomb)
+
+
+NESTED = b")" + 1_000_000 * b"\x85"
+DOUBLED = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(200))
+TRICKS = {
+    "state of a function": b"\x80\x02c_codecs\nencode\n}X\x01\0\0\0aNsb.",
+    "attributes of a function": b"\x80\x02c_codecs\nencode\nN}X\x0c\0\0\0__defaults__)s\x86b.",
+    "state of a dict": b"\x80\x02}}X\x01\0\0\0aNsb.",
+    "an instance": b"(S'x'\nios\nmkdir\n.",
+    "an instance of an allowed name": b"(X\x01\0\0\0aX\x06\0\0\0latin1i_codecs\nencode\n.",
+    "a new object": b"\x80\x02cnumpy\ndtype\n)\x81.",
+    "a persistent id": b"Pos\n.",
+    "a registered extension": b"\x80\x02\x82\x01.",
+    "another function of an allowed module": b"c_codecs\ndecode\n.",
+    "an attribute of an allowed name": b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__init__\x93.",
+    "another codec": b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0idna!\x86R.",
+    "a key nested a million times": b"\x80\x02}" + NESTED + b"Ns.",
+    "keys nested a million times": b"\x80\x02}(" + NESTED + b"Nu.",
+    "a dict of keys nested a million times": b"\x80\x02(" + NESTED + b"Nd.",
+    "a key that takes forever": b"\x80\x02" + DOUBLED + b"}h\xc8Ns.",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_pickle_does_nothing_with_the_names_that_are_allowed(trick: str) -> None:
+    with pytest.raises(MalformedShard, match=r"more than|other than|not latin1"):
+        read_pickle(TRICKS[trick])
 
 
 def test_lost_batches_are_listed_and_the_others_read(tmp_path: Path) -> None:
