@@ -20,6 +20,7 @@ setup(
         "torch>=2.11",
         "deepspeed>=0.19.8",
         "timm>=1.0.31",
+        "google-crc32c",
         "numpy",
         "pillow",
         "pydantic>=2",

@@ -17,11 +17,11 @@ from PIL import Image
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import ImageSet, Splits, evaluation_batches, load_images
-from mpl_scale.data.crc import crc32c
 from mpl_scale.data.formats import FORMATS, MalformedShard, ScanOptions
 from mpl_scale.data.index import IndexedImages
 from mpl_scale.data.indexing import build_index
 from mpl_scale.data.pickled import read_pickle
+from mpl_scale.data.tfrecord import masked_crc32c
 from mpl_scale.mesh import build_mesh
 from tests import mini_imagenet as mini
 
@@ -105,21 +105,15 @@ def test_labels_of_other_customs_and_class_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 63, 64, 127, 128, 129, 1000, 4099])
-def test_crc32c_is_its_bitwise_definition(length: int) -> None:
+def test_the_checksum_is_its_bitwise_definition(length: int) -> None:
     data = np.random.default_rng(length).bytes(length)
-    assert crc32c(data) == mini.crc32c_bitwise(data)
+    assert struct.pack("<I", masked_crc32c(data)) == mini.masked(data)
 
 
-def test_crc32c_of_rfc_3720_and_over_chunks() -> None:
-    assert crc32c(b"123456789") == 0xE3069283
-    assert crc32c(bytes(32)) == 0x8A9136AA  # RFC 3720, B.4
-    assert crc32c(b"\xff" * 32) == 0x62A8AB43
-    data = np.random.default_rng(0).bytes(1_100_000)  # three chunks
-    bulk = np.frombuffer(data, np.uint8)
-    # Linearity: crc(a ^ b) = crc(a) ^ crc(b) ^ crc(0) holds for the whole only if chunks and lanes are joined rightly.
-    other = np.random.default_rng(1).integers(0, 256, len(bulk), dtype=np.uint8)
-    assert crc32c((bulk ^ other).tobytes()) == crc32c(data) ^ crc32c(other.tobytes()) ^ crc32c(bytes(len(data)))
-    assert crc32c(data + struct.pack("<I", crc32c(data))) == 0x48674BC7  # the residue of the polynomial
+def test_the_checksum_is_that_of_rfc_3720_masked() -> None:
+    for data, crc in ((b"123456789", 0xE3069283), (bytes(32), 0x8A9136AA), (b"\xff" * 32, 0x62A8AB43)):  # RFC 3720, B.4
+        assert mini.crc32c_bitwise(data) == crc
+        assert masked_crc32c(data) == ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def scan(source: str, root: Path) -> tuple[IndexedImages, list[str]]:
@@ -255,6 +249,37 @@ def test_a_pickle_cannot_take_memory_that_it_does_not_hold() -> None:
     huge = pickle.dumps(np.zeros(4, np.uint8), protocol=2).replace(b"K\x04\x85", b"J\xff\xff\xff\x7f\x85")
     with pytest.raises(MalformedShard, match=r"an array of 2147483647 values in 4 bytes"):
         read_pickle(huge)
+    text = b"X" + (1 << 20).to_bytes(4, "little") + b"x" * (1 << 20)  # encoded a thousand times: 1 GB of 1 MB
+    bomb = b"\x80\x02c_codecs\nencode\nq\x00" + text + b"X\x06\0\0\0latin1\x86q\x01" + 1000 * b"h\x00h\x01R" + b"."
+    with pytest.raises(MalformedShard, match="makes more bytes of its text than it has"):
+        read_pickle(bomb)
+
+
+NESTED = b")" + 1_000_000 * b"\x85"
+DOUBLED = b")q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(200))
+TRICKS = {
+    "state of a function": b"\x80\x02c_codecs\nencode\n}X\x01\0\0\0aNsb.",
+    "attributes of a function": b"\x80\x02c_codecs\nencode\nN}X\x0c\0\0\0__defaults__)s\x86b.",
+    "state of a dict": b"\x80\x02}}X\x01\0\0\0aNsb.",
+    "an instance": b"(S'x'\nios\nmkdir\n.",
+    "an instance of an allowed name": b"(X\x01\0\0\0aX\x06\0\0\0latin1i_codecs\nencode\n.",
+    "a new object": b"\x80\x02cnumpy\ndtype\n)\x81.",
+    "a persistent id": b"Pos\n.",
+    "a registered extension": b"\x80\x02\x82\x01.",
+    "another function of an allowed module": b"c_codecs\ndecode\n.",
+    "an attribute of an allowed name": b"\x80\x04\x8c\x05numpy\x8c\x10ndarray.__init__\x93.",
+    "another codec": b"\x80\x02c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0idna!\x86R.",
+    "a key nested a million times": b"\x80\x02}" + NESTED + b"Ns.",
+    "keys nested a million times": b"\x80\x02}(" + NESTED + b"Nu.",
+    "a dict of keys nested a million times": b"\x80\x02(" + NESTED + b"Nd.",
+    "a key that takes forever": b"\x80\x02" + DOUBLED + b"}h\xc8Ns.",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_a_pickle_does_nothing_with_the_names_that_are_allowed(trick: str) -> None:
+    with pytest.raises(MalformedShard, match=r"more than|other than|not latin1"):
+        read_pickle(TRICKS[trick])
 
 
 def test_lost_batches_are_listed_and_the_others_read(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ class Command:
     """One command. Its module imports nothing heavy: `run` does, once the command line is known to be good.
 
     name: on the command line. help: one line. examples: whole command lines. options: adds its arguments.
-    run: returns the exit status, 0 done, 1 a negative answer, 2 bad input; raises ValueError or OSError for bad input.
+    run: takes the options, with `parser` the whole command line's; gives the exit status, 0 done, 1 a negative answer,
+    2 bad input; raises ValueError or OSError for bad input.
     """
 
     name: str

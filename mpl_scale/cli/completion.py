@@ -1,4 +1,7 @@
-"""`mpl-scale completion`: what a shell needs to complete commands, options, files and the fields of --set."""
+"""`mpl-scale completion`: what a shell needs to complete commands, options, files and the fields of --set.
+
+Not shtab's own option: it has no place for bash's `nospace`, and would need shtab to be installed for every command.
+"""
 
 from __future__ import annotations
 
@@ -49,18 +52,19 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     """The completion of a parser, to be sourced by bash or fish, or put on zsh's fpath."""
     import shtab
 
-    for command in _parsers(parser):
+    commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    for command in commands.choices.values():
         for action in command._actions:
             if action.dest == "set":
-                action.complete = {  # type: ignore[attr-defined]
+                action.complete = {
                     "bash": "_mpl_scale_fields",
                     "zsh": "_mpl_scale_fields",
                     "fish": "(_mpl_scale_fields)",
                 }
             elif action.dest in FILES:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
             elif action.dest in FOLDERS:
-                action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+                action.complete = shtab.DIRECTORY
     paths = [f"{path}=" for path in fields()]
     words = " ".join(paths)
     preamble = {
@@ -72,21 +76,12 @@ def script(parser: argparse.ArgumentParser, shell: str) -> str:
     return text + _BASH if shell == "bash" else text
 
 
-def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """Those of the commands."""
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            yield from action.choices.values()
-
-
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mpl_scale.cli.main import make_parser  # which has this command
-
-    print(script(make_parser(), options.shell))
+    print(script(options.parser, options.shell))
     return 0
 
 

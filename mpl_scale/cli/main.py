@@ -30,6 +30,7 @@ PACKAGES = {
     "sklearn": ("scikit-learn", "scikit-learn"),
     "PIL": ("pillow", "pillow"),
     "shtab": ("shtab", "shtab"),
+    "google_crc32c": ("google-crc32c", "google-crc32c"),
 }
 """Of modules that may be missing: the name for people, and pip's."""
 
@@ -84,5 +85,5 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.options(own)
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        own.set_defaults(run=command.run)
+        own.set_defaults(run=command.run, parser=parser)
     return parser

@@ -1,4 +1,7 @@
-"""How far the building of an index has come: a bar on a terminal, plain lines elsewhere."""
+"""How far the building of an index has come: a bar on a terminal, plain lines elsewhere.
+
+The lines are not tqdm's: it separates its updates by carriage returns, so that a log file gets one endless line.
+"""
 
 from __future__ import annotations
 

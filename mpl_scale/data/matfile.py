@@ -1,5 +1,7 @@
 """Numeric arrays of a MATLAB version 5 file, streamed: a compressed array of gigabytes is never held in memory.
 
+Not scipy.io.loadmat: a wrong data type in a file is an index out of bounds in its C code, and ends the process (1.17).
+
 The file is a header of 128 bytes, then elements: a tag (type, bytes) and data. An array is an element of type 14, or
 one of type 15 that holds a zlib stream of it; inside are flags, dimensions, name and the values, column by column.
 """

@@ -1,240 +1,145 @@
-"""Data out of a pickle, without unpickling: the opcodes are read, and nothing that they name is imported or called.
+"""Plain data out of a pickle: Python's unpickler, allowed only the opcodes and the names that CIFAR's batches need.
 
-A pickle is a program. Python's own machine would import and call whatever the file says, so a data set from anywhere
-could run anything. Here the few opcodes that CIFAR-10's batches are made of (dicts, lists, numbers, text, bytes and
-numpy arrays of bytes, protocols 0 to 5) build plain data; any other opcode, and any other callable, is refused.
+A pickle is a program that imports and calls what it names; here each allowed name stands for a function of this file.
+This is the unpickler that pickle has in Python: the one in C allocates whatever size a file mentions before it reads,
+and its opcodes cannot be restricted.
 """
 
 from __future__ import annotations
 
-import pickletools
+import io
+import math
+import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from mpl_scale.data.formats import MalformedShard
 
-
-class _Name(NamedTuple):
-    """A global that a pickle refers to."""
-
-    path: str
-
-
-class _Array:
-    """An array under construction: what numpy's `_reconstruct` stands for."""
-
-    def __init__(self) -> None:
-        self.value: np.ndarray | None = None
-
-
-class _DType:
-    """A dtype under construction."""
-
-    def __init__(self, code: Any) -> None:
-        self.code = code
-
-
-_MARK = object()
-_RECONSTRUCT = {"numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct"}
-_VALUES = {
+_OPCODES = (
+    *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
-}
-_CONSTANTS: dict[str, Callable[[], Any]] = {
-    "NONE": lambda: None,
-    "NEWTRUE": lambda: True,
-    "NEWFALSE": lambda: False,
-    "EMPTY_DICT": dict,
-    "EMPTY_LIST": list,
-    "EMPTY_TUPLE": tuple,
-    "MARK": lambda: _MARK,
-}
-_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT"),
+    *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
+)
 
 
 def read_pickle(content: bytes) -> Any:
-    """The pickled data: dict, list, tuple, int, float, str, bytes, None, bool, uint8 arrays.
+    """The pickled data: a dict with keys of text, list, tuple, int, float, str, bytes, None, bool or uint8 array.
 
-    Text of Python 2 (`str`) comes as str of the same code points.
+    Text of Python 2 (`str`) comes as str of the same code points. Arrays are read at the top and as values of the dict.
 
     Raises:
-        MalformedShard: no pickle, or one that does more than hold data.
+        MalformedShard: not a pickle, or one that does more than hold data.
     """
-    machine = _Machine()
-    position = 0
+    stream = io.BytesIO(content)
     try:
-        for opcode, argument, found in pickletools.genops(content):
-            position = found or 0
-            if opcode.name == "STOP":
-                return machine.pop()
-            machine.do(opcode.name, argument)
+        found = _Unpickler(stream, size=len(content)).load()
     except MalformedShard as error:
-        raise MalformedShard(str(error), offset=position) from error
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        raise MalformedShard(f"no pickle: {error}", offset=position) from error
-    raise MalformedShard("no pickle: it does not end", offset=position)
+        raise MalformedShard(str(error), offset=stream.tell()) from error
+    except Exception as error:  # of any kind, says pickle's documentation
+        reason = str(error)[:200] or type(error).__name__
+        raise MalformedShard(f"it cannot be unpickled: {reason}", offset=stream.tell()) from error
+    return {key: _values(value) for key, value in found.items()} if isinstance(found, dict) else _values(found)
 
 
-class _Machine:
-    """A stack and a memo."""
+class _Array:
+    """An array under construction. values: uint8, in the pickled shape; None until the pickle gives them."""
 
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-
-    def pop(self) -> Any:
-        return self._stack.pop()
-
-    def do(self, name: str, argument: Any) -> None:
-        """One opcode."""
-        stack = self._stack
-        if name in ("PROTO", "FRAME"):
-            return
-        if name in _VALUES:
-            stack.append(argument)
-        elif name in _CONSTANTS:
-            stack.append(_CONSTANTS[name]())
-        elif name in _TUPLES:
-            count = _TUPLES[name]
-            if len(stack) < count:
-                raise MalformedShard("no pickle: the stack is empty")
-            stack[-count:] = [tuple(stack[-count:])]
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            self._memo[len(self._memo) if name == "MEMOIZE" else argument] = stack[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(self._memo[argument])
-        elif name in _BUILDERS:
-            _BUILDERS[name](self)
-        elif name == "GLOBAL":
-            stack.append(_Name(argument))
-        else:
-            raise MalformedShard(f"the pickle uses {name}: more than data")
-
-    def since_mark(self) -> list[Any]:
-        at = len(self._stack) - 1 - next(i for i, value in enumerate(reversed(self._stack)) if value is _MARK)
-        values = self._stack[at + 1 :]
-        del self._stack[at:]
-        return values
-
-    def tuple_(self) -> None:
-        self._stack.append(tuple(self._marked()))
-
-    def list_(self) -> None:
-        self._stack.append(self._marked())
-
-    def dict_(self) -> None:
-        self._stack.append(_pairs(self._marked()))
-
-    def append(self) -> None:
-        value = self.pop()
-        self._top(list).append(value)
-
-    def appends(self) -> None:
-        values = self._marked()
-        self._top(list).extend(values)
-
-    def set_item(self) -> None:
-        value, key = self.pop(), self.pop()
-        self._top(dict)[key] = value
-
-    def set_items(self) -> None:
-        pairs = _pairs(self._marked())
-        self._top(dict).update(pairs)
-
-    def name(self) -> None:
-        name, module = self.pop(), self.pop()
-        if not isinstance(name, str) or not isinstance(module, str):
-            raise MalformedShard("no pickle: a name that is no text")
-        self._stack.append(_Name(f"{module} {name}"))
-
-    def reduce(self) -> None:
-        arguments, callee = self.pop(), self.pop()
-        path = callee.path if isinstance(callee, _Name) else type(callee).__name__
-        if not isinstance(arguments, tuple):
-            raise MalformedShard("no pickle: arguments that are no tuple")
-        if path in _RECONSTRUCT:
-            self._stack.append(_Array())
-        elif path == "numpy dtype" and arguments:
-            self._stack.append(_DType(arguments[0]))
-        elif path == "_codecs encode" and len(arguments) == 2 and arguments[1] in ("latin1", "latin-1"):
-            self._stack.append(_latin(arguments[0]))  # bytes, as Python 3 writes them for Python 2
-        else:
-            raise MalformedShard(f"the pickle calls {path[:100]}: more than data")
-
-    def build(self) -> None:
-        state = self.pop()
-        target = self._stack[-1]
-        if isinstance(target, _Array):
-            target.value = _array(state)
-            self._replace(target, target.value)
-        elif not isinstance(target, _DType):
-            raise MalformedShard("the pickle sets the state of an object: more than data")
-
-    def _replace(self, old: _Array, new: np.ndarray) -> None:
-        self._stack[-1] = new
-        for key, value in self._memo.items():
-            if value is old:
-                self._memo[key] = new
-
-    def _marked(self) -> list[Any]:
-        try:
-            return self.since_mark()
-        except StopIteration:
-            raise MalformedShard("no pickle: a mark is missing") from None
-
-    def _top(self, kind: type) -> Any:
-        if not self._stack or type(self._stack[-1]) is not kind:
-            raise MalformedShard(f"no pickle: no {kind.__name__} to add to")
-        return self._stack[-1]
+    values: np.ndarray | None = None
 
 
-_BUILDERS: dict[str, Callable[[_Machine], None]] = {
-    "TUPLE": _Machine.tuple_,
-    "LIST": _Machine.list_,
-    "DICT": _Machine.dict_,
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "STACK_GLOBAL": _Machine.name,
-    "REDUCE": _Machine.reduce,
-    "BUILD": _Machine.build,
-}
+class _DType:
+    """uint8, as no other is accepted."""
 
 
-def _pairs(values: list[Any]) -> dict[Any, Any]:
-    if len(values) % 2:
-        raise MalformedShard("no pickle: a key without a value")
-    return dict(zip(values[::2], values[1::2], strict=True))
+def _values(value: Any) -> Any:
+    return value.values if isinstance(value, _Array) else value
 
 
-def _array(state: Any) -> np.ndarray:
-    """numpy's state (version, shape, dtype, Fortran order, bytes) as an array, of bytes only."""
-    if not isinstance(state, tuple) or len(state) != 5:
-        raise MalformedShard("an array of another kind than numpy pickles")
-    _, shape, dtype, fortran, raw = state
-    if not isinstance(dtype, _DType) or dtype.code not in ("u1", b"u1") or fortran:
-        raise MalformedShard("an array of another type than uint8, or in another order")
-    content = _latin(raw)
-    if not isinstance(shape, tuple) or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape):
-        raise MalformedShard("an array without a shape")
-    count = 1
-    for side in shape[:8]:
-        count *= side
-    if len(shape) > 8 or count != len(content):
-        raise MalformedShard(f"an array of {count} values in {len(content)} bytes")
-    return np.frombuffer(content, np.uint8).reshape(shape)
+def _dtype(code: str | bytes, *options: Any) -> _DType:
+    if code not in ("u1", b"u1"):
+        raise MalformedShard("an array of another type than uint8")
+    return _DType()
 
 
-def _latin(text: Any) -> bytes:
-    if isinstance(text, bytes):
-        return text
-    if not isinstance(text, str):
-        raise MalformedShard("an array without bytes")
-    try:
-        return text.encode("latin-1")
-    except UnicodeEncodeError as error:
-        raise MalformedShard("text that is no bytes") from error
+def _build(unpickler: Any) -> None:
+    """BUILD, for arrays and dtypes only: Python's own sets attributes of whatever is on the stack."""
+    state = unpickler.stack.pop()
+    target = unpickler.stack[-1]
+    if isinstance(target, _Array):
+        target.values = unpickler.array(state)
+    elif not isinstance(target, _DType):
+        raise MalformedShard("the pickle sets the state of an object: more than data")
+
+
+def _refuse(unpickler: Any) -> None:
+    raise MalformedShard("the pickle uses an opcode that does more than hold data")
+
+
+def _with_text_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
+    """The opcode, after a look at the keys on the stack: hashing nested tuples overflows C's stack, or never ends."""
+    load: Callable[[Any], None] = pickle._Unpickler.dispatch[opcode[0]]
+
+    def checked(unpickler: Any) -> None:
+        if not all(isinstance(key, str | bytes) for key in unpickler.stack[keys]):
+            raise MalformedShard("a dict with keys other than text")
+        load(unpickler)
+
+    return checked
+
+
+class _Unpickler(pickle._Unpickler):
+    """size: bytes of the pickle, which also bounds the bytes that it makes of its text."""
+
+    dispatch = (
+        dict.fromkeys(pickle._Unpickler.dispatch, _refuse)
+        | {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
+        | {
+            pickle.BUILD[0]: _build,
+            pickle.DICT[0]: _with_text_keys(pickle.DICT, slice(0, None, 2)),
+            pickle.SETITEM[0]: _with_text_keys(pickle.SETITEM, slice(-2, -1)),
+            pickle.SETITEMS[0]: _with_text_keys(pickle.SETITEMS, slice(0, None, 2)),
+        }
+    )
+
+    def __init__(self, file: io.BytesIO, *, size: int) -> None:
+        super().__init__(file, encoding="latin1")
+        self._left = size
+        self._names: dict[str, Callable[..., Any] | None] = {
+            "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _Array(),
+            "numpy._core.multiarray._reconstruct": lambda kind, shape, code: _Array(),
+            "numpy.ndarray": None,  # only an argument of _reconstruct
+            "numpy.dtype": _dtype,
+            "_codecs.encode": self._encode,
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        path = f"{module}.{name}"
+        if path not in self._names:
+            raise MalformedShard(f"the pickle names {path[:100]}: more than data")
+        return self._names[path]
+
+    def array(self, state: Any) -> np.ndarray:
+        """numpy's state (version, shape, dtype, Fortran order, bytes) as an array."""
+        _, shape, dtype, fortran, raw = state
+        if not isinstance(dtype, _DType) or fortran:
+            raise MalformedShard("an array of another type than uint8, or in Fortran order")
+        if len(shape) > 8 or not all(type(side) is int and 0 <= side < 1 << 40 for side in shape):
+            raise MalformedShard("an array without a shape, or of more than 8 dimensions")
+        content = raw if isinstance(raw, bytes) else self._encode(raw, "latin1")
+        if math.prod(shape) != len(content):
+            raise MalformedShard(f"an array of {math.prod(shape)} values in {len(content)} bytes")
+        return np.frombuffer(content, np.uint8).reshape(shape)
+
+    def _encode(self, text: str, codec: str) -> bytes:
+        """Bytes as Python 3 writes them for Python 2."""
+        if codec not in ("latin1", "latin-1"):
+            raise MalformedShard(f"text in {codec[:100]}, not latin1")
+        self._left -= len(text)  # else a few bytes could encode the same text again and again
+        if self._left < 0:
+            raise MalformedShard("the pickle makes more bytes of its text than it has")
+        return text.encode("latin1")

@@ -13,7 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from mpl_scale.data.crc import masked_crc32c
+import google_crc32c
+
 from mpl_scale.data.example import read_example
 from mpl_scale.data.formats import (
     Layout,
@@ -86,6 +87,12 @@ def read_records(file: BinaryIO, *, check_data: bool = True) -> Iterator[tuple[i
             raise MalformedShard("it became shorter while it was read", offset=position)
         yield start, record, not check_data or masked_crc32c(record) == int.from_bytes(stored, "little")
         position = start + length + 4
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
+    crc: int = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def _add(builder: ScanBuilder, offset: int, record: bytes, *, first: int) -> None:

@@ -1,4 +1,7 @@
-"""How fast a phase goes and how long it still takes."""
+"""How fast a phase goes and how long it still takes.
+
+Not tqdm's rates: they count compilation and warm-up, jump with the host's clock, and exist only where a bar is drawn.
+"""
 
 from __future__ import annotations
 
