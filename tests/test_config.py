@@ -130,7 +130,6 @@ def test_the_feedback_of_earlier_versions_loads(tmp_path: Path) -> None:
     port = {"rule": "loss_difference", "weight": -0.5, "old_loss": "update_pass", "target": "strong_argmax"}
     migrated = with_feedback(tmp_path, port)
     assert (migrated.rule, migrated.weight) == ("kekmodel", 0.5)
-    assert FeedbackConfig.model_validate({**plain.model_dump(), **port}) == migrated  # of a checkpoint
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
+from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
-from mpl_scale.config.section import Section
 
 SECTION = "mpl_scale"
 INCLUDE = "include"
@@ -62,6 +62,10 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
     _refuse_unknown_deepspeed_keys(raw, path)
+    try:
+        section = without_former_fields(section)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     _refuse_unknown_fields(section, Config, SECTION, path)
     if isinstance(section.get("method"), dict):
         section = {**section, "method": apply_preset(section["method"])}
@@ -168,12 +172,8 @@ def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
                 raise ValueError(f'{path}: unknown key "{block_path}.{key}"; {suggest(key, known)}')
 
 
-def _refuse_unknown_fields(section: Mapping[str, Any], model: type[Section], where: str, path: Path) -> None:
+def _refuse_unknown_fields(section: Mapping[str, Any], model: type[BaseModel], where: str, path: Path) -> None:
     """pydantic would refuse them too, but without a suggestion."""
-    try:
-        section = model.migrate(section)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     for key, value in section.items():
         if key not in model.model_fields:
             raise ValueError(f'{path}: unknown key "{where}.{key}"; {suggest(key, model.model_fields)}')
@@ -182,11 +182,11 @@ def _refuse_unknown_fields(section: Mapping[str, Any], model: type[Section], whe
             _refuse_unknown_fields(value, inner, f"{where}.{key}", path)
 
 
-def _section_type(annotation: Any) -> type[Section] | None:
+def _section_type(annotation: Any) -> type[BaseModel] | None:
     """The section among a field's types, if any."""
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return next((t for a in typing.get_args(annotation) if (t := _section_type(a))), None)
-    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
 def _first_error(error: ValidationError) -> str:

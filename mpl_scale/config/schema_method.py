@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section
-
-PORTS_FEEDBACK = {"old_loss": "update_pass", "target": "strong_argmax"}
-"""Fields of earlier versions, as the rule kekmodel has them."""
 
 
 class FeedbackConfig(Section):
@@ -25,23 +21,6 @@ class FeedbackConfig(Section):
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
     baseline_decay: Probability = 0.99
     baseline_bias_correction: bool = Field(True, description="Divide the average by 1 - decay**t, as Adam does.")
-
-    @classmethod
-    def migrate(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The former old_loss and target: their defaults are what is done now, both of the port's the rule kekmodel."""
-        former = {key: values[key] for key in PORTS_FEEDBACK if key in values}
-        if not former:
-            return values
-        kept, rule = {key: value for key, value in values.items() if key not in former}, values.get("rule")
-        if former == PORTS_FEEDBACK and rule == "loss_difference":  # whose sign a negative weight turned
-            return {**kept, "rule": "kekmodel", "weight": -values.get("weight", 1.0)}
-        if rule in (None, "kekmodel") or former.items() & PORTS_FEEDBACK.items():
-            given = ", ".join(f"mpl_scale.method.feedback.{key} = {value}" for key, value in former.items())
-            raise ValueError(
-                f"{given}: no longer a field; remove it, or set mpl_scale.method.feedback.rule = kekmodel for all of "
-                "that port's feedback (old loss, target and sign)"
-            )
-        return kept
 
 
 class UDAConfig(Section):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 Fraction = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -20,13 +19,3 @@ class Section(BaseModel):
     """Base of every section: frozen, strict about types, closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
-
-    @classmethod
-    def migrate(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The section's values, rewritten where an earlier version had other keys; ValueError where that cannot be."""
-        return values
-
-    @model_validator(mode="before")
-    @classmethod
-    def _migrated(cls, values: Any) -> Any:
-        return cls.migrate(values) if isinstance(values, Mapping) else values

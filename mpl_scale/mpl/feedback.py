@@ -229,16 +229,13 @@ def labelled_gradient(
     gradient = student.reduce()  # fp32 shards [N]
     student.discard()
     dots = gradient_dots(update.gradient, gradient, student)
-    return (
-        gradient,
-        dots,
-        {
-            **means(measured),
-            "cosine": cosine(dots),
-            "student_gradient_norm": torch.sqrt(dots[1]),
-            "labelled_gradient_norm": torch.sqrt(dots[2]),
-        },
-    )
+    metrics = {
+        **means(measured),
+        "cosine": cosine(dots),
+        "student_gradient_norm": torch.sqrt(dots[1]),
+        "labelled_gradient_norm": torch.sqrt(dots[2]),
+    }
+    return gradient, dots, metrics
 
 
 def _student(state: State) -> Network:
