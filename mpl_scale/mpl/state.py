@@ -33,7 +33,7 @@ class Schedules:
 
     def at(self, step: torch.Tensor) -> Schedules:
         """The values at step (int64 []), read on the device; the last ones past the end."""
-        index = step.clamp(max=len(self.teacher_lr) - 1)[None]
+        index = step.clamp(max=len(self.teacher_lr) - 1)[None]  # int64 [1]
         return Schedules(**{f.name: getattr(self, f.name).index_select(0, index)[0] for f in fields(self)})
 
 
@@ -42,8 +42,8 @@ class Baseline:
 
     def __init__(self, *, decay: float, bias_correction: bool, device: torch.device) -> None:
         self.decay, self.bias_correction = decay, bias_correction
-        self.average = torch.zeros((), dtype=torch.float64, device=device)
-        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.average = torch.zeros((), dtype=torch.float64, device=device)  # []
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)  # []
 
     def update(self, h: torch.Tensor) -> torch.Tensor:
         """Take h [] in, return the average with it."""
@@ -63,13 +63,13 @@ class MovingAverage:
 
     def __init__(self, network: Network, *, decay: float) -> None:
         self.decay = decay
-        self.shards = [shard.detach().clone() for shard in network.master]
+        self.shards = [shard.detach().clone() for shard in network.master]  # [N] each
         self.buffers = {name: buffer.detach().clone() for name, buffer in network.module.named_buffers()}
 
     @torch.no_grad()
     def update(self, network: Network, step: torch.Tensor) -> None:
         """Move towards the network's current values; step int64 [] counts from 0."""
-        rate = ((step.double() + 1.0) / (step.double() + 10.0)).clamp(max=self.decay)
+        rate = ((step.double() + 1.0) / (step.double() + 10.0)).clamp(max=self.decay)  # float64 []
         for average, shard in zip(self.shards, network.master, strict=True):
             average.lerp_(shard, (1.0 - rate).to(average.dtype))
         for name, buffer in network.module.named_buffers():
