@@ -24,7 +24,7 @@ from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.mesh import Mesh, build_mesh, choose_device, start_process_group
-from mpl_scale.models import Pass, build_model
+from mpl_scale.models import Pass, build_model, within
 from mpl_scale.spatial import input_columns, parallelize, traffic
 
 
@@ -85,7 +85,7 @@ def build(options: argparse.Namespace, group: dist.ProcessGroup | None) -> nn.Mo
 def run(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """One forward and backward; the gradient is left in the parameters. Logits [B, classes]."""
     rows = torch.arange(len(images))
-    with model.passes(Pass(seed=0, stream=0, step=torch.zeros((), dtype=torch.int64), rows=rows)):  # type: ignore[operator]
+    with within(Pass(seed=0, stream=0, step=torch.zeros((), dtype=torch.int64), rows=rows), model):
         logits = model(images)
     F.cross_entropy(logits, rows).backward()
     return logits.detach()

@@ -88,9 +88,9 @@ def _prepare(options: argparse.Namespace, mesh: Mesh) -> tuple[Callable[[], None
     global_rows = torch.arange(first, first + batch, device=mesh.device)
 
     def step() -> None:
-        with model.passes(Pass(seed=0, stream=0, step=number, rows=global_rows)):  # type: ignore[operator]
-            logits = network.forward(images)
-        network.backward(F.cross_entropy(logits, labels))
+        logits = network.forward(images, Pass(seed=0, stream=0, step=number, rows=global_rows))
+        network.accumulate(F.cross_entropy(logits, labels))
+        network.reduce()
         network.apply(lr)
 
     step()

@@ -87,7 +87,7 @@ class PhaseTimer:
             self._student_applied |= role == "student"
             return "optimiser"
         if role == "teacher":
-            return "teacher_update" if self._student_ran or method in ("accumulate", "backward") else "teacher_forward"
+            return "teacher_update" if self._student_ran or method in ("accumulate", "reduce") else "teacher_forward"
         self._student_ran = True
         return "feedback" if self._student_applied else "student_update"
 
@@ -124,9 +124,9 @@ class _Timed:
         with self._timer.call(self._role, "accumulate"):
             return self._network.accumulate(*args, **kwargs)
 
-    def backward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "backward"):
-            return self._network.backward(*args, **kwargs)
+    def reduce(self) -> Any:
+        with self._timer.call(self._role, "reduce"):
+            return self._network.reduce()
 
     def apply(self, *args: Any, **kwargs: Any) -> Any:
         with self._timer.call(self._role, "apply"):

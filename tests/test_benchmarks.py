@@ -85,11 +85,14 @@ def test_phases_add_up_and_leave_the_state_as_it_was() -> None:
     assert [phase for phase, _ in timer._marks if phase not in ("begin", "other")] == [
         "teacher_forward",
         "student_update",  # forward
-        "student_update",  # backward
+        "student_update",  # accumulate
+        "student_update",  # reduce
         "optimiser",
         "feedback",
         "feedback",
+        "feedback",
         "feedback",  # discard
+        "teacher_update",
         "teacher_update",
         "optimiser",
     ]

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from mpl_scale.config import check, load_config
 from mpl_scale.config.presets import PRESETS
-from mpl_scale.config.schema import Config, MethodConfig
+from mpl_scale.config.schema import Config, FeedbackConfig, MethodConfig
 from tests.configs import DIGITS, tiny, write
 
 
@@ -114,6 +114,42 @@ def test_the_resolved_config_loads_to_itself(tmp_path: Path) -> None:
     assert second.mpl == first.mpl
     assert second.deepspeed == first.deepspeed
     assert second.mpl.method.uda.weight == 3
+
+
+def with_feedback(folder: Path, feedback: dict[str, Any]) -> FeedbackConfig:
+    """Loaded from a whole configuration as an earlier version wrote it beside a run."""
+    resolved = load_config(DIGITS).resolved()
+    resolved["mpl_scale"]["method"]["feedback"] |= feedback
+    return load_config(write(folder, resolved)).mpl.method.feedback
+
+
+def test_the_feedback_of_earlier_versions_loads(tmp_path: Path) -> None:
+    """Their defaults say what is done now; the port's settings are a rule, which has the sign that a weight turned."""
+    plain = with_feedback(tmp_path, {"old_loss": "own_pass", "target": "pseudo_labels"})
+    assert plain == load_config(DIGITS).mpl.method.feedback
+    port = {"rule": "loss_difference", "weight": -0.5, "old_loss": "update_pass", "target": "strong_argmax"}
+    migrated = with_feedback(tmp_path, port)
+    assert (migrated.rule, migrated.weight) == ("kekmodel", 0.5)
+
+
+@pytest.mark.parametrize(
+    "feedback",
+    [
+        {"rule": "cosine", "target": "strong_argmax"},
+        {"rule": "loss_difference", "old_loss": "update_pass"},
+        {"rule": "kekmodel", "target": "pseudo_labels"},
+    ],
+)
+def test_settings_of_half_the_ports_feedback_are_refused(tmp_path: Path, feedback: dict[str, Any]) -> None:
+    (field,) = feedback.keys() - {"rule"}
+    with pytest.raises(ValueError, match=rf"feedback\.{field} = .*: no longer a field; remove it, or set .* kekmodel"):
+        with_feedback(tmp_path, feedback)
+
+
+def test_the_ports_feedback_needs_the_labelled_images_in_the_update_pass(tmp_path: Path) -> None:
+    changes = ["mpl_scale.method.feedback.rule=kekmodel", "mpl_scale.method.student_sees_labelled=false"]
+    with pytest.raises(ValueError, match=r"rule = kekmodel .* set mpl_scale.method.student_sees_labelled = true"):
+        check(load_config(write(tmp_path, tiny()), overrides=changes), world=1, cuda=False)
 
 
 @pytest.mark.parametrize("name", PRESETS)

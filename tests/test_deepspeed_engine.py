@@ -102,9 +102,11 @@ class Reference:
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.module(images.to(self.module.stem.weight.dtype)).float()
 
-    def backward(self, loss: torch.Tensor) -> list[torch.Tensor]:
+    def accumulate(self, loss: torch.Tensor) -> None:
         self.module.zero_grad()
         loss.backward()
+
+    def reduce(self) -> list[torch.Tensor]:
         for master, parameter in zip(self.weights.parameters(), self.module.parameters(), strict=True):
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
         return [master.grad.flatten().clone() for master in self.weights.parameters()]
@@ -140,6 +142,12 @@ def make_case(case: Case, seed: int = 0) -> tuple[Mesh, DeepSpeedNetwork, DeepSp
     return mesh, teacher, student
 
 
+def gradient(network: Any, loss: torch.Tensor) -> Any:
+    """Of one micro-batch, reduced."""
+    network.accumulate(loss)
+    return network.reduce()
+
+
 def mpl_step(teacher: Any, student: Any, *, step: int, rows: slice, lr: float) -> torch.Tensor:
     """The calls of one MPL step, with a teacher graph alive over the student's, and passes without a backward.
 
@@ -154,13 +162,13 @@ def mpl_step(teacher: Any, student: Any, *, step: int, rows: slice, lr: float) -
     logits = teacher.forward(images)
     with torch.no_grad():
         teacher.forward(others)
-    first = student.backward(F.cross_entropy(student.forward(images), logits.detach().softmax(-1)))
+    first = gradient(student, F.cross_entropy(student.forward(images), logits.detach().softmax(-1)))
     student.apply(rate)
     with torch.no_grad():
         student.module.eval()
         student.forward(others)
         student.module.train()
-    second = student.backward(3 * F.cross_entropy(student.forward(others), labels))
+    second = gradient(student, 3 * F.cross_entropy(student.forward(others), labels))
     student.discard()
     student.refresh_weights()  # changes nothing, in the middle of a step either
     dots = torch.zeros(3, dtype=torch.float64)
@@ -171,7 +179,7 @@ def mpl_step(teacher: Any, student: Any, *, step: int, rows: slice, lr: float) -
         dist.all_reduce(dots, group=student.dot_group)
     feedback = (dots[0] / (dots[1] * dots[2]).sqrt()).float()
     hard = logits.detach().argmax(-1)
-    teacher.backward(feedback * F.cross_entropy(logits, hard) + F.cross_entropy(logits, labels))
+    gradient(teacher, feedback * F.cross_entropy(logits, hard) + F.cross_entropy(logits, labels))
     teacher.apply(rate)
     return dots
 
@@ -353,7 +361,7 @@ def two_forwards(case: Case) -> float:
         for subject, rows in ((network, local_rows(mesh)), (reference, slice(None))):
             subject.module.use_norm = step != 3
             first, second = subject.forward(images[0, rows]), subject.forward(images[1, rows])
-            subject.backward(first.square().mean() + (2 + kept) * second.sin().mean())
+            gradient(subject, first.square().mean() + (2 + kept) * second.sin().mean())
             subject.apply(torch.tensor(0.1)) if kept else subject.discard()
     return distance(gather(network), reference.full())
 
@@ -372,10 +380,10 @@ def skip_non_finite(case: Case) -> float:
         for subject, rows in ((network, local_rows(mesh)), (reference, slice(None))):
             loss = subject.forward(images[rows]).square().mean()
             if factor == factor:
-                subject.backward(loss)
+                gradient(subject, loss)
                 subject.apply(torch.tensor(0.1))
             elif subject is network:
-                subject.backward(loss * (factor if mesh.rank == 1 else 1.0))
+                gradient(subject, loss * (factor if mesh.rank == 1 else 1.0))
                 subject.apply(torch.tensor(0.1))
     return distance(gather(network), reference.full())
 
@@ -405,7 +413,7 @@ def test_bf16_starts_unrounded(stage: int) -> None:
 
 def test_single_process_needs_no_launcher() -> None:
     network = DeepSpeedNetwork(Net(5, 0), optim=SGD, ds_config=Case(2).ds_config(), mesh=build_mesh(device=CPU))
-    network.backward(network.forward(torch.randn(2, 3, 6, 6)).square().mean())
+    gradient(network, network.forward(torch.randn(2, 3, 6, 6)).square().mean())
     network.apply(torch.tensor(0.1))
     assert network.owns_shard
     assert network.dot_group is None

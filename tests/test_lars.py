@@ -67,7 +67,8 @@ def train(engine: str, ds_config: dict[str, Any], shard_size: int | None) -> dic
     )
     for (x, y), lr in zip(batches(), LRS, strict=True):
         rows = torch.arange(len(x)).chunk(mesh.data)[mesh.data_index]
-        network.backward(F.cross_entropy(network.forward(x[rows]), y[rows]))
+        network.accumulate(F.cross_entropy(network.forward(x[rows]), y[rows]))
+        network.reduce()
         network.apply(torch.tensor(lr))
     return gather_parameters(network.layout, network.master, group=mesh.world_group, owns=network.owns_shard)
 

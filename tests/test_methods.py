@@ -14,6 +14,7 @@ from mpl_scale.config.schema import UDAConfig
 from mpl_scale.mpl import LOSSES, METHODS
 from mpl_scale.mpl.losses import where_unsure
 from mpl_scale.mpl.mixing import beta, cutmix_box
+from mpl_scale.mpl.views import stored_views
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch
 from tests.test_properties import CLASSES, FEATURES, flat, gradient, make_batch, make_state, teacher_gradient
@@ -209,6 +210,7 @@ def test_reduced_mpl_is_mpl_whose_teacher_sees_the_distributions(rule: str) -> N
     batch = with_distributions(make_batch())
     settings = {"supervised_weight": 1.0, "teacher_loss": "supervised"}
     reduced = make_state(rule, lr=0.25, teacher_lr=0.5, name="reduced_mpl", **settings)  # exact in float32
+    reduced.teacher_views = stored_views
     METHODS["reduced_mpl"].step(reduced, batch)
     network = make_state(rule).teacher.module
     with torch.no_grad():
@@ -227,6 +229,7 @@ def test_reduced_mpl_is_mpl_whose_teacher_sees_the_distributions(rule: str) -> N
 
 def test_reduced_mpl_without_distributions_says_so() -> None:
     state = make_state("cosine", name="reduced_mpl", teacher_loss="supervised")
+    state.teacher_views = stored_views
     with pytest.raises(ValueError, match=r"reduced_mpl learns from stored distributions, and the batch has none"):
         METHODS["reduced_mpl"].step(state, make_batch())
 

@@ -164,7 +164,8 @@ def bf16_steps() -> tuple[bool, bool, float]:
         losses[dtype] = []
         for _ in range(20):
             loss = nn.functional.cross_entropy(network.forward(x), y)
-            network.backward(loss)
+            network.accumulate(loss)
+            network.reduce()
             network.apply(torch.tensor(0.1))
             losses[dtype].append(loss.item())
     piece = network.layout[0]

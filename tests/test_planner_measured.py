@@ -72,17 +72,19 @@ def measured(name: str, engine: str, stage: int, width: int, recompute: str) -> 
     average = MovingAverage(network, decay=0.9)
     start, stop = input_columns(shared.image_size, width)[mesh.width_index]
     images, labels = torch.randn(BATCH, 3, shared.image_size, stop - start), torch.arange(BATCH)
-    number, held = torch.zeros((), dtype=torch.int64), {}
-    with StorageCensus() as census, model.passes(Pass(seed=0, stream=0, step=number, rows=labels)):  # type: ignore[operator]
-        logits = network.forward(images)
+    held = {}
+    pass_ = Pass(seed=0, stream=0, step=torch.zeros((), dtype=torch.int64), rows=labels)
+    with StorageCensus() as census:
+        logits = network.forward(images, pass_)
         loss = F.cross_entropy(logits, labels)
     parameters = [p.data for p in model.parameters()]  # at stage 3 gathered, and no activations
     kept = census.live_bytes(apart_from=(*parameters, *model.parameters(), *model.buffers(), images, logits, loss))
     if engine == "deepspeed":  # the flat engine allocates nothing in a step, DeepSpeed its states in the first one
-        held["g_u"] = network.backward(loss)
+        network.accumulate(loss)
+        held["g_u"] = network.reduce()
         network.apply(torch.tensor(0.01))
-        with model.passes(Pass(seed=0, stream=0, step=number, rows=labels)):  # type: ignore[operator]
-            held["g_l"] = network.backward(F.cross_entropy(network.forward(images), labels))
+        network.accumulate(F.cross_entropy(network.forward(images, pass_), labels))
+        held["g_l"] = network.reduce()
     del logits, loss
     static = reachable_bytes([network, average, held])
     network.discard()

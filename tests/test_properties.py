@@ -268,9 +268,11 @@ def sharded_cosine() -> float:
     student = FlatNetwork(mlp(2), optim=OptimConfig(lr=1.0, momentum=0.0, nesterov=False), mesh=mesh)
     batch = make_batch(labelled=8, unlabelled=8)
     mine = slice(mesh.data_index * 4, mesh.data_index * 4 + 4)
-    u = [s.clone() for s in student.backward(F.cross_entropy(student.forward(batch.weak[mine]), batch.labels[mine]))]
+    student.accumulate(F.cross_entropy(student.forward(batch.weak[mine]), batch.labels[mine]))
+    u = [s.clone() for s in student.reduce()]
     student.discard()
-    v = student.backward(F.cross_entropy(student.forward(batch.labelled[mine]), batch.labels[mine]))
+    student.accumulate(F.cross_entropy(student.forward(batch.labelled[mine]), batch.labels[mine]))
+    v = student.reduce()
     return float(cosine(gradient_dots(u, v, student)))
 
 

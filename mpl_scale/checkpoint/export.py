@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors.torch import save_file
 
 from mpl_scale.checkpoint.folders import replace_text, sync
 from mpl_scale.checkpoint.format import CheckpointError, read_index
 from mpl_scale.checkpoint.reader import read_prefix
+from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.schema import Config, NetworkConfig
 from mpl_scale.models.weights import FILE_NAME, to_plain
 
@@ -51,8 +51,8 @@ def checkpoint_config(checkpoint: Path) -> Config:
     """The mpl_scale section of the run that wrote a checkpoint."""
     metadata = read_index(checkpoint).metadata
     try:
-        return Config.model_validate_json(json.dumps(metadata["config"]["mpl_scale"]))
-    except (KeyError, TypeError, ValidationError) as error:
+        return Config.model_validate_json(json.dumps(without_former_fields(metadata["config"]["mpl_scale"])))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"checkpoint {checkpoint} does not hold its run's configuration ({reason}): use the version that wrote it"

@@ -124,9 +124,10 @@ def _check_method(config: RunConfig) -> None:
         raise ValueError(
             "mpl_scale.method.feedback.rule = soft_exact needs pseudo_labels = soft; for sampled labels use per_sample"
         )
-    if method.name in FED_BACK and rule == "per_sample" and method.feedback.target != "pseudo_labels":
+    if method.name in FED_BACK and rule == "kekmodel" and not method.student_sees_labelled:
         raise ValueError(
-            "mpl_scale.method.feedback.rule = per_sample credits the pseudo labels; set target = pseudo_labels"
+            "mpl_scale.method.feedback.rule = kekmodel reads the loss on x_l of the student's update pass; set "
+            "mpl_scale.method.student_sees_labelled = true, or use loss_difference"
         )
     if method.name == "reduced_mpl" and method.teacher_loss != "supervised":
         raise ValueError(

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
+from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
@@ -61,6 +62,10 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
     _refuse_unknown_deepspeed_keys(raw, path)
+    try:
+        section = without_former_fields(section)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     _refuse_unknown_fields(section, Config, SECTION, path)
     if isinstance(section.get("method"), dict):
         section = {**section, "method": apply_preset(section["method"])}

@@ -27,18 +27,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "student_wait_steps": 3000,
         "ema_decay": 0.995,
     },
-    # Argmax labels, the loss difference with the wrong sign on the strong view's own labels, no baseline.
+    # Argmax labels, no baseline, and a feedback of its own: mpl_scale/mpl/kekmodel.py.
     "kekmodel_compat": {
         "pseudo_labels": "argmax",
         "pseudo_label_view": "weak",
-        "feedback": {
-            "rule": "loss_difference",
-            "weight": -1.0,
-            "baseline": False,
-            "dropout": True,
-            "old_loss": "update_pass",
-            "target": "strong_argmax",
-        },
+        "feedback": {"rule": "kekmodel", "baseline": False, "dropout": True},
     },
 }
 

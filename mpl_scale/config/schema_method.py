@@ -13,19 +13,11 @@ class FeedbackConfig(Section):
     """The student's feedback h (equation 12, appendix C.3)."""
 
     rule: str = Field(
-        "cosine", description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact."
+        "cosine",
+        description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact, kekmodel.",
     )
     weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
-    old_loss: Literal["own_pass", "update_pass"] = Field(
-        "own_pass",
-        description="Rule loss_difference: CE_old from a pass over x_l alone, as CE_new, or from the update pass, "
-        "where x_s shares the batch norm (the released code and its ports; mostly noise).",
-    )
-    target: Literal["pseudo_labels", "strong_argmax"] = Field(
-        "pseudo_labels",
-        description="What the teacher's fed-back CE is against; strong_argmax only to compare with a port.",
-    )
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
     baseline_decay: Probability = 0.99
     baseline_bias_correction: bool = Field(True, description="Divide the average by 1 - decay**t, as Adam does.")

@@ -21,6 +21,7 @@ from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.deepspeed_setup import connect, engine_config, refuse_unsupported
 from mpl_scale.engine.deepspeed_shards import open_shards
 from mpl_scale.mesh import Mesh, process_group
+from mpl_scale.models.passes import Pass, within
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
@@ -34,8 +35,8 @@ class DeepSpeedNetwork:
     Args:
         module: in fp32, on the mesh's device; rank 0's parameters and buffers are given to all ranks.
         optim: optimiser and which parameters weight decay covers.
-        ds_config: the DeepSpeed half of the config. Batch sizes are the caller's; monitors, optimizer and scheduler
-            are left to the trainer.
+        ds_config: the DeepSpeed half of the config. Batch sizes are the caller's, who calls `accumulate`
+            gradient_accumulation_steps times; monitors, optimizer and scheduler are left to the trainer.
         mesh: shard group (ZeRO's data-parallel group) and replica group.
 
     Raises:
@@ -52,6 +53,7 @@ class DeepSpeedNetwork:
         self.module = module
         self._mesh = mesh
         self._stage: int = config["zero_optimization"].get("stage", 0)
+        self._micro_batches, self._accumulated = int(config["gradient_accumulation_steps"]), 0
         self._dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self._adopt_rank_0()
         initial = self._snapshot()
@@ -90,19 +92,22 @@ class DeepSpeedNetwork:
                 values = parameters[piece.name].view(-1)[piece.start : piece.start + piece.length]
                 self.master[piece.shard][piece.offset : piece.offset + piece.length].copy_(values)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, pass_: Pass | None = None) -> torch.Tensor:
         """Logits in fp32, whatever the weights are in."""
-        return self._engine(images.to(self._dtype)).float()
+        with within(pass_, self.module):
+            logits: torch.Tensor = self._engine(images.to(self._dtype))
+        return logits.float()
 
     def accumulate(self, loss: torch.Tensor) -> None:
-        """Backpropagate within DeepSpeed's accumulation of gradients."""
-        self._engine.set_gradient_accumulation_boundary(False)
+        """Backpropagate; DeepSpeed reduces in the last micro-batch's backward pass."""
+        self._accumulated += 1
+        self._engine.set_gradient_accumulation_boundary(self._accumulated == self._micro_batches)
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def backward(self, loss: torch.Tensor) -> GradientShard:
-        """Backpropagate and reduce with DeepSpeed, average over the replicas, copy the shard out."""
-        self._engine.set_gradient_accumulation_boundary(True)
-        self._engine.backward(loss, scale_wrt_gas=False)
+    def reduce(self) -> GradientShard:
+        """Average over the replicas, copy the shard out."""
+        assert self._accumulated == self._micro_batches, "reduce before gradient_accumulation_steps losses"
+        self._accumulated = 0
         if self._mesh.replica_group is not None:
             self._shards.average(self._mesh.replica_group)
         return self._shards.gradient()

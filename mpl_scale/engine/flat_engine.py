@@ -1,7 +1,7 @@
 """ZeRO-1/2 on persistent flat buffers: the engine that a CUDA graph captures.
 
-Parameters of a group are views into one flat weight buffer, their gradients into one flat gradient buffer. A backward
-pass fills the second; a reduce-scatter over the shard group and an all-reduce over the replicas leave this rank's
+Parameters of a group are views into one flat weight buffer, their gradients into one flat gradient buffer. Backward
+passes add to the second; a reduce-scatter over the shard group and an all-reduce over the replicas leave this rank's
 shard of the averaged gradient; the optimiser updates the fp32 shard; an all-gather refreshes the weights. Nothing is
 allocated or read on the host after construction (Megatron's distributed optimizer in miniature). Stage 0 is a shard
 group of one rank.
@@ -18,6 +18,7 @@ from torch import nn
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.mesh import Mesh
 from mpl_scale.models.kernels import Mode
+from mpl_scale.models.passes import Pass, within
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
@@ -32,7 +33,7 @@ class FlatNetwork:
         mesh: shard and replica groups.
         dtype: of weights, gradients and activations; None: as the module is. The master shard is at least fp32.
         gradient_clipping: largest global gradient norm; 0: off.
-        accumulates: whether `accumulate` will be called.
+        accumulates: whether a step has several micro-batches.
         kernels: compiled makes the optimiser's update one loop over each shard.
     """
 
@@ -72,7 +73,7 @@ class FlatNetwork:
         self._shards = [[torch.zeros_like(shard.data) for shard in self._master] for _ in range(2)]
         self._clipped = [torch.zeros_like(shard.data) for shard in self._master] if gradient_clipping else []
         narrow = accumulates and self._dtype != wide
-        self._accumulated = [torch.zeros_like(shard.data) for shard in self._master] if narrow else None
+        self._accumulated = [torch.zeros_like(shard.data) for shard in self._master] if narrow else []
         self._turn = 0
         self._scale = 1.0 / mesh.world
 
@@ -97,30 +98,30 @@ class FlatNetwork:
             position = last
         return buffers
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, pass_: Pass | None = None) -> torch.Tensor:
         """Logits in fp32 (or the master's wider dtype)."""
-        return self.module(images.to(self._dtype)).to(self._master[0].dtype)
+        with within(pass_, self.module):
+            return self.module(images.to(self._dtype)).to(self._master[0].dtype)
 
     def accumulate(self, loss: torch.Tensor) -> None:
-        """Leave the gradient in the flat buffer; where that is narrower than the master, reduce it and add in fp32."""
+        """Add to the flat gradient buffer; where that is narrower than the master, reduce it and add in fp32."""
         loss.backward()
-        if self._accumulated is None:
-            return
-        for buffers, total in zip(self._buffers, self._accumulated, strict=True):
-            total.add_(buffers.reduce(self._mesh))
-            buffers.gradients.zero_()
+        if self._accumulated:
+            for buffers, total in zip(self._buffers, self._accumulated, strict=True):
+                total.add_(buffers.reduce(self._mesh))
+                buffers.gradients.zero_()
 
-    def backward(self, loss: torch.Tensor) -> GradientShard:
-        """Backpropagate, reduce-scatter, average; two static shard buffers take turns."""
-        loss.backward()
+    def reduce(self) -> GradientShard:
+        """Reduce-scatter unless `accumulate` did, average; two static shard buffers take turns."""
         self._turn ^= 1
         shards = self._shards[self._turn]
         for index, (buffers, shard) in enumerate(zip(self._buffers, shards, strict=True)):
-            shard.copy_(buffers.reduce(self._mesh))
-            buffers.gradients.zero_()
-            if self._accumulated is not None:
-                shard.add_(self._accumulated[index])
+            if self._accumulated:
+                shard.copy_(self._accumulated[index])
                 self._accumulated[index].zero_()
+            else:
+                shard.copy_(buffers.reduce(self._mesh))
+                buffers.gradients.zero_()
             if self._scale != 1.0:
                 shard.mul_(self._scale)
         return shards
@@ -138,7 +139,7 @@ class FlatNetwork:
         self.refresh_weights()
 
     def _clipped_by_global_norm(self, shards: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """A clipped copy: the caller of backward keeps the unclipped gradient, g_u of equation 12."""
+        """A clipped copy: the caller of `reduce` keeps the unclipped gradient, g_u of equation 12."""
         total = torch.stack([shard.double().square().sum() for shard in shards]).sum()
         if self._mesh.shard_group is not None:
             dist.all_reduce(total, group=self._mesh.shard_group)
@@ -148,7 +149,7 @@ class FlatNetwork:
         return self._clipped
 
     def discard(self) -> None:
-        """Nothing to do: backward left the flat gradient buffers at zero, and apply reads only the last shard."""
+        """Nothing to do: `reduce` left the flat gradient buffers at zero, and `apply` reads only the last shard."""
 
     @property
     def refused_update(self) -> bool:

@@ -8,10 +8,12 @@ no model's forward signature changes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from mpl_scale.philox import uniform
 
@@ -35,6 +37,12 @@ class Pass:
     update_statistics: bool = True
     dropout: bool = True
     drawn: list[torch.Tensor] = field(init=False, default_factory=list, repr=False, compare=False)
+
+
+def within(pass_: Pass | None, module: nn.Module) -> AbstractContextManager[None]:
+    """A context to run a module's forward in; None: nothing to say."""
+    passes: Any = module.passes if pass_ is not None else None  # nn.Module takes attributes for tensors or modules
+    return nullcontext() if pass_ is None else passes(pass_)
 
 
 class Passes:

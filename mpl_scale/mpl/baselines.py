@@ -1,52 +1,37 @@
 """The baselines of Tables 2, 6, 7, 10 and 11 and the phases around MPL, on the same state, batches and networks.
 
 All baselines train the student's slot: the network that a run returns. The teacher's warm-up is its training loss on
-the teacher's slot, the finetuning of section 3.2 is `supervised` on the student's.
+the teacher's slot, the finetuning of section 3.2 is `supervised` on the student's. B labelled and U unlabelled images
+in a micro-batch, K classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
 from mpl_scale.mpl.losses import accuracy, cross_entropy
-from mpl_scale.mpl.methods import METHODS, Step, Views, register_method
+from mpl_scale.mpl.methods import Step, register_method
 from mpl_scale.mpl.network import Network
-from mpl_scale.mpl.state import (
-    LABELLED_ROWS,
-    STRONG_ROWS,
-    STUDENT_PASS,
-    TEACHER_PASS,
-    WEAK_ROWS,
-    State,
-    backward,
-    means,
-    three_views,
-)
-from mpl_scale.mpl.training_losses import LOSSES
+from mpl_scale.mpl.state import STUDENT_PASS, TEACHER_PASS, State, means
+from mpl_scale.mpl.training_losses import LOSSES, Metrics
+from mpl_scale.mpl.views import LABELLED_ROWS, STRONG_ROWS, WEAK_ROWS, three_views
 from mpl_scale.types import Batch, StepMetrics
 
 
 @register_method("supervised", teacher=False, student=True, unlabelled=False)
 def supervised_step(state: State, batch: Batch) -> StepMetrics:
     """CE on labelled images with label smoothing (Table 6); also the finetune phase."""
-    student = state.student
+    student, measured, now = state.student, list[Metrics](), state.schedules.at(state.step)
     assert student is not None
-    now = state.schedules.at(state.step)
-    measured: list[dict[str, torch.Tensor]] = []
-
-    def losses() -> Iterator[torch.Tensor]:
-        for part in batch.split(state.micro_batches):
-            with student.module.passes(state.new_pass(STUDENT_PASS, part.labelled_rows + LABELLED_ROWS)):  # type: ignore[operator]
-                logits = student.forward(part.normalise(part.labelled))
-            loss = cross_entropy(logits, part.labels, smoothing=state.method.label_smoothing).mean()
-            measured.append({"student_loss": loss.detach(), "student_accuracy": accuracy(logits, part.labels)})
-            yield loss
-
-    backward(student, losses(), state.micro_batches)
-    student.apply(now.student_lr)
-    state.advance()
+    for part in batch.split(state.micro_batches):
+        pass_ = state.new_pass(STUDENT_PASS, part.labelled_rows + LABELLED_ROWS)
+        logits = student.forward(part.normalise(part.labelled), pass_)  # [B, K]
+        loss = cross_entropy(logits, part.labels, smoothing=state.method.label_smoothing).mean()  # []
+        student.accumulate(loss / state.micro_batches)
+        measured.append({"student_loss": loss.detach(), "student_accuracy": accuracy(logits, part.labels)})
+    _update(state, student, lr=now.student_lr)
     return {**means(measured), "student_lr": now.student_lr}
 
 
@@ -54,12 +39,7 @@ def _on_the_students_slot(loss: str) -> Step:
     """A step that trains the student's slot by a training loss (Tables 7 and 10)."""
 
     def step(state: State, batch: Batch) -> StepMetrics:
-        assert state.student is not None
-        now = state.schedules.at(state.step)
-        losses = _trained(state, batch, state.student, STUDENT_PASS, look=three_views, loss=loss, weight=now.uda_weight)
-        state.student.apply(now.student_lr)
-        state.advance()
-        return {**{f"student_{name}": value for name, value in losses.items()}, "student_lr": now.student_lr}
+        return _train(state, batch, "student", loss=loss)
 
     return step
 
@@ -72,15 +52,7 @@ for _name in ("mixup", "cutmix"):
 @register_method("teacher_warmup", teacher=True, student=False)
 def teacher_warmup_step(state: State, batch: Batch) -> StepMetrics:
     """The teacher's training loss on its slot: the phase before MPL or pseudo labels."""
-    assert state.teacher is not None
-    now, method = state.schedules.at(state.step), state.method
-    look = METHODS[method.name].teacher_views
-    losses = _trained(
-        state, batch, state.teacher, TEACHER_PASS, look=look, loss=method.teacher_loss, weight=now.uda_weight
-    )
-    state.teacher.apply(now.teacher_lr)
-    state.advance()
-    return {**{f"teacher_{name}": value for name, value in losses.items()}, "teacher_lr": now.teacher_lr}
+    return _train(state, batch, "teacher", loss=state.method.teacher_loss)
 
 
 @register_method("pseudo_label", teacher=True, student=True)
@@ -96,36 +68,29 @@ def noisy_student_step(state: State, batch: Batch) -> StepMetrics:
 
 
 def _taught_by_a_fixed_teacher(state: State, batch: Batch, *, soft: bool) -> StepMetrics:
-    method, student = state.method, state.student
+    method, student, measured, now = state.method, state.student, list[Metrics](), state.schedules.at(state.step)
     assert student is not None
-    now = state.schedules.at(state.step)
-    measured: list[dict[str, torch.Tensor]] = []
-
-    def losses() -> Iterator[torch.Tensor]:
-        for part in batch.split(state.micro_batches):
-            probabilities = _fixed_teacher(state, part)
-            confidence, labels = probabilities.max(-1)
-            targets = probabilities if soft else labels
-            confident = confidence >= method.pseudo_label_threshold
-            rows = torch.cat([part.unlabelled_rows + STRONG_ROWS, part.labelled_rows + LABELLED_ROWS])
-            with student.module.passes(state.new_pass(STUDENT_PASS, rows)):  # type: ignore[operator]
-                logits = student.forward(part.normalise(torch.cat([part.strong, part.labelled])))
-            strong, labelled = logits.split([len(part.strong), len(part.labelled)])
-            pseudo = (cross_entropy(strong, targets, smoothing=method.student_label_smoothing) * confident).mean()
-            supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()
-            measured.append(
-                {
-                    "student_loss": pseudo.detach(),
-                    "student_supervised_loss": supervised.detach(),
-                    "student_accuracy": accuracy(labelled, part.labels),
-                    "confident": confident.float().mean(),
-                }
-            )
-            yield pseudo + method.supervised_weight * supervised
-
-    backward(student, losses(), state.micro_batches)
-    student.apply(now.student_lr)
-    state.advance()
+    for part in batch.split(state.micro_batches):
+        probabilities = _fixed_teacher(state, part)  # [U, K]
+        confidence, labels = probabilities.max(-1)  # [U], int64 [U]
+        targets = probabilities if soft else labels
+        confident = confidence >= method.pseudo_label_threshold  # bool [U]
+        rows = torch.cat([part.unlabelled_rows + STRONG_ROWS, part.labelled_rows + LABELLED_ROWS])  # int64 [U + B]
+        images = part.normalise(torch.cat([part.strong, part.labelled]))  # [U + B, ...]
+        logits = student.forward(images, state.new_pass(STUDENT_PASS, rows))
+        strong, labelled = logits.split([len(part.strong), len(part.labelled)])  # [U, K], [B, K]
+        pseudo = (cross_entropy(strong, targets, smoothing=method.student_label_smoothing) * confident).mean()  # []
+        supervised = cross_entropy(labelled, part.labels, smoothing=method.label_smoothing).mean()  # []
+        student.accumulate((pseudo + method.supervised_weight * supervised) / state.micro_batches)
+        measured.append(
+            {
+                "student_loss": pseudo.detach(),
+                "student_supervised_loss": supervised.detach(),
+                "student_accuracy": accuracy(labelled, part.labels),
+                "confident": confident.float().mean(),
+            }
+        )
+    _update(state, student, lr=now.student_lr)
     return {**means(measured), "student_lr": now.student_lr}
 
 
@@ -136,27 +101,32 @@ def _fixed_teacher(state: State, batch: Batch) -> torch.Tensor:
         return batch.unlabelled_distributions
     teacher = state.teacher
     assert teacher is not None
-    passes = state.new_pass(TEACHER_PASS, batch.unlabelled_rows + WEAK_ROWS, learn=False, dropout=False)
+    pass_ = state.new_pass(TEACHER_PASS, batch.unlabelled_rows + WEAK_ROWS, learn=False, dropout=False)
     teacher.module.eval()
-    with teacher.module.passes(passes):  # type: ignore[operator]
-        logits = teacher.forward(batch.normalise(batch.weak))
+    logits = teacher.forward(batch.normalise(batch.weak), pass_)  # [U, K]
     teacher.module.train()
     return logits.softmax(-1)
 
 
-def _trained(
-    state: State, batch: Batch, network: Network, number: int, *, look: Views, loss: str, weight: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Forward on [x_l, x_u, x_s] as one batch and backward of a training loss; the caller applies the gradient."""
-    training_loss = LOSSES[loss]()
-    measured: list[dict[str, torch.Tensor]] = []
+def _train(state: State, batch: Batch, name: Literal["teacher", "student"], *, loss: str) -> StepMetrics:
+    """A step of one network on [x_l, x_u, x_s] as one batch by a training loss."""
+    training_loss, measured, now = LOSSES[loss](), list[Metrics](), state.schedules.at(state.step)
+    if name == "teacher":
+        network, number, look, lr = state.teacher, TEACHER_PASS, state.teacher_views, now.teacher_lr
+    else:
+        network, number, look, lr = state.student, STUDENT_PASS, three_views, now.student_lr
+    assert network is not None
+    for part in batch.split(state.micro_batches):
+        logits = state.view_logits(network, number, look(part, training_loss.images(state, part)))
+        total, found = training_loss(state, part, logits, weight=now.uda_weight)  # []
+        network.accumulate(total / state.micro_batches)
+        measured.append({f"{name}_{key}": value for key, value in {"loss": total.detach(), **found}.items()})
+    _update(state, network, lr=lr)
+    return {**means(measured), f"{name}_lr": lr}
 
-    def losses() -> Iterator[torch.Tensor]:
-        for part in batch.split(state.micro_batches):
-            views = look(state, part, network, number=number, labelled=training_loss.images(state, part))
-            total, found = training_loss(state, part, views, weight=weight)
-            measured.append({"loss": total.detach(), **found})
-            yield total
 
-    backward(network, losses(), state.micro_batches)
-    return means(measured)
+def _update(state: State, network: Network, *, lr: torch.Tensor) -> None:
+    """End a step of one network: apply the accumulated gradient at lr [], advance."""
+    network.reduce()
+    network.apply(lr)
+    state.advance()

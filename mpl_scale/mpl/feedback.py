@@ -12,7 +12,7 @@ labels helped, and descending h CE(y_u, T) makes them more likely.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -20,7 +20,8 @@ import torch
 from mpl_scale.config.names import Registry
 from mpl_scale.mpl.losses import accuracy, cross_entropy
 from mpl_scale.mpl.network import GradientShard, Network
-from mpl_scale.mpl.state import FEEDBACK_PASS, LABELLED_ROWS, State, backward, gradient_dots, means
+from mpl_scale.mpl.state import FEEDBACK_PASS, State, gradient_dots, means
+from mpl_scale.mpl.views import LABELLED_ROWS
 from mpl_scale.types import Batch
 
 FEEDBACK_RULES: Registry[type[FeedbackRule]] = Registry("feedback rule")
@@ -58,7 +59,7 @@ class FeedbackRule:
     """Whether the rule is for soft pseudo labels; the others are for hard ones."""
 
     def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Called with the update pass's logits on x_l [B, K] of each micro-batch; no rows if that pass had none."""
+        """Called with the update pass's logits on x_l [B, K] of each micro-batch; [0, K] if that pass had none."""
 
     def before_update(self, state: State, batch: Batch) -> None:
         """Called after the student's backward pass, before its weights change."""
@@ -68,8 +69,17 @@ class FeedbackRule:
         zero = torch.zeros((), dtype=torch.float64, device=state.step.device)
         return Signal(h=zero, credit=zero)
 
-    def teacher_loss(self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """The fed-back loss: mean over rows of credit * CE(y_u, T(x_u)); logits [U, K], 0-d result."""
+    def teacher_loss(
+        self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, strong: torch.Tensor
+    ) -> torch.Tensor:
+        """The fed-back loss [] of a micro-batch: mean over rows of credit * CE(y_u, T(x_u)).
+
+        Args:
+            credit: what is left of the signal's, [], [U] or [U, K].
+            logits: the teacher's on the view that it labelled, [U, K].
+            targets: y_u, int64 [U] or distributions [U, K].
+            strong: the teacher's logits on x_s, [U, K].
+        """
         return (credit.to(logits.dtype) * cross_entropy(logits, targets)).mean()
 
 
@@ -108,30 +118,16 @@ class Dot(Cosine):
 
 @register_feedback("loss_difference")
 class LossDifference(FeedbackRule):
-    """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it.
-
-    With feedback.old_loss = update_pass, CE_old is that of the update pass, where x_l was normalised together with x_s.
-    """
-
-    def __init__(self) -> None:
-        self._update_pass: list[torch.Tensor] = []
-
-    def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
-        """CE at theta of the update pass."""
-        if len(logits):
-            self._update_pass.append(cross_entropy(logits, batch.labels).mean())
+    """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it."""
 
     def before_update(self, state: State, batch: Batch) -> None:
         """Measure CE at theta."""
-        if state.method.feedback.old_loss == "update_pass":
-            self._old = torch.stack(self._update_pass).mean()
-        else:
-            self._old = labelled_loss(state, batch)["student_labelled_loss"]
+        self._old = labelled_loss(state, batch)["student_labelled_loss"]  # []
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
         """Measure CE at theta', on all ranks."""
         metrics = labelled_loss(state, batch)
-        h = state.mean_over_ranks((self._old - metrics["student_labelled_loss"]).double())
+        h = state.mean_over_ranks((self._old - metrics["student_labelled_loss"]).double())  # []
         return Signal(h=h, credit=h, metrics=metrics)
 
 
@@ -153,18 +149,19 @@ class Directional(FeedbackRule, ABC):
         """Three backward-free passes more than `cosine`: g_l, then the two shifted ones."""
         student = _student(state)
         gradient, dots, metrics = labelled_gradient(state, batch, update)
-        norms = torch.sqrt(dots[1] * dots[2])
-        squares = gradient_dots(self._weights, gradient, student)
-        step = self.relative_step * torch.sqrt(squares[1] / squares[2])
+        norms = torch.sqrt(dots[1] * dots[2])  # |g_u| |g_l|, []
+        squares = gradient_dots(self._weights, gradient, student)  # [3]
+        step = self.relative_step * torch.sqrt(squares[1] / squares[2])  # []
         updated = [shard.detach().clone() for shard in student.master]
         plus, minus = (self._shifted(student, gradient, sign * step, update) for sign in (1.0, -1.0))
         _overwrite(student, updated)
-        derivative = (plus - minus) / (2.0 * step)
+        derivative = (plus - minus) / (2.0 * step)  # D, [U, K]
         return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update.targets), metrics=metrics)
 
     def _shifted(
         self, student: Network, direction: GradientShard, step: torch.Tensor, update: StudentUpdate
     ) -> torch.Tensor:
+        """log S(x_s) [U, K], float64, at theta + step * direction."""
         shifted = [w + step.to(w.dtype) * d.to(w.dtype) for w, d in zip(self._weights, direction, strict=True)]
         _overwrite(student, shifted)
         return update.forward().double().log_softmax(-1)
@@ -191,7 +188,9 @@ class SoftExact(Directional):
     def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return derivative
 
-    def teacher_loss(self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def teacher_loss(
+        self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, strong: torch.Tensor
+    ) -> torch.Tensor:
         """credit [U, K]; the gradient flows through the teacher's probabilities. A baseline cancels: they sum to 1."""
         return (logits.softmax(-1) * credit.to(logits.dtype)).sum(-1).mean()
 
@@ -204,11 +203,10 @@ def cosine(dots: torch.Tensor) -> torch.Tensor:
 def _labelled_pass(state: State, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The student's mean CE on x_l, and what to log; BN normalises by this micro-batch and learns nothing."""
     student = _student(state)
-    rows = batch.labelled_rows + LABELLED_ROWS
-    passes = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
-    with student.module.passes(passes):  # type: ignore[operator]
-        logits = student.forward(batch.normalise(batch.labelled))
-    loss = cross_entropy(logits, batch.labels).mean()
+    rows = batch.labelled_rows + LABELLED_ROWS  # int64 [B]
+    pass_ = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
+    logits = student.forward(batch.normalise(batch.labelled), pass_)  # [B, K]
+    loss = cross_entropy(logits, batch.labels).mean()  # []
     metrics = {"student_labelled_loss": loss.detach(), "student_labelled_accuracy": accuracy(logits, batch.labels)}
     return loss, metrics
 
@@ -223,16 +221,12 @@ def labelled_gradient(
     state: State, batch: Batch, update: StudentUpdate
 ) -> tuple[GradientShard, torch.Tensor, dict[str, torch.Tensor]]:
     """g_l at theta', its dots with g_u (float64 [3]) and what to log; no gradient is left in the student."""
-    student = _student(state)
-    measured: list[dict[str, torch.Tensor]] = []
-
-    def losses() -> Iterator[torch.Tensor]:
-        for part in batch.split(state.micro_batches):
-            loss, metrics = _labelled_pass(state, part)
-            measured.append(metrics)
-            yield loss
-
-    gradient = backward(student, losses(), state.micro_batches)
+    student, measured = _student(state), []
+    for part in batch.split(state.micro_batches):
+        loss, metrics = _labelled_pass(state, part)
+        student.accumulate(loss / state.micro_batches)
+        measured.append(metrics)
+    gradient = student.reduce()  # fp32 shards [N]
     student.discard()
     dots = gradient_dots(update.gradient, gradient, student)
     metrics = {

@@ -17,11 +17,11 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: flo
     Returns:
         [B].
     """
-    log_probabilities = logits.log_softmax(-1)
+    log_probabilities = logits.log_softmax(-1)  # [B, K]
     if targets.ndim == 1:
-        likelihood = log_probabilities.gather(1, targets[:, None])[:, 0]
+        likelihood = log_probabilities.gather(1, targets[:, None])[:, 0]  # [B]
     else:
-        likelihood = (targets * log_probabilities).sum(-1)
+        likelihood = (targets * log_probabilities).sum(-1)  # [B]
     if not smoothing:
         return -likelihood
     return -(1.0 - smoothing) * likelihood - smoothing * log_probabilities.mean(-1)
@@ -42,8 +42,8 @@ def uda_loss(weak: torch.Tensor, strong: torch.Tensor, *, temperature: float, th
     Returns:
         [U].
     """
-    target = (weak.detach() / temperature).softmax(-1)
-    confident = target.amax(-1) >= threshold
+    target = (weak.detach() / temperature).softmax(-1)  # [U, K]
+    confident = target.amax(-1) >= threshold  # bool [U]
     return cross_entropy(strong, target) * confident
 
 
@@ -58,13 +58,13 @@ def where_unsure(logits: torch.Tensor, targets: torch.Tensor, *, threshold: floa
         targets: labels int64 [B].
         threshold: in [0, 1]; 1 leaves none out.
     """
-    probability = logits.detach().softmax(-1).gather(1, targets[:, None])[:, 0]
+    probability = logits.detach().softmax(-1).gather(1, targets[:, None])[:, 0]  # [B]
     return (probability <= threshold).to(logits.dtype)
 
 
 def accuracy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Share of rows whose largest logit is the target's class (labels [B] or distributions [B, K]); float32 []."""
-    labels = targets if targets.ndim == 1 else targets.argmax(-1)
+    labels = targets if targets.ndim == 1 else targets.argmax(-1)  # int64 [B]
     return (logits.argmax(-1) == labels).float().mean()
 
 

@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mpl_scale.config.names import Registry
-from mpl_scale.mpl.state import Logits, State, stored_views, three_views
+from mpl_scale.mpl.state import State
+from mpl_scale.mpl.views import Views, stored_views, three_views
 from mpl_scale.types import Batch, StepMetrics
 
 Step = Callable[[State, Batch], StepMetrics]
-Views = Callable[..., Logits]
-"""(state, batch, network, *, number, labelled, learn) -> logits of x_l, x_u and x_s: state.three_views and its like."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def cutmix_box(state: State, batch: Batch) -> torch.Tensor:
     A box of sides sqrt(1 - lambda) of the image's about a uniform centre, clipped to the image.
     """
     height, width = batch.labelled.shape[2:]
-    half = (1 - mixup_share(state, batch)).sqrt() / 2
-    centre = _drawn(state, batch)[:, 2 * _ATTEMPTS :].double().repeat_interleave(2, dim=0)
-    rows, columns = _span(centre[:, 0], half, height), _span(centre[:, 1], half, width)
+    half = (1 - mixup_share(state, batch)).sqrt() / 2  # [B]
+    centre = _drawn(state, batch)[:, 2 * _ATTEMPTS :].double().repeat_interleave(2, dim=0)  # [B, 2]
+    rows, columns = _span(centre[:, 0], half, height), _span(centre[:, 1], half, width)  # bool [B, H], [B, W]
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
@@ -44,7 +44,7 @@ def neighbours(values: torch.Tensor) -> torch.Tensor:
 
 def average(values: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
     """share v + (1 - share) v' of each row and its neighbour: floating point [B, ...], share [B]."""
-    own = share.to(values.dtype).view(-1, *[1] * (values.ndim - 1))
+    own = share.to(values.dtype).view(-1, *[1] * (values.ndim - 1))  # [B, 1, ...]
     return values * own + neighbours(values) * (1 - own)
 
 
@@ -60,23 +60,23 @@ def beta(alpha: float, numbers: torch.Tensor) -> torch.Tensor:
         float64 [B].
     """
     logarithms = numbers.double().log() / alpha  # U^(1/a) underflows for small a
-    u, v = logarithms[:, 0::2], logarithms[:, 1::2]
-    total = torch.logaddexp(u, v)
-    accepted = total <= 0
-    first = accepted.int().argmax(1, keepdim=True)
-    found = (u - total).gather(1, first)[:, 0].exp()
+    u, v = logarithms[:, 0::2], logarithms[:, 1::2]  # [B, n]
+    total = torch.logaddexp(u, v)  # [B, n]
+    accepted = total <= 0  # bool [B, n]
+    first = accepted.int().argmax(1, keepdim=True)  # int64 [B, 1]
+    found = (u - total).gather(1, first)[:, 0].exp()  # [B]
     return torch.where(accepted.any(1), found, torch.full_like(found, 0.5))
 
 
 def _drawn(state: State, batch: Batch) -> torch.Tensor:
     """The numbers of each pair, float32 [B / 2, columns]."""
-    pairs = batch.labelled_rows[::2] // 2
+    pairs = batch.labelled_rows[::2] // 2  # int64 [B / 2]
     columns = 2 * _ATTEMPTS + _BOX
     return uniform(seed=state.seed, stream=MIXING << 16, step=state.step, rows=pairs, columns=columns)
 
 
 def _span(centre: torch.Tensor, half: torch.Tensor, length: int) -> torch.Tensor:
     """The pixels of a box along one side: bool [B, length]."""
-    middle, reach = (centre * length).floor(), (half * length).floor()
-    places = torch.arange(length, device=centre.device)
+    middle, reach = (centre * length).floor(), (half * length).floor()  # [B]
+    places = torch.arange(length, device=centre.device)  # [length]
     return (places >= (middle - reach)[:, None]) & (places < (middle + reach)[:, None])

@@ -14,37 +14,41 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mpl_scale.models.passes import Pass
 from mpl_scale.types import Slice
 
 GradientShard = Sequence[torch.Tensor]
 
 
 class Network(Protocol):
-    """A module under ZeRO. Calls: (forward+, accumulate)*, forward+, backward, then exactly one of apply or discard."""
+    """A module under ZeRO. Calls: (forward+, accumulate) for each micro-batch, reduce, then one of apply or discard."""
 
     module: nn.Module
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [B, classes] for images [B, ...]. Builds the autograd graph when gradients are enabled."""
+    def forward(self, images: torch.Tensor, pass_: Pass | None = None) -> torch.Tensor:
+        """Logits float32 [B, classes] for images [B, ...]. Builds the autograd graph when gradients are enabled.
 
-    def backward(self, loss: torch.Tensor) -> GradientShard:
-        """Backpropagate a 0-d loss (this rank's mean) and reduce: the shard of the gradient averaged over all ranks.
-
-        The result stays valid, through apply and discard, until the second next backward: engines may alternate
-        two static buffers, as a CUDA graph needs.
+        pass_: whose random numbers layers draw, and whether batch norm learns; None: of a module without such layers.
         """
 
     def accumulate(self, loss: torch.Tensor) -> None:
-        """Backpropagate a 0-d loss of one micro-batch; the next `backward` (or `discard`) includes its gradient."""
+        """Backpropagate a 0-d loss: this rank's mean over one micro-batch, divided by their number."""
+
+    def reduce(self) -> GradientShard:
+        """The shard of the accumulated gradient, averaged over all ranks.
+
+        The result stays valid, through apply and discard, until the second next reduce: engines may alternate two
+        static buffers, as a CUDA graph needs.
+        """
 
     def apply(self, lr: torch.Tensor) -> None:
-        """Clip (if configured), update the fp32 master shard with the last backward's gradient, gather the weights.
+        """Clip (if configured), update the fp32 master shard with the gradient last reduced, gather the weights.
 
         lr is a 0-d float32 device tensor. Leaves no gradient behind.
         """
 
     def discard(self) -> None:
-        """Drop the last backward's gradient: weights, optimiser state and the next backward are untouched by it."""
+        """Drop the gradient last reduced: weights, optimiser state and the next gradient are untouched by it."""
 
     @property
     def refused_update(self) -> bool:

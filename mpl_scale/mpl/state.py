@@ -6,7 +6,7 @@ replayed. Reading one on the host is the caller's business, outside the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -14,13 +14,12 @@ import torch.distributed as dist
 
 from mpl_scale.config.schema import MethodConfig
 from mpl_scale.models.passes import Pass
-from mpl_scale.mpl.network import GradientShard, Network
-from mpl_scale.types import Batch, StepMetrics
+from mpl_scale.mpl.network import Network
+from mpl_scale.mpl.views import Logits, Seen, Views, three_views
+from mpl_scale.types import StepMetrics
 
 # The passes of a step, each with random numbers of its own.
 TEACHER_PASS, STUDENT_PASS, FEEDBACK_PASS, LABEL_SAMPLING, MIXING = range(5)
-LABELLED_ROWS, WEAK_ROWS, STRONG_ROWS = (view << 28 for view in range(3))
-Logits = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Schedules:
 
     def at(self, step: torch.Tensor) -> Schedules:
         """The values at step (int64 []), read on the device; the last ones past the end."""
-        index = step.clamp(max=len(self.teacher_lr) - 1)[None]
+        index = step.clamp(max=len(self.teacher_lr) - 1)[None]  # int64 [1]
         return Schedules(**{f.name: getattr(self, f.name).index_select(0, index)[0] for f in fields(self)})
 
 
@@ -43,8 +42,8 @@ class Baseline:
 
     def __init__(self, *, decay: float, bias_correction: bool, device: torch.device) -> None:
         self.decay, self.bias_correction = decay, bias_correction
-        self.average = torch.zeros((), dtype=torch.float64, device=device)
-        self.steps = torch.zeros((), dtype=torch.float64, device=device)
+        self.average = torch.zeros((), dtype=torch.float64, device=device)  # []
+        self.steps = torch.zeros((), dtype=torch.float64, device=device)  # []
 
     def update(self, h: torch.Tensor) -> torch.Tensor:
         """Take h [] in, return the average with it."""
@@ -64,13 +63,13 @@ class MovingAverage:
 
     def __init__(self, network: Network, *, decay: float) -> None:
         self.decay = decay
-        self.shards = [shard.detach().clone() for shard in network.master]
+        self.shards = [shard.detach().clone() for shard in network.master]  # [N] each
         self.buffers = {name: buffer.detach().clone() for name, buffer in network.module.named_buffers()}
 
     @torch.no_grad()
     def update(self, network: Network, step: torch.Tensor) -> None:
         """Move towards the network's current values; step int64 [] counts from 0."""
-        rate = ((step.double() + 1.0) / (step.double() + 10.0)).clamp(max=self.decay)
+        rate = ((step.double() + 1.0) / (step.double() + 10.0)).clamp(max=self.decay)  # float64 []
         for average, shard in zip(self.shards, network.master, strict=True):
             average.lerp_(shard, (1.0 - rate).to(average.dtype))
         for name, buffer in network.module.named_buffers():
@@ -94,12 +93,18 @@ class State:
     student_average: MovingAverage | None
     baseline: Baseline
     world_group: dist.ProcessGroup | None = None
-    micro_batches: int = 1  # of a step; each pass runs in so many parts, each normalised by itself
+    micro_batches: int = 1  # of every pass of a step, each normalised by itself
     deferred_teacher: bool = False  # its graph is built after the feedback is known, not kept over the student's
+    teacher_views: Views = three_views  # what the teacher sees of a batch
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:
         """The context of one forward pass on global rows (int64 [B]) at this step."""
         return Pass(seed=self.seed, stream=number, step=self.step, rows=rows, update_statistics=learn, dropout=dropout)
+
+    def view_logits(self, network: Network, number: int, seen: Seen, *, learn: bool = True) -> Logits:
+        """The logits of a network's pass `number` over the views of a micro-batch."""
+        logits = network.forward(seen.inputs, self.new_pass(number, seen.rows, learn=learn))  # [N, K]
+        return seen.split(logits)
 
     def mean_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
         """The average of a tensor that each rank measured on its own rows."""
@@ -116,16 +121,8 @@ class State:
         self.step.add_(1)
 
 
-def backward(network: Network, losses: Iterable[torch.Tensor], parts: int) -> GradientShard:
-    """Backpropagate the mean of the losses of `parts` micro-batches, each before the next one is computed."""
-    remaining = iter(losses)
-    for _ in range(parts - 1):
-        network.accumulate(next(remaining) / parts)
-    return network.backward(next(remaining) / parts)
-
-
 def means(parts: Sequence[StepMetrics]) -> dict[str, torch.Tensor]:
-    """The averages of what micro-batches measured, by name."""
+    """The averages over micro-batches, by name."""
     return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
 
 
@@ -140,42 +137,3 @@ def gradient_dots(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor], network:
 def sum_products(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> torch.Tensor:
     """Sum of elementwise products over lists of 1-D tensors, accumulated in float64; []."""
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in zip(u, v, strict=True)]).sum()
-
-
-def three_views(
-    state: State, batch: Batch, network: Network, *, number: int, labelled: torch.Tensor, learn: bool = True
-) -> Logits:
-    """Logits of x_l [B, K], x_u [U, K] and x_s [U, K], from pass `number` over all three as one batch.
-
-    labelled: what is seen of x_l, normalised, [B, ...].
-    """
-    unlabelled = batch.normalise(torch.cat([batch.weak, batch.strong]))
-    with network.module.passes(state.new_pass(number, teacher_rows(batch), learn=learn)):  # type: ignore[operator]
-        logits = network.forward(torch.cat([labelled, unlabelled]))
-    return logits.split([len(batch.labelled), len(batch.weak), len(batch.strong)])
-
-
-def stored_views(
-    state: State, batch: Batch, network: Network, *, number: int, labelled: torch.Tensor, learn: bool = True
-) -> Logits:
-    """As three_views, of a network that sees a trained teacher's stored distributions instead of images (appendix E).
-
-    There is one distribution of an unlabelled image, so both its views are the same.
-    """
-    stored, unlabelled = batch.labelled_distributions, batch.unlabelled_distributions
-    if stored is None or unlabelled is None:
-        raise ValueError(
-            "mpl_scale.method.name = reduced_mpl learns from stored distributions, and the batch has none; "
-            "set mpl_scale.data.distributions"
-        )
-    rows = teacher_rows(batch)[: len(stored) + len(unlabelled)]
-    with network.module.passes(state.new_pass(number, rows, learn=learn)):  # type: ignore[operator]
-        logits = network.forward(torch.cat([stored, unlabelled]))
-    own, weak = logits.split([len(stored), len(unlabelled)])
-    return own, weak, weak
-
-
-def teacher_rows(batch: Batch) -> torch.Tensor:
-    """Global rows of the teacher's concatenated batch [x_l, x_u, x_s]: int64 [B + 2 U]."""
-    unlabelled = batch.unlabelled_rows
-    return torch.cat([batch.labelled_rows + LABELLED_ROWS, unlabelled + WEAK_ROWS, unlabelled + STRONG_ROWS])

@@ -12,7 +12,8 @@ from mpl_scale.config.names import Registry
 from mpl_scale.config.schema import MethodConfig
 from mpl_scale.mpl.losses import accuracy, cross_entropy, uda_loss, where_unsure
 from mpl_scale.mpl.mixing import average, cutmix_box, mixup_share, neighbours
-from mpl_scale.mpl.state import Logits, State
+from mpl_scale.mpl.state import State
+from mpl_scale.mpl.views import Logits
 from mpl_scale.types import Batch
 
 LOSSES: Registry[type[TrainingLoss]] = Registry("training loss")
@@ -53,8 +54,8 @@ class TrainingLoss:
             weight: of the unlabelled part, [].
         """
         method, (labelled, weak, strong) = state.method, views
-        targets = self.targets(state, batch, labelled)
-        supervised = self.supervised(method, labelled, targets)
+        targets = self.targets(state, batch, labelled)  # int64 [B] or [B, K]
+        supervised = self.supervised(method, labelled, targets)  # []
         loss, metrics = method.supervised_weight * supervised, {"supervised_loss": supervised.detach()}
         for name, value in self.unlabelled(method, weak, strong).items():
             loss, metrics[name] = loss + weight * value, value.detach()
@@ -70,14 +71,14 @@ class UDA(TrainingLoss):
 
     def supervised(self, method: MethodConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """CE of the images that the network is not yet sure of; the others count in the average as 0."""
-        losses = cross_entropy(logits, targets, smoothing=method.label_smoothing)
+        losses = cross_entropy(logits, targets, smoothing=method.label_smoothing)  # [B]
         if method.uda.labelled_threshold < 1:
             losses = losses * where_unsure(logits, targets, threshold=method.uda.labelled_threshold)
         return losses.mean()
 
     def unlabelled(self, method: MethodConfig, weak: torch.Tensor, strong: torch.Tensor) -> Metrics:
         """CE of x_s against the sharpened distribution of x_u, where that is confident."""
-        loss = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold)
+        loss = uda_loss(weak, strong, temperature=method.uda.temperature, threshold=method.uda.threshold)  # [U]
         return {"uda_loss": loss.mean()}
 
 
@@ -96,7 +97,7 @@ class Mixup(TrainingLoss):
     def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
         """Their labels, mixed alike."""
         # F.one_hot reads the device on the host
-        one_hot = batch.labels[:, None] == torch.arange(logits.shape[1], device=batch.labels.device)
+        one_hot = batch.labels[:, None] == torch.arange(logits.shape[1], device=batch.labels.device)  # bool [B, K]
         return average(one_hot.to(logits.dtype), self.share(state, batch))
 
 
@@ -119,6 +120,6 @@ class SelfLabels(TrainingLoss):
 
     def unlabelled(self, method: MethodConfig, weak: torch.Tensor, strong: torch.Tensor) -> Metrics:
         """Weighed as the consistency of `uda` is."""
-        confidence, labels = weak.detach().softmax(-1).max(-1)
-        confident = confidence >= method.pseudo_label_threshold
+        confidence, labels = weak.detach().softmax(-1).max(-1)  # [U], int64 [U]
+        confident = confidence >= method.pseudo_label_threshold  # bool [U]
         return {"self_label_loss": (cross_entropy(weak, labels) * confident).mean()}

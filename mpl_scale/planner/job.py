@@ -18,7 +18,8 @@ from mpl_scale.planner.hardware import Device, Reached
 from mpl_scale.planner.trace import NetworkTrace, TraceKey
 
 Engine = Literal["flat", "deepspeed"]
-GRADIENT_RULES = tuple(name for name in FEEDBACK_RULES if name not in ("none", "loss_difference"))
+LOSS_RULES = ("loss_difference", "kekmodel")
+GRADIENT_RULES = tuple(name for name in FEEDBACK_RULES if name not in ("none", *LOSS_RULES))
 """Feedback rules that take g_l by a backward pass."""
 
 
@@ -168,9 +169,8 @@ def _feedback(settings: MethodConfig, labelled: int, seen: int) -> list[NetworkP
     rule = settings.feedback.rule
     if rule == "none":
         return []
-    if rule == "loss_difference":
-        own = settings.feedback.old_loss == "own_pass"
-        return [NetworkPass("feedback", "student", labelled, forward=1 + own)]
+    if rule in LOSS_RULES:  # kekmodel has the old loss from the update pass
+        return [NetworkPass("feedback", "student", labelled, forward=1 + (rule == "loss_difference"))]
     found = [NetworkPass("feedback", "student", labelled, forward=1, backward=1, graph=True)]
     if rule in ("per_sample", "soft_exact"):  # a central difference: the student's pass twice more
         found.append(NetworkPass("feedback", "student", seen, forward=2))

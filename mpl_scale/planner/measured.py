@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mpl_scale.models.passes import Pass
 from mpl_scale.mpl import Network, State
 from mpl_scale.mpl.methods import Step
 from mpl_scale.mpl.network import GradientShard
@@ -85,17 +86,17 @@ class _Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.network, name)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor, pass_: Pass | None = None) -> torch.Tensor:
         """The network's; notes the storages that it makes."""
         with self._census.storages:
-            logits = self.network.forward(images)
+            logits = self.network.forward(images, pass_)
         self._census.known += [images, logits]
         self._census.count()
         return logits
 
-    def backward(self, loss: torch.Tensor) -> GradientShard:
+    def reduce(self) -> GradientShard:
         """The network's; then its state, and the gradients that the step was given, are counted."""
-        gradient = self.network.backward(loss)
+        gradient = self.network.reduce()
         self._held.append(gradient)
         self.static = max(self.static, reachable_bytes([self.network, self._held]))
         return gradient

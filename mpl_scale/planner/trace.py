@@ -22,7 +22,7 @@ from torch import nn
 from mpl_scale.config.schema import ModelConfig, NetworkConfig, ParallelConfig
 from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.mesh import Mesh
-from mpl_scale.models import Pass, build_model
+from mpl_scale.models import Pass, build_model, within
 from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.kernels import Mode
 from mpl_scale.planner.activations import to_compute_dtype
@@ -163,7 +163,7 @@ def trace_network(key: TraceKey) -> NetworkTrace:
     rows = torch.arange(batch, device="meta")
     number = torch.zeros((), dtype=torch.int64, device="meta")
     with recorder, _stages(model, recorder):
-        with model.passes(Pass(seed=0, stream=0, step=number, rows=rows)):  # type: ignore[operator]
+        with within(Pass(seed=0, stream=0, step=number, rows=rows), model):
             loss = model(images).float().sum()
         recorder.ignore([loss, rows, number])
         kept = recorder.live()

@@ -158,6 +158,7 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         world_group=mesh.world_group,
         micro_batches=phase.micro_batches,
         deferred_teacher=parallel.teacher == "deferred" or (parallel.teacher == "auto" and phase.micro_batches > 1),
+        teacher_views=METHODS[settings.name].teacher_views,
     )
 
 
