@@ -49,13 +49,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.nodes is not None and options.gpus % options.nodes:
         raise ValueError(f"--nodes {options.nodes} does not divide --gpus {options.gpus}; use a divisor")
     # torch and timm: seconds
+    from mpl_scale.resolve import choose_kernels
     from mpl_scale.trainer.input import check_names
 
     check_names(run)
     cpu = options.gpu == "cpu"
     per_node = options.gpus // options.nodes if options.nodes else options.gpus if cpu else None
     machine = make_machine(options.gpu, calibration=options.calibration, per_node=per_node)
-    job = main_job(make_jobs(run, _whole(run), cuda=not machine.device.cpu))
+    kernels, _ = choose_kernels(run.mpl.parallel, "cpu" if machine.device.cpu else "cuda")
+    job = main_job(make_jobs(run, _whole(run), kernels=kernels))
     if options.paper:
         _print(_paper(job))
     elif options.sweep is not None:
