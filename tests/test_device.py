@@ -158,5 +158,9 @@ def test_check_warns_of_emulated_bf16(
     run = load_config(write(tmp_path, tiny(bf16={"enabled": bf16})))
     said = report(run, world=1, cuda=False)
     assert any(line.startswith("warning: bf16.enabled = true, but this processor") for line in said) is warned
+    assert (
+        any("V100 SXM2 16 GB has no bf16 units" in line for line in report(run, world=1, cuda=True, gpu="v100-16"))
+        is bf16
+    )
     monkeypatch.setattr(mpl_scale.device, "CPUINFO", tmp_path / "none")  # macOS
     assert not any("emulated" in line for line in report(run, world=1, cuda=False))

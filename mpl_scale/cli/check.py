@@ -11,7 +11,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import refuse_misfits
+from mpl_scale.cli.jobs import emulated_bf16, refuse_misfits
 from mpl_scale.config import RunConfig
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
@@ -125,6 +125,7 @@ def _verdict(
     plan = plans[main]
     return [
         *(f"warning: {warning}" for warning in warnings),
+        *emulated_bf16(machine, bf16=resolved.bf16),
         f"{machine.device.name} has {machine.device.memory / GIGA:.0f} GB; phase {main}: "
         f"{1e3 * plan.duration.total:.1f} ms a step, {plan.images_per_second:.1f} img/s, {plan.days:.2f} days "
         f"(rates: {machine.reached.source}); mpl-scale plan looks for better",

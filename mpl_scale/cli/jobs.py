@@ -63,6 +63,13 @@ def check_this_gpu(run: RunConfig) -> list[str]:
         return [f"the memory of this run could not be planned: {error}"]
 
 
+def emulated_bf16(machine: Machine, *, bf16: bool) -> list[str]:
+    """A warning where a device has no units for what is asked of it; no line elsewhere."""
+    if machine.device.bf16 or not bf16:
+        return []
+    return [f"warning: {machine.device.name} has no bf16 units: these are its fp16 figures, bf16 is far slower"]
+
+
 def what_would_fit(found: Found) -> str:
     """Advice: the fastest plan that fits, as settings; or how far the smallest is from it."""
     if found.fitting:
