@@ -78,8 +78,9 @@ class Resolved:
         """Two lines at the start of a run: the values, and the reasons for those that were left open."""
         values = self.values()
         shown = ", ".join(f"{name} {value}" for name, value in values.items())
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.why.items() if why != CONFIGURED)
-        return [f"on {self.device}: {shown}", f"why: {reasons}", *(f"warning: {line}" for line in self.warnings)]
+        reasons = "; ".join(f"{name} {why}" for name, why in self.why.items() if why != CONFIGURED)
+        lines = [f"on {self.device}: {shown}", *([f"why: {reasons}"] if reasons else [])]
+        return lines + [f"warning: {line}" for line in self.warnings]
 
     def summary(self) -> dict[str, Any]:
         """For summary.json: {name: {"value", "why"}}."""
