@@ -18,7 +18,7 @@ setup(
     package_data={"mpl_scale": ["py.typed"]},
     install_requires=[
         "torch>=2.11",
-        "deepspeed>=0.19.8",
+        "deepspeed~=0.19.8",  # private members of it are used: tests/test_deepspeed_members.py
         "timm>=1.0.31",
         "google-crc32c",
         "numpy",

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 from benchmarks import report
 from benchmarks.timing import interleave
+from mpl_scale.device import Numerics
 from mpl_scale.mesh import adopt_slurm_environment, choose_device, start_process_group
 
 ROUNDS = 5
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
+    Numerics().apply(device)
     owns_group = not dist.is_initialized()
     if owns_group:
         start_process_group(device, timeout_seconds=600)

@@ -35,6 +35,7 @@ from benchmarks.timing import Clock, interleave, ratios
 from benchmarks.workload import Workload, make_workload, peak_bytes, peak_tflops, reset_peak, synthetic_batch
 from mpl_scale.config import RunConfig
 from mpl_scale.config.schema import Config
+from mpl_scale.device import Numerics
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import start_process_group
@@ -132,8 +133,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The command."""
     options = _parser().parse_args(arguments)
     device = torch.device(options.device)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+    Numerics().apply(device)
     owns_group = not dist.is_initialized()
     if owns_group:
         start_process_group(device, timeout_seconds=600)

@@ -27,6 +27,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.device import Numerics
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.models import Pass, build_model
@@ -51,6 +52,7 @@ def main() -> int:
 
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
+    Numerics().apply(device)
     start_process_group(device, timeout_seconds=600)
     world = dist.get_world_size()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

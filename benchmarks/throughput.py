@@ -30,7 +30,6 @@ from benchmarks import report
 from benchmarks.timing import Clock, PhaseTimer, interleave, ratios
 from benchmarks.workload import Workload, make_workload, peak_bytes, peak_tflops, reset_peak
 from mpl_scale.config import RunConfig, load_config
-from mpl_scale.config.checks import uses_flat_engine, zero_stage
 from mpl_scale.mesh import adopt_slurm_environment, choose_device, start_process_group
 
 
@@ -80,6 +79,10 @@ def measure(options: argparse.Namespace, *, device: torch.device) -> dict[str, A
     for name, overrides in configurations(options).items():
         run = load_config(options.ds_config, overrides=overrides)
         loads[name], rows[name] = _prepared(run, options, device=device)
+    if len({load.resolved.numerics for load in loads.values()}) > 1:
+        raise ValueError(
+            "--compare: mpl_scale.parallel.tf32 and deterministic are of a process; run one after the other"
+        )
     seconds = interleave(
         {name: load.step for name, load in loads.items()}, rounds=options.rounds, count=options.steps, device=device
     )
@@ -139,9 +142,10 @@ def _prepared(run: RunConfig, options: argparse.Namespace, *, device: torch.devi
         "image_size": config.model.image_size,
         "labelled": load.phase.labelled,
         "unlabelled": load.phase.unlabelled,
-        "engine": "flat" if uses_flat_engine(run, cuda=cuda) else "deepspeed",
-        "zero_stage": zero_stage(run),
-        "bf16": bool(run.deepspeed.get("bf16", {}).get("enabled", False)),
+        "engine": load.resolved.engine,
+        "zero_stage": load.resolved.stage,
+        "bf16": load.resolved.bf16,
+        "resolved": load.resolved.summary(),
         "parallel": config.parallel.model_dump(mode="json"),
         "graph": "replayed" if load.eager_because is None else f"eager: {load.eager_because}",
         "ready_after_seconds": time.perf_counter() - began,

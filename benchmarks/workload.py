@@ -15,15 +15,15 @@ from typing import Any, Literal
 
 import torch
 
-from mpl_scale.config import Batches, RunConfig, check
-from mpl_scale.config.checks import uses_flat_engine, zero_stage
-from mpl_scale.engine.graph import StepRunner, why_not_captured
+from mpl_scale.config import RunConfig
+from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import FEEDBACK_RULES, State
 from mpl_scale.planner import count_macs, step_flops
+from mpl_scale.resolve import Resolved, choose_layout, resolve
 from mpl_scale.spatial import input_columns
-from mpl_scale.trainer.phases import Phase, build_state, channels_last, plan_phases
+from mpl_scale.trainer.phases import Phase, build_state, plan_phases
 from mpl_scale.types import Batch
 
 GRADIENT_RULES = ("cosine", "dot", "flipped", "per_sample", "soft_exact")
@@ -40,7 +40,7 @@ class Workload:
     state: State
     runner: StepRunner
     source: Iterator[Batch]
-    batches: Batches
+    resolved: Resolved
     eager_because: str | None
     """Why the step is not replayed as a graph; None: it is. Set when a capture fails."""
 
@@ -79,7 +79,7 @@ class Workload:
 def make_workload(
     run: RunConfig, *, device: torch.device, data: Literal["synthetic", "real"] = "synthetic"
 ) -> Workload:
-    """Networks under their engines and batches on the device.
+    """Networks under their engines and batches on the device, which computes as the run's would.
 
     Args:
         run: as loaded.
@@ -89,21 +89,18 @@ def make_workload(
     Raises:
         ValueError: what a run of the configuration would refuse.
     """
-    cuda = device.type == "cuda"
-    batches = check(run, world=int(os.environ.get("WORLD_SIZE", "1")), cuda=cuda)
-    parallel, flat = run.mpl.parallel, uses_flat_engine(run, cuda=cuda)
-    shard_size = 1 if flat and zero_stage(run) == 0 else parallel.shard_size
-    mesh = build_mesh(device=device, width=parallel.width, shard_size=shard_size)
-    phase = next(phase for phase in plan_phases(run.mpl, batches, max_steps=None) if phase.name == "train")
-    eager_because = why_not_captured(graph=parallel.graph, device=device, flat_engine=flat)
-    state = build_state(phase, run, mesh=mesh, weights={})
+    resolved = resolve(run, world=int(os.environ.get("WORLD_SIZE", "1")), device=device.type)
+    resolved.numerics.apply(device)
+    mesh = build_mesh(device=device, width=run.mpl.parallel.width, shard_size=resolved.shard_size)
+    phase = next(phase for phase in plan_phases(run.mpl, resolved.batches, max_steps=None) if phase.name == "train")
+    state = build_state(phase, run, mesh=mesh, weights={}, resolved=resolved)
     source = repeat(synthetic_batch(run, phase, mesh)) if data == "synthetic" else _loader(run, phase, mesh)
-    workload = Workload(run, mesh, phase, state, None, source, batches, eager_because)  # type: ignore[arg-type]
+    workload = Workload(run, mesh, phase, state, None, source, resolved, resolved.eager_because)  # type: ignore[arg-type]
 
     def fall_back(reason: str) -> None:
         workload.eager_because = reason
 
-    workload.runner = StepRunner(phase.method.step, state, capture=eager_because is None, fall_back=fall_back)
+    workload.runner = StepRunner(phase.method.step, state, capture=resolved.replayed, fall_back=fall_back)
     return workload
 
 
@@ -112,7 +109,7 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
     size, device = run.mpl.model.image_size, mesh.device
     start, stop = input_columns(size, mesh.width)[mesh.width_index]
     generator = torch.Generator(device).manual_seed(1234 + mesh.rank)
-    wide = channels_last(run.mpl.parallel, device)
+    wide, _ = choose_layout(run.mpl.parallel, device.type)
     memory_format = torch.channels_last if wide else torch.contiguous_format
 
     def rows(total: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import subprocess
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,14 +67,32 @@ def _first_slurm_host(environment: MutableMapping[str, str]) -> str:
     return listed.stdout.split()[0]
 
 
-def choose_device(environment: MutableMapping[str, str]) -> torch.device:
-    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it."""
+def choose_device(environment: Mapping[str, str]) -> torch.device:
+    """This rank's GPU, or the CPU where there is none or DS_ACCELERATOR=cpu asks for it.
+
+    Where the launcher shows each rank one GPU of its own, that one. Whether it is its own is checked when the ranks
+    have joined (`start_process_group`).
+    """
     if environment.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     local, count = int(environment.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local >= count:
-        raise ValueError(f"LOCAL_RANK = {local}, but this node has {count} GPUs; start at most {count} ranks on it")
-    return torch.device("cuda", local)
+    if local < count:
+        return torch.device("cuda", local)
+    if count == 1 and _shown_one_gpu(environment):
+        return torch.device("cuda", 0)
+    raise ValueError(
+        f"LOCAL_RANK = {local}, but this rank sees {count} {'GPU' if count == 1 else 'GPUs'}; start at most {count} "
+        "on this node, or let each rank see one GPU of its own (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES)"
+    )
+
+
+def _shown_one_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether Slurm or CUDA_VISIBLE_DEVICES picked the one visible GPU; else the node has no other."""
+    picked = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    by_task = environment.get("SLURM_LOCALID") == environment.get("LOCAL_RANK") and (
+        "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
+    )
+    return len(picked) == 1 or by_task
 
 
 def start_process_group(device: torch.device, *, timeout_seconds: float) -> None:
@@ -90,6 +108,26 @@ def start_process_group(device: torch.device, *, timeout_seconds: float) -> None
     if missing:
         raise ValueError(f"{', '.join(missing)} not set; start with deepspeed, torchrun, srun, or plain python")
     dist.init_process_group(backend, timeout=timeout)
+    if device.type == "cuda":
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid)))
+        refuse_shared_gpu(found)
+
+
+def refuse_shared_gpu(found: Sequence[tuple[str, str]]) -> None:
+    """Each rank has a GPU of its own; found: (host, the GPU's UUID) of every rank.
+
+    Raises:
+        ValueError: names two ranks that share one, on every rank; NCCL would fail without saying so, or hang.
+    """
+    first: dict[tuple[str, str], int] = {}
+    for rank, gpu in enumerate(found):
+        if gpu in first:
+            raise ValueError(
+                f"ranks {first[gpu]} and {rank} both compute on GPU {gpu[1]} of {gpu[0]}; start one rank for each GPU, "
+                "or give each rank a GPU of its own (srun --gpus-per-task=1, or CUDA_VISIBLE_DEVICES)"
+            )
+        first[gpu] = rank
 
 
 _GROUPS: dict[tuple[Any, ...], Any] = {}

@@ -15,6 +15,7 @@
 
 readonly BAD_INPUT=2
 readonly HANG=75
+readonly WHOLE_NODE=(-u SLURM_GPUS_PER_TASK -u SLURM_TRES_PER_TASK -u SLURM_GPU_BIND) # srun reads them as its options
 
 say() {
     echo "mpl_scale[job ${SLURM_JOB_ID:-none}, start $((${SLURM_RESTART_COUNT:-0} + 1))]: $*" >&2
@@ -136,7 +137,8 @@ launch_command() {
         torchrun)
             # torchrun reads --node_rank from PET_NODE_RANK, which only the task on the node knows
             # shellcheck disable=SC2016
-            command+=("--ntasks=$SLURM_NNODES" --ntasks-per-node=1
+            # its one task sees all GPUs of the node, whatever share a task of the job was given
+            command=(env "${WHOLE_NODE[@]}" "${command[@]}" "--ntasks=$SLURM_NNODES" --ntasks-per-node=1
                 bash -c 'export PET_NODE_RANK="$SLURM_NODEID"; exec "$@"' torchrun
                 "${inside[@]}" "$python" -m torch.distributed.run "--nnodes=$SLURM_NNODES"
                 "--nproc_per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}"

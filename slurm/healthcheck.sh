@@ -82,7 +82,7 @@ python="${MPL_SCALE_PYTHON:-python3}"
 if [[ -z "${MPL_SCALE_PYTHON:-}" && -x "$root/.venv/bin/python" ]]; then
     python="$root/.venv/bin/python"
 fi
-lines="$(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$root/slurm/healthcheck.sh" --node || true)"
+lines="$(env "${WHOLE_NODE[@]}" srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "$root/slurm/healthcheck.sh" --node || true)"
 # srun ends what hangs; ranks that failed do not end the others, which have more to say
 limit=$(((${MPL_SCALE_CHECK_SECONDS:-60} + 119) / 60))
 lines+=$'\n'"$(srun --time="$limit" --kill-on-bad-exit=0 "$python" "$root/slurm/allreduce_check.py" || true)"

@@ -34,7 +34,7 @@ def job(folder: Path, *, labelled: int = 64, image_size: int = 64, **top_level: 
     raw["mpl_scale"]["model"] |= {"teacher": network, "student": network, "image_size": image_size}
     run = load_config(write(folder, raw))
     batches = check(run, world=1, cuda=True)
-    return main_job(make_jobs(run, batches, cuda=True))
+    return main_job(make_jobs(run, batches, kernels="compiled"))
 
 
 def small(machine: Machine, gigabytes: float) -> Machine:

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from mpl_scale.config import check, load_config
+from mpl_scale.config import load_config
 from mpl_scale.models import MODELS
 from mpl_scale.models.registry import register_model
 from mpl_scale.monitor import cost_lines
+from mpl_scale.resolve import resolve
 from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
 from mpl_scale.trainer.prepare import Options, train
 from tests.configs import tiny, write
@@ -65,10 +66,10 @@ def test_with_measured_rates_the_time_of_a_step_is_planned(tmp_path: Path) -> No
     rates.write_text(json.dumps({"device": {"peak": 1e9}, "reached": {}}))
     cost = pool(1).run(run, config, str(tmp_path / "out"), calibration=str(rates))[0]["cost"]
     loaded = load_config(config)
-    batches = check(loaded, world=1, cuda=False)
+    resolved = resolve(loaded, world=1, device="cpu")
     machine = make_machine("cpu", calibration=str(rates), per_node=1)
-    job = main_job(make_jobs(loaded, batches, cuda=False))
-    expected = configured_plan(job, loaded, batches, world=1, machine=machine).duration.total
+    job = main_job(make_jobs(loaded, resolved.batches, kernels=resolved.kernels))
+    expected = configured_plan(job, resolved, world=1, machine=machine).duration.total
     assert cost["step_ms"]["planned"] == pytest.approx(1e3 * expected, abs=1e-3)
 
 

@@ -11,9 +11,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import refuse_misfits
-from mpl_scale.config import Batches, RunConfig, check
-from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.cli.jobs import emulated_bf16, refuse_misfits
+from mpl_scale.config import RunConfig
+from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--device",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="what the ranks will compute on (default: cuda; none is needed here): it decides what engine auto means",
+        help="what the ranks will compute on (default: cuda; none is needed here): it decides what each auto means",
     )
     parser.add_argument("--gpu", metavar="NAME|FILE.json", help="as of mpl-scale plan: refuse what cannot fit on it")
     parser.add_argument("--calibration", metavar="FILE", help="as of mpl-scale plan")
@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
 def report(
     run: RunConfig, *, world: int, cuda: bool, gpu: str | None = None, calibration: str | None = None
 ) -> list[str]:
-    """Check everything that needs no data, then say in lines: batch equation, networks, memory per rank and phase.
+    """Check everything that needs no data, then say in lines: batch equation, settings, networks, memory by phase.
 
     Args:
         run: as loaded.
@@ -62,28 +62,27 @@ def report(
     Raises:
         ValueError: names the field, the value and the fix.
     """
-    batches = check(run, world=world, cuda=cuda)
-    # torch and timm: seconds, once the config is known to be good
+    resolved = resolve(run, world=world, device="cuda" if cuda else "cpu")
+    # timm: seconds, once the config is known to be good
     from mpl_scale.trainer.input import check_models, check_names
 
     check_names(run)
     check_models(run)
     per_node = world if gpu == "cpu" else None
     machine = make_machine(gpu or ("h200" if cuda else "cpu"), calibration=calibration, per_node=per_node)
-    jobs = make_jobs(run, batches, cuda=cuda)
-    plans = {job.name: configured_plan(job, run, batches, world=world, machine=machine) for job in jobs}
-    width, shard = run.mpl.parallel.width, run.mpl.parallel.shard_size or world
-    engine = "flat" if uses_flat_engine(run, cuda=cuda) else "deepspeed"
+    jobs = make_jobs(run, resolved.batches, kernels=resolved.kernels)
+    plans = {job.name: configured_plan(job, resolved, world=world, machine=machine) for job in jobs}
     lines = [
-        batches.equation(),
-        f"{world} ranks = data {batches.data_ranks} x width {width}; engine {engine}, ZeRO "
-        f"stage {zero_stage(run)} over shards of {shard if zero_stage(run) else 1}",
+        resolved.batches.equation(),
+        f"{world} ranks = data {resolved.batches.data_ranks} x width {run.mpl.parallel.width}; on {resolved.device}:",
+        *resolved.table(),
+        *(f"warning: {warning}" for warning in resolved.warnings),
         *_networks(run, plans["train"]),
         *(_memory(job, plans[job.name]) for job in jobs),
         COUNTED,
     ]
     if gpu is not None:
-        lines += _verdict(run, batches, plans, world=world, machine=machine, main=main_job(jobs).name)
+        lines += _verdict(run, resolved, plans, world=world, machine=machine, main=main_job(jobs).name)
     return lines
 
 
@@ -119,13 +118,14 @@ def _memory(job: Job, plan: Plan) -> str:
 
 
 def _verdict(
-    run: RunConfig, batches: Batches, plans: dict[str, Plan], *, world: int, machine: Machine, main: str
+    run: RunConfig, resolved: Resolved, plans: dict[str, Plan], *, world: int, machine: Machine, main: str
 ) -> list[str]:
     """What --gpu adds. ValueError: something cannot fit."""
-    warnings = refuse_misfits(run, batches, world=world, machine=machine)
+    warnings = refuse_misfits(run, resolved, world=world, machine=machine)
     plan = plans[main]
     return [
         *(f"warning: {warning}" for warning in warnings),
+        *emulated_bf16(machine, bf16=resolved.bf16),
         f"{machine.device.name} has {machine.device.memory / GIGA:.0f} GB; phase {main}: "
         f"{1e3 * plan.duration.total:.1f} ms a step, {plan.images_per_second:.1f} img/s, {plan.days:.2f} days "
         f"(rates: {machine.reached.source}); mpl-scale plan looks for better",

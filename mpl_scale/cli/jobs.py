@@ -6,7 +6,8 @@ import dataclasses
 import os
 from typing import TYPE_CHECKING
 
-from mpl_scale.config import Batches, RunConfig, check
+from mpl_scale.config import RunConfig
+from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def refuse_misfits(
-    run: RunConfig, batches: Batches, *, world: int, machine: Machine, search_for_better: bool = True
+    run: RunConfig, resolved: Resolved, *, world: int, machine: Machine, search_for_better: bool = True
 ) -> list[str]:
     """Warnings where a phase fits only without allowances. search_for_better: name a plan that fits; takes longer.
 
@@ -25,9 +26,9 @@ def refuse_misfits(
     from mpl_scale.planner.reasons import misfit
     from mpl_scale.planner.search import search
 
-    jobs, warnings = make_jobs(run, batches, cuda=not machine.device.cpu), []
+    jobs, warnings = make_jobs(run, resolved.batches, kernels=resolved.kernels), []
     for job in jobs:
-        plan = configured_plan(job, run, batches, world=world, machine=machine)
+        plan = configured_plan(job, resolved, world=world, machine=machine)
         sure = sum(size for name, size in plan.memory.categories.items() if name not in ("runtime", "fragmentation"))
         if sure > machine.device.memory:
             advice = "mpl-scale plan finds what would"
@@ -55,11 +56,18 @@ def check_this_gpu(run: RunConfig) -> list[str]:
     machine = dataclasses.replace(
         machine, device=dataclasses.replace(machine.device, name=real.name, memory=float(real.total_memory))
     )
-    batches = check(run, world=world, cuda=True)
+    resolved = resolve(run, world=world, device=device.type)
     try:
-        return refuse_misfits(run, batches, world=world, machine=machine, search_for_better=False)
+        return refuse_misfits(run, resolved, world=world, machine=machine, search_for_better=False)
     except RuntimeError as error:  # a network whose operators cannot be traced may still train
         return [f"the memory of this run could not be planned: {error}"]
+
+
+def emulated_bf16(machine: Machine, *, bf16: bool) -> list[str]:
+    """A warning where a device has no units for what is asked of it; no line elsewhere."""
+    if machine.device.bf16 or not bf16:
+        return []
+    return [f"warning: {machine.device.name} has no bf16 units: these are its fp16 figures, bf16 is far slower"]
 
 
 def what_would_fit(found: Found) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import what_would_fit
+from mpl_scale.cli.jobs import emulated_bf16, what_would_fit
 from mpl_scale.config import Batches, RunConfig
 from mpl_scale.trainer.jobs import GIGA, main_job, make_jobs, make_machine
 
@@ -49,13 +49,15 @@ def _run(options: argparse.Namespace) -> int:
     if options.nodes is not None and options.gpus % options.nodes:
         raise ValueError(f"--nodes {options.nodes} does not divide --gpus {options.gpus}; use a divisor")
     # torch and timm: seconds
+    from mpl_scale.resolve import choose_kernels
     from mpl_scale.trainer.input import check_names
 
     check_names(run)
     cpu = options.gpu == "cpu"
     per_node = options.gpus // options.nodes if options.nodes else options.gpus if cpu else None
     machine = make_machine(options.gpu, calibration=options.calibration, per_node=per_node)
-    job = main_job(make_jobs(run, _whole(run), cuda=not machine.device.cpu))
+    kernels, _ = choose_kernels(run.mpl.parallel, "cpu" if machine.device.cpu else "cuda")
+    job = main_job(make_jobs(run, _whole(run), kernels=kernels))
     if options.paper:
         _print(_paper(job))
     elif options.sweep is not None:
@@ -91,8 +93,7 @@ def _plan(run: RunConfig, job: Job, machine: Machine, options: argparse.Namespac
     if not found.fitting:
         raise ValueError(f"--gpus {options.gpus} --gpu {options.gpu}: {what_would_fit(found)}")
     best = found.fitting[0]
-    if not machine.device.bf16 and job.dtype.itemsize == 2:
-        _print([f"warning: {machine.device.name} has no bf16 units: these are its fp16 figures, bf16 is far slower"])
+    _print(emulated_bf16(machine, bf16=job.dtype.itemsize == 2))
     _print([_headline(run, job, machine, options.gpus), "", *_table(found.fitting[: options.top]), ""])
     _print([*bytes_of(best), "", *_milliseconds(best), ""])
     _print(["why:", *(f"  {line}" for line in reasons(best, found)), ""])
@@ -210,7 +211,8 @@ def write_config(run: RunConfig, plan: Plan, path: Path) -> None:
 
 
 def _print(lines: list[str]) -> None:
-    print("\n".join(lines), file=sys.stdout, flush=True)
+    if lines:
+        print("\n".join(lines), file=sys.stdout, flush=True)
 
 
 PLAN = Command(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mpl_scale.config.load import RunConfig
 
+Engine = Literal["flat", "deepspeed"]
 FED_BACK = ("mpl", "reduced_mpl")
-MIXES = ("mixup", "cutmix")
 """Methods whose teacher hears of the student."""
+MIXES = ("mixup", "cutmix")
+EXACT_RULES = ("per_sample", "soft_exact")
+"""Feedback rules that take a central difference, which lower precision than fp32 rounds away."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,13 @@ def zero_stage(config: RunConfig) -> int:
     return int(stage)
 
 
-def uses_flat_engine(config: RunConfig, *, cuda: bool) -> bool:
-    """Whether `parallel.engine` means the flat engine here."""
-    engine = config.mpl.parallel.engine
-    return engine == "flat" or (engine == "auto" and cuda and zero_stage(config) <= 2)
+def choose_engine(wanted: Literal["auto", "flat", "deepspeed"], *, stage: int, cuda: bool) -> tuple[Engine, str]:
+    """`parallel.engine`, resolved, and why. stage: of ZeRO; cuda: whether the ranks compute on GPUs."""
+    if wanted != "auto":
+        return wanted, "as configured"
+    if stage == 3:
+        return "deepspeed", "auto: only deepspeed shards weights"
+    return ("flat", f"auto: ZeRO-{stage} on a GPU") if cuda else ("deepspeed", "auto: flat is chosen on a GPU only")
 
 
 def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
@@ -102,7 +109,8 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
             "optimiser state, not weights; use stage 2, or engine deepspeed"
         )
     offload = config.deepspeed.get("zero_optimization", {})
-    if uses_flat_engine(config, cuda=cuda) and ("offload_optimizer" in offload or "offload_param" in offload):
+    engine, _ = choose_engine(parallel.engine, stage=stage, cuda=cuda)
+    if engine == "flat" and ("offload_optimizer" in offload or "offload_param" in offload):
         raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")
     hang = config.mpl.guard.hang_seconds
     if hang is not None and hang >= parallel.timeout_seconds:
@@ -135,10 +143,15 @@ def _check_method(config: RunConfig) -> None:
             "distribution of an image, not two views, nor a mix; set supervised"
         )
     bf16 = config.deepspeed.get("bf16", {}).get("enabled", False)
-    if rule in ("per_sample", "soft_exact") and bf16:
+    if rule in EXACT_RULES and bf16:
         raise ValueError(
             f"mpl_scale.method.feedback.rule = {rule} with bf16: its central difference drowns in bf16's rounding; use "
             "fp32, or rule cosine"
+        )
+    if rule in EXACT_RULES and config.mpl.parallel.tf32 is True:
+        raise ValueError(
+            f"mpl_scale.method.feedback.rule = {rule} with mpl_scale.parallel.tf32 = true: its central difference "
+            "drowns in TF32's rounding; set tf32 = auto or false, or rule cosine"
         )
     given = config.mpl.data.distributions if method.name == "noisy_student" else None
     trained = phases.teacher_warmup.steps or config.mpl.model.teacher.weights or given

@@ -184,6 +184,17 @@ class ParallelConfig(Section):
     recompute_offload: bool = Field(False, description="fairscale: keep the blocks' inputs in the host's memory.")
     shard_size: Count | None = Field(None, description="Consecutive ranks that share one copy of the state; null: all.")
     graph: Literal["off", "auto", "required"] = Field("auto", description="Replay the step as one CUDA graph.")
+    tf32: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether a GPU may round the factors of fp32 products and convolutions to TF32 (10 bits of "
+        "mantissa). auto: yes, except for feedback rules per_sample and soft_exact, whose central difference needs "
+        "fp32.",
+    )
+    deterministic: bool = Field(
+        False,
+        description="Only algorithms that give the same bits in every run: slower, and an operation that has none "
+        "raises an error. false: cuDNN tries its algorithms and keeps the fastest.",
+    )
     timeout_seconds: Positive = Field(600.0, description="A collective that takes longer ends the run.")
 
 

@@ -10,7 +10,10 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from mpl_scale.data.vectors import LENGTHS, input_shape
+from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.planner.job import Choice, Job, Machine
 from mpl_scale.planner.recorder import Sent, Work
@@ -56,7 +59,7 @@ def duration(job: Job, choice: Choice, machine: Machine) -> Duration:
         ValueError: the networks cannot be cut that way.
     """
     found: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    graph = choice.engine == "flat" and not machine.device.cpu and job.config.parallel.graph != "off"
+    graph = _replayed(job, choice, machine)
     for one in job.passes(choice):
         trace, phase = job.trace(one.network, choice), found[one.phase]
         for times, work, sent in (
@@ -84,6 +87,18 @@ def duration(job: Job, choice: Choice, machine: Machine) -> Duration:
     one_image = seen + (0.0 if data.source in RAW | LENGTHS.keys() else reached.decode)
     phases = {name: dict(causes) for name, causes in found.items()}
     return Duration(phases, images * one_image / machine.device.cores)
+
+
+def _replayed(job: Job, choice: Choice, machine: Machine) -> bool:
+    """Whether the step would be a CUDA graph; `required` is for the run to refuse, not for a plan."""
+    parallel = job.config.parallel
+    reason = why_not_captured(
+        graph="off" if parallel.graph == "off" else "auto",
+        device=torch.device("cpu" if machine.device.cpu else "cuda"),
+        flat_engine=choice.engine == "flat",
+        recompute_backend=parallel.recompute_backend,
+    )
+    return reason is None
 
 
 def kernels(work: Iterable[Work], images: float, machine: Machine, *, fp32: bool) -> float:

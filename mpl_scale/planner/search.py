@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mpl_scale.config.checks import FED_BACK
+from mpl_scale.config.checks import FED_BACK, choose_engine
 from mpl_scale.planner.duration import Duration, duration
 from mpl_scale.planner.job import Choice, Engine, Job, Machine
 from mpl_scale.planner.memory import Memory, memory
+from mpl_scale.resolve import Resolved
 
 WIDEST = 16
 """The paper's width; wider splits only where the configuration asks for one."""
@@ -142,42 +143,38 @@ def _choices(job: Job, world: int, width: int, recompute: str | tuple[str, ...],
 
 def _sharding(job: Job, world: int, machine: Machine) -> Iterator[tuple[int, int, Engine]]:
     """(stage, shard size, engine): nothing sharded, over a node, over all; weights too."""
-    wanted = job.config.parallel.engine
-    flat: Engine = "flat" if wanted == "flat" or (wanted == "auto" and not machine.device.cpu) else "deepspeed"
-    yield 0, world, flat
+    wanted, cuda = job.config.parallel.engine, not machine.device.cpu
+    yield 0, world, choose_engine(wanted, stage=0, cuda=cuda)[0]
     if world == 1:
         return
     node, given = machine.device.per_node, job.config.parallel.shard_size
     sizes = {world, *(size for size in (node, given) if size and size < world and world % size == 0)}
     for size in sorted(sizes):
-        yield 2, size, flat
+        yield 2, size, choose_engine(wanted, stage=2, cuda=cuda)[0]
     if wanted != "flat":
         yield 3, world, "deepspeed"
 
 
-def as_configured(job: Job, world: int, machine: Machine, *, stage: int, flat: bool, parts: int) -> Plan:
+def as_configured(job: Job, resolved: Resolved, *, world: int, machine: Machine) -> Plan:
     """The plan that the configuration is.
 
     Args:
         job: a phase of it.
+        resolved: it, on these ranks and devices.
         world: ranks.
         machine: the devices.
-        stage: zero_optimization.stage.
-        flat: whether the flat engine runs it.
-        parts: micro-batches of a step.
     """
-    parallel = job.config.parallel
+    parallel, parts = job.config.parallel, resolved.micro_batches
     recompute = parallel.recompute if isinstance(parallel.recompute, str) else tuple(parallel.recompute)
-    deferred = parallel.teacher == "deferred" or (parallel.teacher == "auto" and parts > 1)
     choice = Choice(
         world=world,
         width=parallel.width,
-        stage=stage,
-        shard_size=parallel.shard_size or world,
-        engine="flat" if flat else "deepspeed",
+        stage=resolved.stage,
+        shard_size=resolved.shard_size,
+        engine=resolved.engine,
         recompute=recompute,
-        deferred=deferred,
-        labelled=job.labelled // (world // parallel.width * parts),
+        deferred=resolved.deferred_teacher,
+        labelled=job.labelled // (resolved.batches.data_ranks * parts),
         parts=parts,
     )
     return Plan(job, choice, machine)

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mpl_scale.config import Batches, RunConfig
+from mpl_scale.config import RunConfig
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.planner.measured import measure_step
+from mpl_scale.resolve import Resolved
 from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
-from mpl_scale.trainer.phases import Phase, kernels
+from mpl_scale.trainer.phases import Phase
 from mpl_scale.types import Batch, StepMetrics
 
 MAIN = "train"
@@ -47,7 +48,7 @@ class Gauge:
     """
 
     run: RunConfig
-    batches: Batches
+    resolved: Resolved
     mesh: Mesh
     calibration: str | None = None
     _bytes: dict[str, int] = field(default_factory=dict)
@@ -78,7 +79,7 @@ class Gauge:
             metrics = run_step(batch)
             self._bytes = {"peak": torch.cuda.max_memory_allocated(device)}
             return metrics
-        if kernels(self.run.mpl.parallel, device) == "compiled":  # storages in compiled loops cannot be counted
+        if self.resolved.kernels == "compiled":  # storages in compiled loops cannot be counted
             return run_step(batch)
         metrics, found = measure_step(run_step.step, state, batch)
         self._bytes = {"static": found.static, "activations": found.activations}
@@ -111,8 +112,8 @@ class Gauge:
     def _planned(self) -> tuple[dict[str, int], dict[str, int], float | None, str | None]:
         """Bytes by name and by category, milliseconds, and why there are none."""
         try:
-            job = main_job(make_jobs(self.run, self.batches, cuda=self.mesh.device.type == "cuda"))
-            plan = configured_plan(job, self.run, self.batches, world=self.mesh.world, machine=self._machine)
+            job = main_job(make_jobs(self.run, self.resolved.batches, kernels=self.resolved.kernels))
+            plan = configured_plan(job, self.resolved, world=self.mesh.world, machine=self._machine)
             categories = {name: round(size) for name, size in plan.memory.categories.items()}
             step_ms = None if self.calibration is None else round(1e3 * plan.duration.total, 3)
         except Exception as error:  # somebody's modules on the meta device: they trained, whatever it says of them

@@ -9,21 +9,21 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from mpl_scale.config import Batches, RunConfig
-from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.resolve import Resolved
 
 if TYPE_CHECKING:
+    from mpl_scale.models.kernels import Mode
     from mpl_scale.planner.job import Job, Machine
     from mpl_scale.planner.search import Plan
 
 GIGA = 1e9
 
 
-def make_jobs(run: RunConfig, batches: Batches, *, cuda: bool) -> list[Job]:
-    """The phases of a run. cuda: whether batch norm's loops are compiled where the configuration leaves it open."""
+def make_jobs(run: RunConfig, batches: Batches, *, kernels: Mode) -> list[Job]:
+    """The phases of a run. kernels: as resolved for the devices."""
     from mpl_scale.planner.job import Job
     from mpl_scale.trainer.phases import plan_phases
 
-    kernels = run.mpl.parallel.kernels
     return [
         Job(
             name=phase.name,
@@ -35,7 +35,7 @@ def make_jobs(run: RunConfig, batches: Batches, *, cuda: bool) -> list[Job]:
             labelled=phase.labelled,
             unlabelled=phase.unlabelled,
             steps=phase.steps,
-            kernels=("compiled" if cuda else "eager") if kernels == "auto" else kernels,
+            kernels=kernels,
         )
         for phase in plan_phases(run.mpl, batches, max_steps=None)
     ]
@@ -59,9 +59,8 @@ def make_machine(gpu: str, *, calibration: str | None = None, per_node: int | No
     return Machine(device, reached)
 
 
-def configured_plan(job: Job, run: RunConfig, batches: Batches, *, world: int, machine: Machine) -> Plan:
+def configured_plan(job: Job, resolved: Resolved, *, world: int, machine: Machine) -> Plan:
     """The job as the configuration cuts it."""
     from mpl_scale.planner.search import as_configured
 
-    flat = uses_flat_engine(run, cuda=not machine.device.cpu)
-    return as_configured(job, world, machine, stage=zero_stage(run), flat=flat, parts=batches.micro_batches)
+    return as_configured(job, resolved, world=world, machine=machine)

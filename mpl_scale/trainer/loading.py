@@ -10,8 +10,9 @@ from mpl_scale.data import Quarantine, Splits, TrainLoader
 from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.vectors import VectorLoader, VectorSet
 from mpl_scale.mesh import Mesh
+from mpl_scale.resolve import choose_layout
 from mpl_scale.spatial import input_columns
-from mpl_scale.trainer.phases import Phase, channels_last
+from mpl_scale.trainer.phases import Phase
 
 
 def load_batches(
@@ -35,7 +36,7 @@ def load_batches(
         image_size=config.model.image_size,
         strong_view=StrongView(data.strong, seed=seed, stream=phase.index, candidates=splits.unlabelled),
         columns=input_columns(config.model.image_size, mesh.width),
-        channels_last=channels_last(config.parallel, mesh.device),
+        channels_last=choose_layout(config.parallel, mesh.device.type)[0],
         quarantine=quarantine,
         **common,
     )

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import nn
 
 from mpl_scale.checkpoint import gather_parameters
 from mpl_scale.config import Batches, Config, RunConfig
-from mpl_scale.config.checks import uses_flat_engine
 from mpl_scale.config.schema import MethodConfig, NetworkConfig, OptimConfig, OptimsConfig, ParallelConfig
 from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.models.kernels import Mode
 from mpl_scale.models.weights import load_weights
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
+from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.spatial import parallelize
 
 Weights = Mapping[str, torch.Tensor]
@@ -108,9 +106,15 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
     ]
 
 
-def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[str, Weights]) -> State:
-    """The networks of a phase under their engines, from the weights of the phase before where there are any."""
+def build_state(
+    phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[str, Weights], resolved: Resolved | None = None
+) -> State:
+    """The networks of a phase under their engines, from the weights of the phase before where there are any.
+
+    resolved: the run on this mesh; None: it is resolved here.
+    """
     config, settings, parallel = run.mpl, phase.settings, run.mpl.parallel
+    found = resolved or resolve(run, world=mesh.world, device=mesh.device.type)
 
     def network(name: str, section: NetworkConfig, optim: OptimConfig, source: str) -> Network:
         module = build_model(
@@ -119,21 +123,20 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
             field=f"mpl_scale.model.{name}",
             seed=initial_seed(config.seed, name),
             group=mesh.world_group,
-            kernels=kernels(parallel, mesh.device),
+            kernels=found.kernels,
         )
         if source in weights:
             module.load_state_dict(weights[source])
         elif section.weights:
             load_weights(module, section, config.model, field=f"mpl_scale.model.{name}")
         module = recomputed(split(module, config, mesh=mesh), parallel)
-        flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
         return build_network(
             module.to(mesh.device),
-            engine="flat" if flat else "deepspeed",
+            engine=found.engine,
             optim=optim,
             ds_config={**run.deepspeed, "gradient_accumulation_steps": phase.micro_batches},
             mesh=mesh,
-            kernels=kernels(parallel, mesh.device),
+            kernels=found.kernels,
         )
 
     teacher = student = average = None
@@ -157,7 +160,7 @@ def build_state(phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[st
         ),
         world_group=mesh.world_group,
         micro_batches=phase.micro_batches,
-        deferred_teacher=parallel.teacher == "deferred" or (parallel.teacher == "auto" and phase.micro_batches > 1),
+        deferred_teacher=found.deferred_teacher,
         teacher_views=METHODS[settings.name].teacher_views,
     )
 
@@ -167,20 +170,6 @@ def recomputed(module: nn.Module, parallel: ParallelConfig) -> nn.Module:
     return apply_recompute(
         module, parallel.recompute, backend=parallel.recompute_backend, offload=parallel.recompute_offload
     )
-
-
-def kernels(parallel: ParallelConfig, device: torch.device) -> Mode:
-    """`parallel.kernels`, resolved: compiled on a GPU that Triton can compile for."""
-    if parallel.kernels == "auto":
-        return "compiled" if device.type == "cuda" and find_spec("triton") is not None else "eager"
-    return parallel.kernels
-
-
-def channels_last(parallel: ParallelConfig, device: torch.device) -> bool:
-    """`parallel.channels_last`, resolved: on a GPU, where images are whole."""
-    if parallel.channels_last == "auto":
-        return device.type == "cuda" and parallel.width == 1
-    return parallel.channels_last == "on"
 
 
 def split(module: nn.Module, config: Config, *, mesh: Mesh) -> nn.Module:

@@ -16,10 +16,8 @@ import torch.distributed as dist
 
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
-from mpl_scale.config import Batches, RunConfig, check
-from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits, check_batches
-from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
     ControlFiles,
@@ -34,6 +32,7 @@ from mpl_scale.monitor import (
     versions,
     write_summary,
 )
+from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
 from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.input import (
@@ -90,9 +89,10 @@ def train(
     """
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
-    batches = check(run, world=int(os.environ.get("WORLD_SIZE", "1")), cuda=device.type == "cuda")
+    resolved = resolve(run, world=int(os.environ.get("WORLD_SIZE", "1")), device=device.type)
+    batches = resolved.batches
     check_names(run)
-    if not uses_flat_engine(run, cuda=device.type == "cuda"):
+    if resolved.engine == "deepspeed":
         from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
 
         validate_ds_blocks(run.deepspeed, device_type=device.type)
@@ -107,11 +107,12 @@ def train(
     check_models(run)
     check_output(options.output)
     _share_cores(os.environ)
+    resolved.numerics.apply(device)
     owns_group = not dist.is_initialized()
     if owns_group:
         start_process_group(device, timeout_seconds=run.mpl.parallel.timeout_seconds)
     try:
-        return _run(run, options, batches, splits, device, stop_requested)
+        return _run(run, options, resolved, splits, device, stop_requested)
     except CheckpointError:  # the same on every rank
         raise
     except ValueError as error:
@@ -125,7 +126,7 @@ def train(
 def _run(
     run: RunConfig,
     options: Options,
-    batches: Batches,
+    resolved: Resolved,
     splits: Splits,
     device: torch.device,
     stop_requested: Callable[[], bool],
@@ -134,7 +135,7 @@ def _run(
     wanted = {**run.resolved(), "max_steps": options.max_steps}
     fingerprint = config_hash(wanted)
     check_same_on_all_ranks({**wanted, "resume": options.resume})  # before groups are made as the config says
-    mesh = _mesh(run, device)
+    mesh = build_mesh(device=device, width=run.mpl.parallel.width, shard_size=resolved.shard_size)
     writers = Writers(progress=Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None)
     with ExitStack() as held:
 
@@ -146,7 +147,7 @@ def _run(
         finished = on_main(mesh, enter)
         if finished is not None:
             return finished
-        trainer = _make_trainer(run, options, batches, splits, mesh, writers, stop_requested)
+        trainer = _make_trainer(run, options, resolved, splits, mesh, writers, stop_requested)
         if trainer.watchdog is not None:
             held.callback(trainer.watchdog.close)
         if not trainer.train():
@@ -161,24 +162,16 @@ def _run(
 def _make_trainer(
     run: RunConfig,
     options: Options,
-    batches: Batches,
+    resolved: Resolved,
     splits: Splits,
     mesh: Mesh,
     writers: Writers,
     stop_requested: Callable[[], bool],
 ) -> Trainer:
     """A trainer at the start or at its newest checkpoint, and its files opened to go on from there."""
-    flat = uses_flat_engine(run, cuda=mesh.device.type == "cuda")
-    eager_because = why_not_captured(
-        graph=run.mpl.parallel.graph,
-        device=mesh.device,
-        flat_engine=flat,
-        recompute_backend=run.mpl.parallel.recompute_backend,
-    )
-    phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
-    writers.note(batches.equation())
-    if eager_because is not None and mesh.device.type == "cuda":
-        writers.note(f"the step is not captured as a CUDA graph: {eager_because}")
+    phases = plan_phases(run.mpl, resolved.batches, max_steps=options.max_steps)
+    for line in (resolved.batches.equation(), *resolved.notes()):
+        writers.note(line)
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
     snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint, mesh, warn=writers.note)
@@ -190,8 +183,8 @@ def _make_trainer(
         writers=writers,
         snapshots=snapshots,
         stop_requested=stop_requested,
-        capture=eager_because is None,
-        gauge=Gauge(run, batches, mesh, options.calibration),
+        resolved=resolved,
+        gauge=Gauge(run, resolved, mesh, options.calibration),
         control=ControlFiles(options.output) if mesh.is_main else None,
         heartbeat=Heartbeat(options.output) if mesh.is_main else None,
         watchdog=_watchdog(run, options, mesh),
@@ -223,7 +216,7 @@ def _watchdog(run: RunConfig, options: Options, mesh: Mesh) -> Watchdog | None:
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
-    run, device = trainer.run, trainer.mesh.device
+    run, device, resolved = trainer.run, trainer.mesh.device, trainer.resolved
     return {
         "command": command(),
         "config": str(run.path),
@@ -234,8 +227,9 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "seconds": round(trainer.elapsed(), 3),
         "ranks": trainer.mesh.world,
         "width": trainer.mesh.width,
-        "zero_stage": zero_stage(run),
-        "engine": "flat" if uses_flat_engine(run, cuda=device.type == "cuda") else "deepspeed",
+        "zero_stage": resolved.stage,
+        "engine": resolved.engine,
+        "resolved": resolved.summary(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "processor": processor(),
         "versions": versions(),
@@ -247,13 +241,6 @@ def _share_cores(environment: Mapping[str, str]) -> None:
     local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or environment.get("WORLD_SIZE", "1")
     if "OMP_NUM_THREADS" not in environment:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
-
-
-def _mesh(run: RunConfig, device: torch.device) -> Mesh:
-    """The flat engine's stage 0 is a shard group of one rank; DeepSpeed's has its own rule."""
-    parallel = run.mpl.parallel
-    flat_stage_0 = uses_flat_engine(run, cuda=device.type == "cuda") and zero_stage(run) == 0
-    return build_mesh(device=device, width=parallel.width, shard_size=1 if flat_stage_0 else parallel.shard_size)
 
 
 def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
 from mpl_scale.mpl.skipping import IN_A_ROW, SkipNonfinite
+from mpl_scale.resolve import Resolved
 from mpl_scale.trainer.clock import Clock
 from mpl_scale.trainer.evaluation import Evaluator, Results
 from mpl_scale.trainer.gauge import Gauge
@@ -41,7 +42,7 @@ class Trainer:
 
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
     and heartbeat: on rank 0 only. watchdog: on every rank or on none.
-    capture: replay the step as a CUDA graph. gauge: measures what the main phase costs.
+    resolved: what the run's settings mean here. gauge: measures what the main phase costs.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -52,7 +53,7 @@ class Trainer:
     writers: Writers
     snapshots: Snapshots
     stop_requested: Callable[[], bool]
-    capture: bool
+    resolved: Resolved
     gauge: Gauge
     control: ControlFiles | None = None
     heartbeat: Heartbeat | None = None
@@ -75,7 +76,7 @@ class Trainer:
         if snapshot.phase not in names:
             raise ValueError(f"checkpoint {snapshot.folder} is of phase {snapshot.phase!r}, which the config has not")
         self._first, self._step = names.index(snapshot.phase), snapshot.step
-        self._state = build_state(self.phases[self._first], self.run, mesh=self.mesh, weights={})
+        self._state = self._build(self.phases[self._first], weights={})
         self.snapshots.restore(snapshot, self._state)
         self.results, self.seconds = dict(snapshot.metadata["results"]), snapshot.metadata["seconds"]
         self._rewinds, self._data_offset = (snapshot.metadata.get(name, 0) for name in ("rewinds", "data_offset"))
@@ -90,7 +91,7 @@ class Trainer:
         state, step, self._state = self._state, self._step, None  # each phase's state is freed before the next's
         for phase in self.phases[self._first :]:
             self._tell("start", phase, step)
-            state = state or build_state(phase, self.run, mesh=self.mesh, weights=weights)
+            state = state or self._build(phase, weights=weights)
             if phase is self.phases[self._first]:
                 self.snapshots.check_room(state)
             if not self._train_phase(phase, state, step):
@@ -99,6 +100,9 @@ class Trainer:
             state, step, self._rewinds, self._data_offset, self._known = None, 0, 0, 0, None
         self._tell("done", self.phases[-1], self.phases[-1].steps)
         return True
+
+    def _build(self, phase: Phase, *, weights: Mapping[str, Weights]) -> State:
+        return build_state(phase, self.run, mesh=self.mesh, weights=weights, resolved=self.resolved)
 
     def elapsed(self) -> float:
         """Seconds of training, over all restarts."""
@@ -112,7 +116,7 @@ class Trainer:
         self._show_progress(phase, step)
         fall_back = None if config.parallel.graph == "required" else self.writers.note
         skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
-        run_step = StepRunner(skipping or phase.method.step, state, capture=self.capture, fall_back=fall_back)
+        run_step = StepRunner(skipping or phase.method.step, state, capture=self.resolved.replayed, fall_back=fall_back)
         self._watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step, known=self._known)
         every, clock, jumped = config.logging.every, Clock(), None
         try:

@@ -30,9 +30,9 @@ from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import Progress
 from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.resolve import choose_layout, choose_numerics
 from mpl_scale.trainer.agree import do_together, value_on_main
 from mpl_scale.trainer.lock import lock_output
-from mpl_scale.trainer.phases import channels_last
 from mpl_scale.trainer.scoring import HashedImages, ScoreFiles, score_chunks
 from mpl_scale.trainer.selected import write_selected
 from mpl_scale.trainer.stored_network import load_network
@@ -75,8 +75,8 @@ def select(run: RunConfig, options: SelectOptions) -> dict[str, Any]:
         ValueError: bad input; what was scored until then is kept.
     """
     adopt_slurm_environment(os.environ)
-    device = choose_device(os.environ)
-    config = run.mpl
+    device, config = choose_device(os.environ), run.mpl
+    choose_numerics(config, device.type)[0].apply(device)
     evaluation_view(config.data.evaluation, config.model.image_size)
     require_known("rule", options.rule, SELECTION_RULES)
     output = options.output.expanduser().absolute()
@@ -140,7 +140,7 @@ def _select(
                 config=config,
                 device=mesh.device,
                 quarantine=quarantine,
-                channels_last=channels_last(config.parallel, mesh.device),
+                channels_last=choose_layout(config.parallel, mesh.device.type)[0],
                 report=report,
             ),
         )

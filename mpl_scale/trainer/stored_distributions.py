@@ -12,6 +12,7 @@ import torch
 from mpl_scale.config import RunConfig
 from mpl_scale.data import evaluation_batches
 from mpl_scale.mesh import build_mesh
+from mpl_scale.resolve import choose_numerics
 from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.stored_network import load_network
 
@@ -35,6 +36,7 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
     Raises:
         ValueError: as load_splits and load_network, or probabilities that are none.
     """
+    choose_numerics(run.mpl, device)[0].apply(torch.device(device))
     mesh, splits = build_mesh(device=torch.device(device)), load_splits(run)
     _, module = load_network(checkpoint, network, config=run.mpl, mesh=mesh)
     count, classes = len(splits.images), run.mpl.model.num_classes

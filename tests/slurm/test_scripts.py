@@ -140,6 +140,9 @@ def test_container_commands() -> None:
     ]
     pyxis = bash(f"MPL_SCALE_CONTAINER_RUNTIME=pyxis MPL_SCALE_CONTAINER_MOUNTS=/data:/d,/x; {script}")
     assert "--container-mounts=/the root:/the root,/work dir:/work dir,/data:/d,/x:/x" in pyxis.stdout.splitlines()
+    torchrun = bash(f"MPL_SCALE_LAUNCHER=torchrun MPL_SCALE_CONTAINER_RUNTIME=apptainer; {script}")
+    start = ["env", "-u", "SLURM_GPUS_PER_TASK", "-u", "SLURM_TRES_PER_TASK", "-u", "SLURM_GPU_BIND", "srun"]
+    assert torchrun.stdout.splitlines()[: len(start)] == start  # one task a node has to see all of its GPUs
     wrong = bash(f"MPL_SCALE_CONTAINER_RUNTIME=podman; {script}")
     assert wrong.returncode == 2
     assert "MPL_SCALE_CONTAINER_RUNTIME = 'podman': give pyxis or apptainer" in wrong.stderr
