@@ -14,6 +14,7 @@ from mpl_scale.cli.command import Command, add_config_options, load, positive
 from mpl_scale.cli.jobs import refuse_misfits
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.config.deepspeed_half import without_effect
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def report(
     engine = "flat" if uses_flat_engine(run, cuda=cuda) else "deepspeed"
     lines = [
         batches.equation(),
+        *without_effect(run.deepspeed, flat=engine == "flat"),
         f"{world} ranks = data {batches.data_ranks} x width {width}; engine {engine}, ZeRO "
         f"stage {zero_stage(run)} over shards of {shard if zero_stage(run) else 1}",
         *_networks(run, plans["train"]),

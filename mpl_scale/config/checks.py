@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_effect
 from mpl_scale.config.load import RunConfig
 
 FED_BACK = ("mpl", "reduced_mpl")
@@ -101,9 +102,10 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
             "mpl_scale.parallel.engine = flat with zero_optimization.stage = 3: the flat engine shards gradients and "
             "optimiser state, not weights; use stage 2, or engine deepspeed"
         )
-    offload = config.deepspeed.get("zero_optimization", {})
-    if uses_flat_engine(config, cuda=cuda) and ("offload_optimizer" in offload or "offload_param" in offload):
-        raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")
+    flat = uses_flat_engine(config, cuda=cuda)
+    refuse_without_effect(config.deepspeed, flat=flat)
+    if not flat:
+        refuse_combinations(config.deepspeed, shard_size=parallel.shard_size or world, world=world)
     hang = config.mpl.guard.hang_seconds
     if hang is not None and hang >= parallel.timeout_seconds:
         raise ValueError(

@@ -18,6 +18,7 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import Batches, RunConfig, check
 from mpl_scale.config.checks import uses_flat_engine, zero_stage
+from mpl_scale.config.deepspeed_half import without_effect
 from mpl_scale.data import Quarantine, Splits, check_batches
 from mpl_scale.engine.graph import why_not_captured
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
@@ -177,6 +178,8 @@ def _make_trainer(
     )
     phases = plan_phases(run.mpl, batches, max_steps=options.max_steps)
     writers.note(batches.equation())
+    for warning in without_effect(run.deepspeed, flat=flat):
+        writers.note(warning)
     if eager_because is not None and mesh.device.type == "cuda":
         writers.note(f"the step is not captured as a CUDA graph: {eager_because}")
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
