@@ -1,6 +1,6 @@
 """The accuracy of every method and seed in a results file of benchmarks/methods.py, as one picture.
 
-    python -m benchmarks.figure benchmarks/results/cpu/digits_methods.json docs/images/digits_methods.png
+python -m benchmarks.figure benchmarks/results/cpu/digits_methods.json docs/images/digits_methods.png
 """
 
 from __future__ import annotations

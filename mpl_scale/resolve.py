@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mpl_scale.config import Batches, Config, RunConfig, check
 from mpl_scale.config.checks import EXACT_RULES, FED_BACK, Engine, choose_engine, zero_stage
+from mpl_scale.config.deepspeed_half import without_effect
 from mpl_scale.config.schema import ParallelConfig
 
 if TYPE_CHECKING:
@@ -143,7 +144,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "TF32": why_tf32,
             "algorithms": CONFIGURED,
         },
-        warnings=_warnings(device, bf16=bf16),
+        warnings=(*_warnings(device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_effect
 from mpl_scale.config.load import RunConfig
 
 Engine = Literal["flat", "deepspeed"]
@@ -108,10 +109,10 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
             "mpl_scale.parallel.engine = flat with zero_optimization.stage = 3: the flat engine shards gradients and "
             "optimiser state, not weights; use stage 2, or engine deepspeed"
         )
-    offload = config.deepspeed.get("zero_optimization", {})
     engine, _ = choose_engine(parallel.engine, stage=stage, cuda=cuda)
-    if engine == "flat" and ("offload_optimizer" in offload or "offload_param" in offload):
-        raise ValueError("zero_optimization.offload_*: only engine deepspeed offloads; set mpl_scale.parallel.engine")
+    refuse_without_effect(config.deepspeed, flat=engine == "flat")
+    if engine == "deepspeed":
+        refuse_combinations(config.deepspeed, shard_size=parallel.shard_size or world, world=world)
     hang = config.mpl.guard.hang_seconds
     if hang is not None and hang >= parallel.timeout_seconds:
         raise ValueError(

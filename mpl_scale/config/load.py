@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from mpl_scale.config.deepspeed_keys import BLOCK_KEYS, REFUSED_KEYS, TOP_LEVEL_KEYS
+from mpl_scale.config.deepspeed_half import validated
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset, merge
@@ -61,7 +61,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     section = raw.pop(SECTION, None)
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
-    _refuse_unknown_deepspeed_keys(raw, path)
+    deepspeed = validated(raw, path=path, known_beside=(SECTION, INCLUDE))
     try:
         section = without_former_fields(section)
     except ValueError as error:
@@ -76,7 +76,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         raise ValueError(f"{path}: {_first_error(error)}") from None
     for module in mpl.imports:
         _import(module)
-    return RunConfig(path=path, mpl=mpl, deepspeed=raw)
+    return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed)
 
 
 def _import(module: str) -> None:
@@ -150,26 +150,6 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         if not isinstance(target, dict):
             raise ValueError(f"--set {assignment}: {key} is a value, not a section")
     target[keys[-1]] = value
-
-
-def _refuse_unknown_deepspeed_keys(raw: Mapping[str, Any], path: Path) -> None:
-    for key, value in raw.items():
-        disabled = isinstance(value, Mapping) and value.get("enabled") is False
-        if key in REFUSED_KEYS and not disabled:
-            raise ValueError(f"{path}: {key}: {REFUSED_KEYS[key]}")
-        if key not in TOP_LEVEL_KEYS | REFUSED_KEYS.keys():
-            raise ValueError(f'{path}: unknown key "{key}"; {suggest(key, [*TOP_LEVEL_KEYS, SECTION])}')
-    for block_path, known in BLOCK_KEYS.items():
-        block: Any = raw
-        for part in block_path.split("."):
-            block = block.get(part) if isinstance(block, Mapping) else None
-        if block is None:
-            continue
-        if not isinstance(block, Mapping):
-            raise ValueError(f"{path}: {block_path} must be a section {{...}}, not {block!r}")
-        for key in block:
-            if key not in known:
-                raise ValueError(f'{path}: unknown key "{block_path}.{key}"; {suggest(key, known)}')
 
 
 def _refuse_unknown_fields(section: Mapping[str, Any], model: type[BaseModel], where: str, path: Path) -> None:

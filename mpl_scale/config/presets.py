@@ -69,8 +69,8 @@ def under_preset(section: dict[str, Any], presets: dict[str, dict[str, Any]]) ->
 
 def apply_preset(method: dict[str, Any]) -> dict[str, Any]:
     """The method section with its preset's values under its own."""
-    preset = PRESETS.get(method.get("preset") or "", {})
-    return merge(preset, method)
+    name = method.get("preset")
+    return merge(PRESETS.get(name, {}) if isinstance(name, str) else {}, method)
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import annotated_types
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from mpl_scale.config.deepspeed_keys import SECTIONS, TOP_LEVEL
 from mpl_scale.config.schema import Config
 
 HEAD = """# The "mpl_scale" section
@@ -103,5 +105,29 @@ def _flat(given: Any) -> list[Any]:
     return list(given.metadata) if isinstance(given, FieldInfo) else [given]
 
 
+HONOURED = {
+    "run": "every run",
+    "tuning": "engine deepspeed; ignored with a warning by engine flat",
+    "engine": "engine deepspeed; refused with engine flat",
+    "ignored": "ignored with a warning",
+    "refused": "refused",
+}
+
+
+def deepspeed_reference() -> str:
+    """The table of DeepSpeed's keys in docs/troubleshooting.md, Markdown; a row for each section, effect and reason."""
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for section, keys in {"": TOP_LEVEL, **SECTIONS}.items():
+        for name, key in keys.items():
+            if key.effect == "refused" or key.kind != "section" or f"{section}.{name}".lstrip(".") not in SECTIONS:
+                rows.setdefault((section, key.effect, key.why), []).append(name)
+    lines = ["| section | keys | honoured by |", "|---|---|---|"]
+    for (section, effect, why), names in rows.items():
+        shown = ", ".join(f"`{name}`" for name in names)
+        honoured = HONOURED[effect] + (f": {why}" if why else "")
+        lines.append(f"| {f'`{section}`' if section else ''} | {shown} | {honoured} |")
+    return "\n".join(lines) + "\n"
+
+
 if __name__ == "__main__":
-    print(reference(), end="")
+    print(deepspeed_reference() if "--deepspeed" in sys.argv else reference(), end="")

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mpl_scale.config.deepspeed_half import refuse_combinations
 from mpl_scale.config.schema import OptimConfig
-from mpl_scale.engine.deepspeed_setup import connect, engine_config, refuse_unsupported
+from mpl_scale.engine.deepspeed_setup import connect, engine_config
 from mpl_scale.engine.deepspeed_shards import open_shards
 from mpl_scale.mesh import Mesh, process_group
 from mpl_scale.models.passes import Pass, within
@@ -45,7 +46,7 @@ class DeepSpeedNetwork:
 
     def __init__(self, module: nn.Module, *, optim: OptimConfig, ds_config: Mapping[str, Any], mesh: Mesh) -> None:
         config = engine_config(ds_config)
-        refuse_unsupported(config, mesh)
+        refuse_combinations(config, shard_size=mesh.shard_size, world=mesh.world)
         for name, parameter in module.named_parameters():
             if parameter.dtype != torch.float32:
                 raise ValueError(f"parameter {name} is {parameter.dtype}; build the module in fp32 and enable bf16")

@@ -1,4 +1,4 @@
-"""DeepSpeed as a library: its import, its process group, the config an engine is given, and what is refused.
+"""DeepSpeed as a library: its import, its process group, and the config an engine is given.
 
 This and deepspeed_shards.py are the only places that know DeepSpeed; the import is delayed to `import_deepspeed`
 because it costs seconds and settles the accelerator for the life of the process.
@@ -16,9 +16,6 @@ from typing import Any
 import pydantic
 import torch
 import torch.distributed as dist
-
-from mpl_scale.config.deepspeed_keys import REFUSED_KEYS
-from mpl_scale.mesh import Mesh
 
 MONITORS = ("tensorboard", "csv_monitor", "wandb", "comet")
 OWNED_BY_TRAINER = (*MONITORS, "mpl_scale", "optimizer", "scheduler", "train_batch_size")
@@ -147,65 +144,3 @@ def engine_config(ds_config: Mapping[str, Any]) -> dict[str, Any]:
         zero_force_ds_cpu_optimizer=False,
     )
     return config
-
-
-def refuse_unsupported(config: Mapping[str, Any], mesh: Mesh) -> None:
-    """Refuse what would fail late or train wrongly in a step of two networks.
-
-    Raises:
-        ValueError: the field, its value, the reason and the fix.
-    """
-    for key, reason in REFUSED_KEYS.items():
-        block = config.get(key)
-        disabled = isinstance(block, Mapping) and block.get("enabled") is False
-        if key in config and not disabled:
-            raise ValueError(f"{key}: {reason}")
-    zero = config["zero_optimization"]
-    stage, replicated = zero.get("stage", 0), mesh.shard_size < mesh.world
-    offload, offload_param = (zero.get(f"offload_{kind}") or {} for kind in ("optimizer", "param"))
-    offloads = bool(zero.get("cpu_offload")) or offload.get("device", "none") != "none"
-    shard_size = f"mpl_scale.parallel.shard_size = {mesh.shard_size} of {mesh.world} ranks"
-    refusals = [
-        (
-            stage == 0 and replicated,
-            f"{shard_size} shards the state, zero_optimization.stage = 0 does not; use stage 1, 2 or 3",
-        ),
-        (
-            offloads and replicated,
-            f"{shard_size}: with zero_optimization.offload_optimizer the gradient's norm is taken before replicas are "
-            "averaged; drop one of the two",
-        ),
-        (offloads and stage == 0, "zero_optimization.offload_optimizer: stage 0 ignores it; use stage 1, 2 or 3"),
-        (
-            "nvme" in (offload.get("device"), offload_param.get("device")),
-            "zero_optimization.offload_* to nvme: checkpoints and the EMA read the master weights in memory; use cpu",
-        ),
-        (
-            offload.get("ratio", 1.0) < 1.0 or offload.get("super_offload"),
-            "zero_optimization.offload_optimizer.ratio < 1 and super_offload need DeepSpeedCPUAdam; remove them",
-        ),
-        (
-            zero.get("zenflow"),
-            "zero_optimization.zenflow delays updates: the feedback must be taken at the updated student; remove it",
-        ),
-        (
-            zero.get("zero_hpz_partition_size", 1) > 1,
-            "zero_optimization.zero_hpz_partition_size > 1 keeps second copies of the weights that a loaded checkpoint "
-            "does not reach; use mpl_scale.parallel.shard_size",
-        ),
-        (
-            config.get("bf16", {}).get("bf16_master_weights_and_grads"),
-            "bf16.bf16_master_weights_and_grads: master weights are fp32 here; remove it",
-        ),
-        (
-            config.get("compile", {}).get("deepcompile"),
-            "compile.deepcompile schedules one network with one backward per step, there are two; remove it",
-        ),
-        (
-            config.get("data_types", {}).get("buffer_dtype"),
-            "data_types.buffer_dtype: batch-norm statistics stay in fp32; remove it",
-        ),
-    ]
-    for refused, message in refusals:
-        if refused:
-            raise ValueError(message)
