@@ -65,3 +65,16 @@ def configured_plan(job: Job, run: RunConfig, batches: Batches, *, world: int, m
 
     flat = uses_flat_engine(run, cuda=not machine.device.cpu)
     return as_configured(job, world, machine, stage=zero_stage(run), flat=flat, parts=batches.micro_batches)
+
+
+def less_memory(plan: Plan) -> Plan | None:
+    """The fastest plan of the same ranks and engine that needs at most nine tenths of the memory; None: there is none.
+
+    A run that is out of memory had less of it, or needed more, than was planned: what just fits on paper is no help.
+    """
+    from mpl_scale.planner.search import Found, search
+
+    limit = 0.9 * min(plan.memory.total, plan.machine.device.memory)
+    found = search(plan.job, plan.choice.world, plan.machine).plans
+    smaller = [one for one in found if one.memory.total <= limit and one.choice.engine == plan.choice.engine]
+    return next(iter(Found(smaller, {}).fitting), None)

@@ -18,7 +18,7 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
-from mpl_scale.engine.graph import StepRunner
+from mpl_scale.engine.graph import Graphs, StepRunner, first_line
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
@@ -41,7 +41,8 @@ class Trainer:
 
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
     and heartbeat: on rank 0 only. watchdog: on every rank or on none.
-    capture: replay the step as a CUDA graph. gauge: measures what the main phase costs.
+    capture: replay the step as a CUDA graph, until a capture fails. gauge: measures what the main phase costs.
+    graphs: makes them; None: torch's.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -57,6 +58,7 @@ class Trainer:
     control: ControlFiles | None = None
     heartbeat: Heartbeat | None = None
     watchdog: Watchdog | None = None
+    graphs: Graphs | None = None
     quarantine: Quarantine = field(default_factory=Quarantine)
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
@@ -110,9 +112,27 @@ class Trainer:
             return True
         loader, guard = self._load(phase, step), config.guard
         self._show_progress(phase, step)
-        fall_back = None if config.parallel.graph == "required" else self.writers.note
         skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
-        run_step = StepRunner(skipping or phase.method.step, state, capture=self.capture, fall_back=fall_back)
+
+        def settle() -> None:
+            """No thread of this run is at work: the watchdog's calls no device, DALI's have filled their queue."""
+            self.snapshots.wait()
+            loader.settle()
+
+        def fall_back(line: str) -> None:
+            self.capture = False  # nor in the phases that follow
+            if run_step.out_of_memory and self.mesh.is_main:
+                line += f"; {self.gauge.advice()}"
+            self.writers.note(line)
+
+        run_step = StepRunner(
+            skipping or phase.method.step,
+            state,
+            capture=self.capture,
+            fall_back=None if config.parallel.graph == "required" else fall_back,
+            settle=settle,
+            graphs=self.graphs,
+        )
         self._watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step, known=self._known)
         every, clock, jumped = config.logging.every, Clock(), None
         try:
@@ -120,7 +140,12 @@ class Trainer:
                 with self.gauge.step(phase):
                     with clock.waiting():
                         batch = next(loader)
-                    metrics = self.gauge(run_step, phase, state, batch)
+                    try:
+                        metrics = self.gauge(run_step, phase, state, batch)
+                    except torch.OutOfMemoryError as error:
+                        raise ValueError(
+                            f"no memory for step {step + 1} of {phase.name}: {first_line(error)}; {self.gauge.advice()}"
+                        ) from error
                     step += 1
                     self.global_step += 1
                     clock.steps += 1
@@ -148,6 +173,7 @@ class Trainer:
                 if done is not None:
                     return done
         finally:
+            run_step.close()
             loader.close()
         return True
 
