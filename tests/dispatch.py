@@ -124,7 +124,9 @@ class Tape(TorchDispatchMode):
             for func, args, kwargs, recorded in self.calls:
                 result = func(*args, **kwargs)
                 if func.namespace == "c10d":
-                    dist.Work.unbox(next(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.ScriptObject))).wait()
+                    dist.Work.unbox(
+                        next(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.ScriptObject))
+                    ).wait()
                 for old, new in zip(_tensors(recorded), _tensors(result), strict=True):
                     if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)

@@ -64,7 +64,9 @@ def test_nor_in_evaluation() -> None:
     assert sums["student"].shape == (4,)
 
 
-@pytest.mark.parametrize("planted", [lambda x: x + torch.ones(3).to(META), lambda x: x[torch.tensor([0])], torch.tensor])
+@pytest.mark.parametrize(
+    "planted", [lambda x: x + torch.ones(3).to(META), lambda x: x[torch.tensor([0])], torch.tensor]
+)
 def test_the_mode_sees_a_planted_host_tensor(planted) -> None:  # type: ignore[no-untyped-def]
     with HostTensors() as seen:
         planted(torch.zeros(3, device=META) if planted is not torch.tensor else 1.0)

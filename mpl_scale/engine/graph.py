@@ -15,7 +15,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.distributed as dist
@@ -48,8 +48,8 @@ class Graphs(Protocol):
 class CudaGraphs:
     """CUDA graphs on the current device."""
 
-    def __init__(self) -> None:
-        self._failed: list[torch.cuda.CUDAGraph] = []
+    _failed: ClassVar[list[torch.cuda.CUDAGraph]] = []
+    """Kept for good: torch's allocators may hold a pointer to one whose capture failed."""
 
     def warm_up(self, step: Callable[[], StepMetrics]) -> StepMetrics:
         """On a side stream, as a capture runs."""
@@ -79,8 +79,7 @@ class CudaGraphs:
             ):
                 metrics = step()
         except BaseException:
-            # torch undoes neither after an invalidated capture; its allocators keep a pointer to the graph.
-            self._failed.append(graph)
+            self._failed.append(graph)  # what follows torch does not undo itself where the capture was invalidated
             generator.graphsafe_set_state(random_state)
             _end_pool(device, pool)
             raise
@@ -163,6 +162,11 @@ class StepRunner:
             return run()
         self._replay()
         return self._metrics
+
+    @property
+    def replays(self) -> bool:
+        """Whether the next step is a replay."""
+        return self._replay is not None
 
     def close(self) -> None:
         """Free the graph and the slots, before the next phase captures; no further call."""

@@ -97,7 +97,7 @@ class Gauge:
         except Exception as error:  # somebody's modules on the meta device, as in _planned
             return f"it could not be planned with less: {first_line(error)}"
         if better is None:
-            return f"mpl-scale plan finds no plan of less on {self.mesh.world} ranks; use more of them"
+            return "mpl-scale plan finds nothing that takes less; use more or larger devices"
         was, wanted = now.choice.settings(), better.choice.settings()
         changes = ", ".join(f"{name} = {value}" for name, value in wanted.items() if value != was[name])
         sizes = f"{better.memory.total / GIGA:.3g} GB a rank in place of {now.memory.total / GIGA:.3g}"

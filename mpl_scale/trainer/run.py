@@ -18,7 +18,7 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
-from mpl_scale.engine.graph import Graphs, StepRunner, first_line
+from mpl_scale.engine.graph import StepRunner, first_line
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
@@ -42,7 +42,6 @@ class Trainer:
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
     and heartbeat: on rank 0 only. watchdog: on every rank or on none.
     capture: replay the step as a CUDA graph, until a capture fails. gauge: measures what the main phase costs.
-    graphs: makes them; None: torch's.
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -58,7 +57,6 @@ class Trainer:
     control: ControlFiles | None = None
     heartbeat: Heartbeat | None = None
     watchdog: Watchdog | None = None
-    graphs: Graphs | None = None
     quarantine: Quarantine = field(default_factory=Quarantine)
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
@@ -131,7 +129,6 @@ class Trainer:
             capture=self.capture,
             fall_back=None if config.parallel.graph == "required" else fall_back,
             settle=settle,
-            graphs=self.graphs,
         )
         self._watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step, known=self._known)
         every, clock, jumped = config.logging.every, Clock(), None
