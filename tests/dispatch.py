@@ -102,6 +102,8 @@ class Tape(TorchDispatchMode):
         arguments = func._schema.arguments
         given = [*zip(arguments, args, strict=False), *((a, kwargs[a.name]) for a in arguments if a.name in kwargs)]
         written = _tensors([value for argument, value in given if argument.alias_info and argument.alias_info.is_write])
+        if func.namespace == "c10d":  # their schemas do not say what they write to
+            written = _tensors(args)
         for storage in (tensor.untyped_storage() for tensor in written):
             if storage.data_ptr() not in self._made:
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
@@ -128,7 +130,8 @@ class Tape(TorchDispatchMode):
                         next(leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.ScriptObject))
                     ).wait()
                 for old, new in zip(_tensors(recorded), _tensors(result), strict=True):
-                    if old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
+                    # An empty one may be a shell that was given another tensor's memory since.
+                    if new.numel() and old.untyped_storage().data_ptr() != new.untyped_storage().data_ptr():
                         old.copy_(new)
 
 
@@ -136,7 +139,7 @@ class CpuGraphs:
     """mpl_scale.engine.graph.Graphs on a CPU.
 
     Attributes:
-        tapes: the recordings that are alive.
+        recorded: operators of each recording.
         released: how often memory was given back.
     """
 
