@@ -109,10 +109,16 @@ class Tape(TorchDispatchMode):
                 self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         result = func(*args, **kwargs)
         is_view = any(output.alias_info is not None for output in func._schema.returns) and not written
-        if not is_view:
+        if not is_view and not self._ends_reduce_scatter(func, args):
             self.calls.append((func, args, kwargs, result))
             self._made.update({t.untyped_storage().data_ptr() for t in _tensors(result)} - self._before.keys())
         return result
+
+    def _ends_reduce_scatter(self, func: Any, args: Any) -> bool:
+        """Whether it is gloo's own copy, in `wait`, of the reduced values from a buffer that each call makes anew."""
+        last, given, *_ = self.calls[-1] if self.calls else (None, None)
+        is_copy = func is torch.ops.aten.copy_.default and last is torch.ops.c10d._reduce_scatter_base_.default
+        return is_copy and args[0].data_ptr() == given[0].data_ptr()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
