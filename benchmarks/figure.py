@@ -37,7 +37,7 @@ def main() -> int:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    for position, (method, values) in enumerate(found.items()):
+    for position, values in enumerate(found.values()):
         axes.plot(values, [position] * len(values), "o", color="#0072B2", alpha=0.45, markersize=5)
         axes.plot(statistics.mean(values), position, "|", color="#1c1c1c", markersize=16, markeredgewidth=2)
     axes.set_yticks(range(len(found)), [LABELS.get(method, method) for method in found])

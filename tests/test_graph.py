@@ -1,111 +1,425 @@
-"""The step runner: static slots change nothing, drift is refused by name; on a GPU the replay equals the eager step."""
+"""The step runner: slots, warm-up, capture, replay, and captures that fail.
+
+Each test of a capture has two forms. On a GPU it records a CUDA graph. On a CPU it records operators with their tensors
+and runs these again (tests/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that hides
+a changing value in Python, or reads one, shows there.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import re
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from mpl_scale.config.schema import CheckpointConfig, MethodConfig, ModelConfig, NetworkConfig, OptimConfig
-from mpl_scale.engine.flat_engine import FlatNetwork
-from mpl_scale.engine.graph import StepRunner, why_not_captured
+from mpl_scale.config import check, load_config
+from mpl_scale.config.schema import CheckpointConfig, DataConfig
+from mpl_scale.engine.graph import CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
-from mpl_scale.models import build_model
-from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Schedules, State
+from mpl_scale.monitor import Writers
+from mpl_scale.mpl import State
+from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.phases import collect_weights
+from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.trainer.snapshots import Snapshots
-from mpl_scale.types import Batch
+from mpl_scale.types import Batch, StepMetrics
+from tests.configs import tiny, write
+from tests.dispatch import CpuGraphs
+from tests.ranks import pool
+from tests.steps import EVERY_STEP, Case, everything, make_batches, make_state
 
-STEPS = 20
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+PHASE: Any = SimpleNamespace(name="train")
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        CPU,
+        pytest.param(
+            torch.device("cuda", 0),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; cpu is its twin"),
+            ],
+        ),
+    ],
+    ids=lambda device: device.type,
+)
+STEPS = 7
+"""Three of them warm up, the fourth captures."""
 
 
-def make_state(device: torch.device, optimizer: str = "sgd") -> State:
-    """Dropout and drop-path on, a learning rate that changes every step."""
+def graphs_of(device: torch.device) -> Graphs:
+    return CudaGraphs() if device.type == "cuda" else CpuGraphs()
+
+
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
+    """Bitwise on a CPU. On a GPU cuDNN may choose other algorithms under capture: float32 rounding over the steps."""
+    for one, other in zip(found, expected, strict=True):
+        if one.is_cuda:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        else:
+            assert torch.equal(one, other)
+
+
+def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -> tuple[State, State, StepRunner]:
+    """A captured and an eager run of the same batches, metrics compared at each step; their states."""
     mesh = build_mesh(device=device)
-    network = NetworkConfig(name="test_efficientnet", dropout=0.2, drop_path=0.2)
-    if device.type == "cuda":
-        network = NetworkConfig(name="tf_efficientnet_b0", dropout=0.2, drop_path=0.2)
-    shared = ModelConfig(teacher=network, student=network, num_classes=10, image_size=32)
-    optim = OptimConfig(name=optimizer, lr=0.1, weight_decay=1e-4)
-    networks = [
-        FlatNetwork(build_model(network, shared, field="x", seed=seed).to(device), optim=optim, mesh=mesh)
-        for seed in (1, 2)
-    ]
-    lr = torch.linspace(0.01, 0.1, STEPS, device=device)
-    return State(
-        method=MethodConfig(ema_decay=0.9),
-        seed=5,
-        schedules=Schedules(lr, 2 * lr, 10 * lr, torch.ones_like(lr)),
-        step=torch.zeros((), dtype=torch.int64, device=device),
-        teacher=networks[0],
-        student=networks[1],
-        student_average=MovingAverage(networks[1], decay=0.9),
-        baseline=Baseline(decay=0.9, bias_correction=True, device=device),
-    )
-
-
-def batches(device: torch.device) -> list[Batch]:
-    generator = torch.Generator().manual_seed(0)
-
-    def one() -> Batch:
-        shapes = [(n, 3, 32, 32) for n in (8, 16, 16)]
-        x_l, x_u, x_s = (torch.randint(256, s, generator=generator, dtype=torch.uint8).to(device) for s in shapes)
-        y_l = torch.randint(0, 10, (8,), generator=generator).to(device)
-        rows = torch.arange(8, device=device), torch.arange(16, device=device)
-        return Batch(x_l, y_l, rows[0], x_u, x_s, rows[1], normalise=inputs)
-
-    return [one() for _ in range(STEPS)]
-
-
-def inputs(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.float().sub_(127.5).div_(64.0)
-
-
-def everything(state: State) -> list[torch.Tensor]:
-    assert state.teacher is not None
-    assert state.student is not None
-    assert state.student_average is not None
-    tensors = [state.step, state.baseline.average, *state.student_average.shards]
-    for network in (state.teacher, state.student):
-        tensors += [*network.module.state_dict().values(), *network.master]
-        tensors += [shard for shards in network.optimizer_state.values() for shard in shards]
-    return [tensor.clone() for tensor in tensors]
-
-
-def compare(device: torch.device, *, capture: bool, optimizer: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    eager, run = make_state(device, optimizer), make_state(device, optimizer)
-    step = METHODS["mpl"].step
-    runner = StepRunner(step, run, capture=capture)
-    for batch in batches(device):
-        expected = {name: value.clone() for name, value in step(eager, batch).items()}
+    (step, captured), (plain_step, plain) = make_state(case, mesh), make_state(case, mesh)
+    runner = StepRunner(step, captured, capture=True, graphs=graphs, **options)
+    for batch in make_batches(case, mesh, STEPS):
+        expected = {name: value.clone() for name, value in plain_step(plain, batch).items()}
         found = runner(batch)
         assert found.keys() == expected.keys()
-        for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-4 if capture else 0, atol=1e-5 if capture else 0)
-    return list(zip(everything(run), everything(eager), strict=True))
+        assert_equal(list(found.values()), list(expected.values()))
+    return captured, plain, runner
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
-def test_static_slots_are_bitwise_the_eager_step(optimizer: str) -> None:
-    """The CPU twin of the replay: 20 steps with changing rates, dropout, drop-path and sampling."""
-    for found, expected in compare(torch.device("cpu"), capture=False, optimizer=optimizer):
-        assert torch.equal(found, expected)
+@on_each_device
+@pytest.mark.parametrize(
+    "case",
+    [
+        *EVERY_STEP,
+        Case(optimizer="rmsprop", micro_batches=2, deferred=True),
+        Case(optimizer="lars", skipping=True),
+        Case(network="test_efficientnet", size=32, recompute="block"),
+    ],
+    ids=str,
+)
+def test_the_replay_equals_the_eager_step(case: Case, device: torch.device) -> None:
+    graphs = graphs_of(device)
+    captured, plain, runner = run_both(case, device, graphs)
+    assert runner.replays
+    assert_equal(everything(captured), everything(plain))
+
+
+def test_static_slots_are_bitwise_the_eager_step() -> None:
+    case, mesh = Case(network="test_efficientnet", size=32), build_mesh(device=CPU)
+    (step, slotted), (_, plain) = make_state(case, mesh), make_state(case, mesh)
+    runner = StepRunner(step, slotted, capture=False)
+    for batch in make_batches(case, mesh, STEPS):
+        runner(batch)
+        step(plain, batch)
+    assert_equal(everything(slotted), everything(plain))
+
+
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.6, 0.95])
+@pytest.mark.parametrize(
+    "case",
+    [Case(), Case(rule="per_sample"), Case(method="noisy_student"), Case(micro_batches=2, deferred=True)],
+    ids=str,
+)
+def test_a_failed_capture_changes_nothing(case: Case, part: float) -> None:
+    """Wherever the step ends: the run goes on bitwise as one that never tried, and says why, once."""
+    told: list[str] = []
+    fail_at = int(part * operators(case))
+    captured, plain, runner = run_both(case, CPU, CpuGraphs(fail_at=fail_at), fall_back=told.append)
+    assert_equal(everything(captured), everything(plain))
+    assert told == [
+        "the step could not be captured as a CUDA graph and runs eagerly: RuntimeError: operation not permitted when "
+        "stream is capturing"
+    ]
+    assert not runner.out_of_memory
+
+
+def operators(case: Case) -> int:
+    """Of one step."""
+    graphs, mesh = CpuGraphs(), build_mesh(device=CPU)
+    step, state = make_state(case, mesh)
+    (batch,) = make_batches(case, mesh, 1)
+    graphs.record(lambda: step(state, batch))
+    return graphs.recorded[0]
+
+
+@on_each_device
+def test_a_failed_capture_leaves_device_and_random_numbers_usable(device: torch.device) -> None:
+    """A read on the host ends the capture inside the step; the generator and the allocator serve others afterwards."""
+    case, mesh = Case(), build_mesh(device=device)
+    step, state = make_state(case, mesh)
+    calls = 0
+
+    def reads(state: State, batch: Batch) -> StepMetrics:
+        nonlocal calls
+        calls += 1
+        metrics = step(state, batch)
+        if calls == 4:  # the one that is captured
+            torch.ones(3, device=device).sum().item()
+        return metrics
+
+    generator = torch.cuda.default_generators[0] if device.type == "cuda" else torch.default_generator
+    told: list[str] = []
+    runner = StepRunner(reads, state, capture=True, fall_back=told.append, graphs=graphs_of(device))
+    batches = make_batches(case, mesh, STEPS)
+    for batch in batches[:3]:
+        runner(batch)
+    before = generator.get_state()
+    for batch in batches[3:]:
+        runner(batch)
+    assert len(told) == 1
+    assert torch.equal(generator.get_state(), before)
+    assert torch.rand(1000, device=device).mean() > 0.4
+    assert int(state.step) == STEPS
+
+
+@on_each_device
+def test_a_capture_without_memory_says_so(device: torch.device) -> None:
+    """Raised inside the step, as the allocator does, then what ending the capture makes of it."""
+    case, mesh = Case(), build_mesh(device=device)
+    step, state = make_state(case, mesh)
+    calls = 0
+
+    def grows(state: State, batch: Batch) -> StepMetrics:
+        nonlocal calls
+        calls += 1
+        metrics = step(state, batch)
+        if calls == 4:
+            if device.type == "cuda":
+                torch.empty(1 << 50, dtype=torch.uint8, device=device)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 TiB.\nMore lines.")
+        return metrics
+
+    told: list[str] = []
+    runner = StepRunner(grows, state, capture=True, fall_back=told.append, graphs=graphs_of(device))
+    for batch in make_batches(case, mesh, STEPS):
+        runner(batch)
+    assert runner.out_of_memory
+    (line,) = told
+    assert "OutOfMemoryError: CUDA out of memory" in line
+    assert "\n" not in line
+
+
+class OneFails:
+    """Graphs of which rank 1 can make none; nothing is recorded, so nothing may be replayed."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def warm_up(self, step: Callable[[], StepMetrics]) -> StepMetrics:
+        return step()
+
+    def record(self, step: Callable[[], StepMetrics]) -> tuple[Callable[[], None], StepMetrics]:
+        if self.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def replay() -> None:
+            raise AssertionError("a graph is replayed that one rank has not")
+
+        return replay, {}
+
+    def release(self) -> None: ...
+
+
+def run_where_one_rank_fails() -> tuple[list[str], bool, list[torch.Tensor], list[torch.Tensor]]:
+    mesh = build_mesh(device=CPU)
+    told: list[str] = []
+    graphs: Any = OneFails(mesh.rank)
+    captured, plain, runner = run_both(Case(), CPU, graphs, fall_back=told.append)
+    return told, runner.out_of_memory, everything(captured), everything(plain)
+
+
+def test_where_one_rank_cannot_capture_none_replays() -> None:
+    for told, out_of_memory, found, expected in pool(2).run(run_where_one_rank_fails):
+        assert told == [
+            "the step could not be captured as a CUDA graph and runs eagerly: rank 1: OutOfMemoryError: CUDA out of "
+            "memory."
+        ]
+        assert out_of_memory
+        assert_equal(found, expected)
+
+
+def replay_on_ranks(case: Case) -> bool:
+    captured, plain, runner = run_both(case, CPU, CpuGraphs())
+    assert_equal(everything(captured), everything(plain))
+    return runner.replays
+
+
+def test_collectives_are_replayed() -> None:
+    """Two ranks: reduce-scatter, all-gather and batch norm's all-reduces are in the recording."""
+    assert all(pool(2).run(replay_on_ranks, Case(skipping=True)))
+
+
+def test_a_capture_that_is_required_raises() -> None:
+    case, mesh = Case(), build_mesh(device=CPU)
+    step, state = make_state(case, mesh)
+    runner = StepRunner(step, state, capture=True, graphs=CpuGraphs(fail_at=40))
+    batches = make_batches(case, mesh, 4)
+    for batch in batches[:3]:
+        runner(batch)
+    with pytest.raises(
+        ValueError, match="could not be captured as a CUDA graph: RuntimeError: operation not permitted"
+    ):
+        runner(batches[3])
+
+
+def test_the_loop_settles_before_the_capture() -> None:
+    """Once, at the fourth step, which runs once to be recorded; replays do not run it."""
+    case, mesh = Case(), build_mesh(device=CPU)
+    step, state = make_state(case, mesh)
+    events: list[str] = []
+
+    def told(state: State, batch: Batch) -> StepMetrics:
+        events.append("step")
+        return step(state, batch)
+
+    runner = StepRunner(told, state, capture=True, graphs=CpuGraphs(), settle=lambda: events.append("settle"))
+    for batch in make_batches(case, mesh, 6):
+        runner(batch)
+    assert events == ["step", "step", "step", "settle", "step"]
+
+
+@on_each_device
+def test_what_is_saved_after_a_replay_resumes(device: torch.device, tmp_path: Path) -> None:
+    """Saved after replays, loaded into a state of other weights that captures anew: equals the run that went on."""
+    case, mesh = Case(method="mpl", optimizer="rmsprop"), build_mesh(device=device)
+    batches = make_batches(case, mesh, 2 * STEPS)
+    step, state = make_state(case, mesh)
+    snapshots = Snapshots(tmp_path, CheckpointConfig(keep=1), mesh, warn=lambda _: None)
+    runner = StepRunner(step, state, capture=True, graphs=graphs_of(device))
+    for batch in batches[:STEPS]:
+        runner(batch)
+    snapshots.save(PHASE, state, step=STEPS, global_step=STEPS, metadata={"results": {}, "seconds": 0.0})
+    for batch in batches[STEPS:]:
+        runner(batch)
+    assert runner.replays
+
+    step, resumed = make_state(case, mesh)
+    found = snapshots.find("auto")
+    assert found is not None
+    snapshots.restore(found, resumed)
+    again = StepRunner(step, resumed, capture=True, graphs=graphs_of(device))
+    for batch in batches[STEPS:]:
+        again(batch)
+    assert again.replays
+    assert_equal(everything(resumed), everything(state))
+
+
+@on_each_device
+def test_a_second_phase_captures_anew_and_the_first_is_gone(device: torch.device) -> None:
+    case, mesh = Case(), build_mesh(device=device)
+    graphs = graphs_of(device)
+
+    def phase() -> tuple[StepRunner, weakref.ref[torch.Tensor]]:
+        step, state = make_state(case, mesh)
+        runner = StepRunner(step, state, capture=True, graphs=graphs)
+        for batch in make_batches(case, mesh, STEPS):
+            metrics = runner(batch)
+        assert runner.replays
+        held = weakref.ref(next(iter(metrics.values())))  # in the memory of the graph
+        runner.close()
+        return runner, held
+
+    def used() -> int:
+        gc.collect()
+        return torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+
+    kept = []
+    for _ in range(2):
+        runner, held = phase()
+        assert not runner.replays
+        assert held() is None
+        kept.append(used())
+    assert kept[0] == kept[1]
+    if isinstance(graphs, CpuGraphs):
+        assert len(graphs.recorded) == 2
+        assert graphs.released == 2
+
+
+def run_digits(folder: Path, device: torch.device, *, graph: str) -> dict[str, Any]:
+    """The results of a run of three phases whose images DALI decodes."""
+    raw = tiny()
+    raw["mpl_scale"]["parallel"] = {"engine": "flat", "graph": graph}
+    raw["mpl_scale"]["phases"] |= {"teacher_warmup": {"steps": 5}, "finetune": {"steps": 5, "lr": 0.002}}
+    if "resident" in DataConfig.model_fields:
+        raw["mpl_scale"]["data"]["resident"] = "off"
+    folder.mkdir()
+    summary = train(load_config(write(folder, raw)), Options(folder / "out"))
+    assert summary is not None
+    assert summary["device"] == ("cpu" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    return summary["results"]
+
+
+@on_each_device
+def test_a_run_beside_dali_captures_each_phase(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI decodes on its own threads while a step is captured, in each of three phases; equals the eager run."""
+    pytest.importorskip("nvidia.dali", reason="needs DALI: pip install nvidia-dali-cuda120 or nvidia-dali-cuda130")
+    expected = run_digits(tmp_path / "eager", device, graph="off")
+    graphs = CpuGraphs()
+    if device.type == "cpu":
+        pretend_to_capture(graphs, monkeypatch)
+    found = run_digits(tmp_path / "graph", device, graph="auto" if device.type == "cpu" else "required")
+    if device.type == "cpu":
+        assert found == expected
+        assert len(graphs.recorded) == 3
+        assert graphs.released == 3
+    else:  # float32 rounding over 18 steps moves few of 599 test images
+        for name, values in expected.items():
+            assert found[name]["loss"] == pytest.approx(values["loss"], rel=0.02)
+
+
+def pretend_to_capture(graphs: CpuGraphs, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have runs on a CPU record their steps; the list gets their notes."""
+    notes: list[str] = []
+    monkeypatch.setattr("mpl_scale.trainer.prepare.why_not_captured", lambda **_: None)
+    monkeypatch.setattr("mpl_scale.engine.graph.CudaGraphs", lambda: graphs)
+    monkeypatch.setattr(Writers, "note", lambda _, line: notes.append(line))
+    return notes
+
+
+def test_a_run_says_once_that_it_is_eager_and_what_takes_less_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first phase's capture has no memory; the two phases that follow do not try again."""
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    notes = pretend_to_capture(CpuGraphs(fail_at=50, error=full), monkeypatch)
+    found = run_digits(tmp_path / "full", CPU, graph="auto")
+    (line,) = [note for note in notes if "captured" in note]
+    assert "runs eagerly: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.; mpl-scale plan " in line
+    monkeypatch.undo()
+    assert found == run_digits(tmp_path / "eager", CPU, graph="off")
+
+
+def test_a_step_without_memory_ends_the_run_with_what_takes_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(runner: StepRunner, batch: Batch) -> StepMetrics:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines.")
+
+    monkeypatch.setattr(StepRunner, "__call__", full)
+    with pytest.raises(
+        ValueError,
+        match=r"^no memory for step 1 of teacher_warmup: OutOfMemoryError: .* 2.00 GiB.; mpl-scale plan",
+    ):
+        run_digits(tmp_path / "full", CPU, graph="off")
+
+
+def test_what_takes_less_memory_is_named_by_its_settings() -> None:
+    """A large batch at once: micro-batches take less, if nothing else does."""
+    run = load_config(ROOT / "ds_configs" / "digits.json", overrides=["train_batch_size=65536"])
+    line = Gauge(run, resolve(run, world=1, device="cpu"), build_mesh(device=CPU)).advice()
+    found = re.fullmatch(r"mpl-scale plan would set (.*): ([\d.]+) GB a rank in place of ([\d.]+)", line)
+    assert found is not None
+    assert re.search(r"(gradient_accumulation_steps|mpl_scale.parallel.\w+) = ", found[1])
+    assert float(found[2]) <= 0.9 * float(found[3])
 
 
 def test_what_lies_between_steps_touches_nothing(tmp_path: Path) -> None:
     """Gathering the weights, evaluating a copy of them and saving a checkpoint, after every step: bitwise no change."""
-    device = torch.device("cpu")
-    mesh = build_mesh(device=device)
+    case, mesh = Case(network="test_efficientnet", size=32), build_mesh(device=CPU)
     snapshots = Snapshots(tmp_path, CheckpointConfig(keep=2), mesh, warn=lambda _: None)
-    plain, disturbed = make_state(device), make_state(device)
-    runners = [StepRunner(METHODS["mpl"].step, state, capture=False) for state in (plain, disturbed)]
+    (step, plain), (_, disturbed) = make_state(case, mesh), make_state(case, mesh)
+    runners = [StepRunner(step, state, capture=False) for state in (plain, disturbed)]
     assert disturbed.student is not None
-    phase = SimpleNamespace(name="train")
-    for step, batch in enumerate(batches(device)[:6], start=1):
+    for number, batch in enumerate(make_batches(case, mesh, 6), start=1):
         for runner in runners:
             runner(batch)
         weights = collect_weights(disturbed, mesh=mesh)
@@ -113,29 +427,39 @@ def test_what_lies_between_steps_touches_nothing(tmp_path: Path) -> None:
         copied.load_state_dict(weights["ema"])
         with torch.no_grad():
             copied(batch.normalise(batch.weak))
-        snapshots.save(phase, disturbed, step=step, global_step=step, metadata={"results": {}, "seconds": 0.0})
-    for found, expected in zip(everything(disturbed), everything(plain), strict=True):
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the test above is its CPU twin")
-@pytest.mark.parametrize("optimizer", ["sgd", "rmsprop"])
-def test_the_replay_equals_the_eager_step(optimizer: str) -> None:
-    """cuDNN may choose other algorithms under capture: float32 rounding over 20 steps."""
-    for found, expected in compare(torch.device("cuda", 0), capture=True, optimizer=optimizer):
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        snapshots.save(PHASE, disturbed, step=number, global_step=number, metadata={"results": {}, "seconds": 0.0})
+    assert_equal(everything(disturbed), everything(plain))
 
 
 def test_drift_is_refused_by_name() -> None:
-    device = torch.device("cpu")
-    first, second, *_ = batches(device)
-    runner = StepRunner(METHODS["mpl"].step, make_state(device), capture=False)
+    case, mesh = Case(), build_mesh(device=CPU)
+    first, second = make_batches(case, mesh, 2)
+    step, state = make_state(case, mesh)
+    runner = StepRunner(step, state, capture=False)
     runner(first)
     with pytest.raises(ValueError, match=r"batch.labels is torch.int64 \[4\] on cpu, .* \[8\]"):
         runner(replace(second, labels=second.labels[:4]))
     with pytest.raises(ValueError, match=r"batch.weak is torch.float64"):
         runner(replace(second, weak=second.weak.double()))
+
+
+def test_the_tape_runs_a_step_once_and_sets_memory_back() -> None:
+    """What the tests above rely on: a value that Python changes is frozen, one in memory is not."""
+    graphs, host = CpuGraphs(), 1.0
+    memory, out = torch.ones(3), torch.zeros(3)
+
+    def step() -> StepMetrics:
+        memory.add_(1)
+        torch.mul(memory, host, out=out)
+        return {"sum": out.sum()}
+
+    replay, metrics = graphs.record(step)
+    assert memory.tolist() == [1, 1, 1]
+    host = 100.0
+    replay()
+    replay()
+    assert memory.tolist() == [3, 3, 3]
+    assert metrics["sum"] == 9
 
 
 def test_the_reason_for_eager_steps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -192,21 +193,13 @@ def write_config(run: RunConfig, plan: Plan, path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    choice, raw = plan.choice, run.resolved()
-    zero = {**raw.get("zero_optimization", {}), "stage": choice.stage}
-    parallel = raw["mpl_scale"]["parallel"] | {
-        "engine": choice.engine,
-        "width": choice.width,
-        "shard_size": choice.shard_size if choice.stage else None,
-        "recompute": choice.recompute if isinstance(choice.recompute, str) else list(choice.recompute),
-        "teacher": "deferred" if choice.deferred else "live",
-    }
-    raw |= {
-        "train_micro_batch_size_per_gpu": choice.labelled,
-        "gradient_accumulation_steps": choice.parts,
-        "zero_optimization": zero,
-    }
-    raw["mpl_scale"] = {**raw["mpl_scale"], "parallel": parallel}
+    raw = copy.deepcopy(run.resolved())
+    for name, value in plan.choice.settings().items():
+        *sections, field = name.split(".")
+        section = raw
+        for key in sections:
+            section = section.setdefault(key, {})
+        section[field] = value
     path.write_text(json.dumps(raw, indent=2) + "\n")
 
 

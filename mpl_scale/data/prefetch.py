@@ -6,12 +6,16 @@ behind the step's graph, and the step behind them. On a CPU there is nothing to 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Protocol, Self
 
 import torch
 
 from mpl_scale.types import Batch
+
+SETTLING_SECONDS = 1.0
+"""After which DALI's threads are idle, their queue full."""
 
 
 class Loader(Protocol):
@@ -60,6 +64,15 @@ class Prefetcher(Iterator[Batch]):
                 return next(self._loader)
         except Exception as error:  # of any kind: raised when its turn comes
             return error
+
+    def settle(self) -> None:
+        """Return once what was read ahead is made; nothing more is read until the next call.
+
+        DALI has no call that waits for its threads, so this sleeps: for a capture, once a phase.
+        """
+        if self._stream is not None:
+            self._stream.synchronize()
+            time.sleep(SETTLING_SECONDS)
 
     def close(self) -> None:
         """Stop reading ahead."""

@@ -55,6 +55,19 @@ class Choice:
         """Ranks that share one copy of the state."""
         return self.shard_size if self.stage else 1
 
+    def settings(self) -> dict[str, Any]:
+        """The fields of a ds_config that make a run cut its steps this way, by path."""
+        return {
+            "train_micro_batch_size_per_gpu": self.labelled,
+            "gradient_accumulation_steps": self.parts,
+            "zero_optimization.stage": self.stage,
+            "mpl_scale.parallel.engine": self.engine,
+            "mpl_scale.parallel.width": self.width,
+            "mpl_scale.parallel.shard_size": self.shard_size if self.stage else None,
+            "mpl_scale.parallel.recompute": self.recompute if isinstance(self.recompute, str) else list(self.recompute),
+            "mpl_scale.parallel.teacher": "deferred" if self.deferred else "live",
+        }
+
     def __str__(self) -> str:
         recompute = self.recompute if isinstance(self.recompute, str) else "-".join(self.recompute)
         zero = f"ZeRO-{self.stage}" + (f" over {self.shards}" if self.stage else "") + f" ({self.engine})"

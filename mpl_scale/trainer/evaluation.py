@@ -6,7 +6,7 @@ ZeRO-3's partitioned weights need no special case. Where training splits images 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import nn
 
 from mpl_scale.config import Config
 from mpl_scale.data import Quarantine, Splits, evaluation_batches
+from mpl_scale.data.evaluation import EvaluationBatch
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS
@@ -40,7 +41,6 @@ class Evaluator:
         if not METHODS[self._config.method.name].teacher_sees_images:
             weights = {name: values for name, values in weights.items() if name != "teacher"}
         modules = {name: self._loaded(name, values) for name, values in weights.items()}
-        sums = {name: torch.zeros(4, dtype=torch.float64, device=self._mesh.device) for name in modules}
         batches = evaluation_batches(
             config=self._config.data,
             splits=self._splits,
@@ -49,10 +49,7 @@ class Evaluator:
             columns=input_columns(self._config.model.image_size, self._mesh.width),
             quarantine=self._quarantine,
         )
-        with torch.no_grad():
-            for images, labels, valid in batches:
-                for name, module in modules.items():
-                    sums[name] += _sums(module(images), labels, valid)
+        sums = count_right(modules, batches, device=self._mesh.device)
         return {name: self._reduced(total) for name, total in sums.items()}
 
     def _loaded(self, name: str, weights: Weights) -> nn.Module:
@@ -74,8 +71,20 @@ class Evaluator:
         return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images, "images": images}
 
 
+@torch.no_grad()
+def count_right(
+    modules: Mapping[str, nn.Module], batches: Iterable[EvaluationBatch], *, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """[rows right at 1, right at 5, summed CE, rows] by network, of this rank; float64 [4], on the device."""
+    sums = {name: torch.zeros(4, dtype=torch.float64, device=device) for name in modules}
+    for images, labels, valid in batches:
+        for name, module in modules.items():
+            sums[name] += _sums(module(images), labels, valid)
+    return sums
+
+
 def _sums(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """[rows right at 1, right at 5, summed CE, rows], of the valid rows; float64 [4]."""
+    """Of the valid rows of a batch."""
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     rows = torch.stack([top[:, 0], top.any(1), cross_entropy(logits, labels), torch.ones_like(labels)])
     return (rows.double() * valid).sum(1)

@@ -11,19 +11,19 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from mpl_scale.config import RunConfig
-from mpl_scale.engine.graph import StepRunner
+from mpl_scale.engine.graph import StepRunner, first_line
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.planner.measured import measure_step
 from mpl_scale.resolve import Resolved
-from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
+from mpl_scale.trainer.jobs import GIGA, configured_plan, less_memory, main_job, make_jobs, make_machine
 from mpl_scale.trainer.phases import Phase
 from mpl_scale.types import Batch, StepMetrics
 
@@ -84,6 +84,25 @@ class Gauge:
         metrics, found = measure_step(run_step.step, state, batch)
         self._bytes = {"static": found.static, "activations": found.activations}
         return metrics
+
+    def advice(self) -> str:
+        """What a plan of less memory than the configured one would change, for a run that has run out of it."""
+        try:
+            job = main_job(make_jobs(self.run, self.resolved.batches, kernels=self.resolved.kernels))
+            machine = self._machine
+            if self.mesh.device.type == "cuda":
+                real = float(torch.cuda.get_device_properties(self.mesh.device).total_memory)
+                machine = replace(machine, device=replace(machine.device, memory=real))
+            now = configured_plan(job, self.resolved, world=self.mesh.world, machine=machine)
+            better = less_memory(now)
+        except Exception as error:  # somebody's modules on the meta device, as in _planned
+            return f"it could not be planned with less: {first_line(error)}"
+        if better is None:
+            return "mpl-scale plan finds nothing that takes less; use more or larger devices"
+        was, wanted = now.choice.settings(), better.choice.settings()
+        changes = ", ".join(f"{name} = {value}" for name, value in wanted.items() if value != was[name])
+        sizes = f"{better.memory.total / GIGA:.3g} GB a rank in place of {now.memory.total / GIGA:.3g}"
+        return f"mpl-scale plan would set {changes}: {sizes}"
 
     def report(self) -> dict[str, Any] | None:
         """Planned and measured side by side, for the summary, on rank 0; None on the others. Collective.

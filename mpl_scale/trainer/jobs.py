@@ -64,3 +64,16 @@ def configured_plan(job: Job, resolved: Resolved, *, world: int, machine: Machin
     from mpl_scale.planner.search import as_configured
 
     return as_configured(job, resolved, world=world, machine=machine)
+
+
+def less_memory(plan: Plan) -> Plan | None:
+    """The fastest plan of the same ranks and engine that needs at most nine tenths of the memory; None: there is none.
+
+    A run that is out of memory had less of it, or needed more, than was planned: what just fits on paper is no help.
+    """
+    from mpl_scale.planner.search import Found, search
+
+    limit = 0.9 * min(plan.memory.total, plan.machine.device.memory)
+    found = search(plan.job, plan.choice.world, plan.machine).plans
+    smaller = [one for one in found if one.memory.total <= limit and one.choice.engine == plan.choice.engine]
+    return next(iter(Found(smaller, {}).fitting), None)

@@ -18,7 +18,7 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
-from mpl_scale.engine.graph import StepRunner
+from mpl_scale.engine.graph import StepRunner, first_line
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
 from mpl_scale.mpl import State
@@ -86,6 +86,7 @@ class Trainer:
     def train(self) -> bool:
         """Run the phases that are left. True at the end, False if asked to stop (state saved)."""
         self._began = time.monotonic()
+        self._capture = self.resolved.replayed  # until a capture fails
         self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh, quarantine=self.quarantine)
         weights: Mapping[str, Weights] = {}
         state, step, self._state = self._state, self._step, None  # each phase's state is freed before the next's
@@ -114,9 +115,26 @@ class Trainer:
             return True
         loader, guard = self._load(phase, step), config.guard
         self._show_progress(phase, step)
-        fall_back = None if config.parallel.graph == "required" else self.writers.note
         skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
-        run_step = StepRunner(skipping or phase.method.step, state, capture=self.resolved.replayed, fall_back=fall_back)
+
+        def settle() -> None:
+            """No thread of this run is at work: the watchdog's calls no device, DALI's have filled their queue."""
+            self.snapshots.wait()
+            loader.settle()
+
+        def fall_back(line: str) -> None:
+            self._capture = False  # nor in the phases that follow
+            if run_step.out_of_memory and self.mesh.is_main:
+                line += f"; {self.gauge.advice()}"
+            self.writers.note(line)
+
+        run_step = StepRunner(
+            skipping or phase.method.step,
+            state,
+            capture=self._capture,
+            fall_back=None if config.parallel.graph == "required" else fall_back,
+            settle=settle,
+        )
         self._watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step, known=self._known)
         every, clock, jumped = config.logging.every, Clock(), None
         try:
@@ -124,7 +142,12 @@ class Trainer:
                 with self.gauge.step(phase):
                     with clock.waiting():
                         batch = next(loader)
-                    metrics = self.gauge(run_step, phase, state, batch)
+                    try:
+                        metrics = self.gauge(run_step, phase, state, batch)
+                    except torch.OutOfMemoryError as error:
+                        raise ValueError(
+                            f"no memory for step {step + 1} of {phase.name}: {first_line(error)}; {self.gauge.advice()}"
+                        ) from error
                     step += 1
                     self.global_step += 1
                     clock.steps += 1
@@ -152,6 +175,7 @@ class Trainer:
                 if done is not None:
                     return done
         finally:
+            run_step.close()
             loader.close()
         return True
 
