@@ -8,6 +8,7 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import Config
 from mpl_scale.data import Quarantine, Splits, TrainLoader
 from mpl_scale.data.prefetch import Prefetcher
+from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import VectorLoader, VectorSet
 from mpl_scale.mesh import Mesh
 from mpl_scale.spatial import input_columns
@@ -15,9 +16,16 @@ from mpl_scale.trainer.phases import Phase, channels_last
 
 
 def load_batches(
-    phase: Phase, config: Config, *, splits: Splits, mesh: Mesh, start_step: int, quarantine: Quarantine
+    phase: Phase,
+    config: Config,
+    *,
+    splits: Splits,
+    mesh: Mesh,
+    start_step: int,
+    quarantine: Quarantine,
+    resident: ResidentParts | None = None,
 ) -> Prefetcher:
-    """The global batches of a phase, this rank's rows of them, from a step on."""
+    """The global batches of a phase, this rank's rows of them, from a step on; resident: None: read from files."""
     data, seed = config.data, config.seed
     common: dict[str, Any] = {
         "config": data,
@@ -37,6 +45,7 @@ def load_batches(
         columns=input_columns(config.model.image_size, mesh.width),
         channels_last=channels_last(config.parallel, mesh.device),
         quarantine=quarantine,
+        resident=None if resident is None else resident.train,
         **common,
     )
     return Prefetcher(loader, mesh.device)
