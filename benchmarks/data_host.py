@@ -4,10 +4,12 @@ Images as CIFAR-10's binary version holds them, 10,000 in each of five training 
 draws 128 labelled and 896 unlabelled ones, shifted by up to 4 pixels and mirrored. Three figures, seconds per batch:
 
 - `cpu`: processor time of all threads, pixels included, on a CPU. What a run without a GPU pays.
-- `host`: time on the wall of the training thread with the pixels on torch's meta device: operators are dispatched and
+- `host`: processor time of the training thread with the pixels on torch's meta device: operators are dispatched and
   compute nothing, so this is what is left for the host where a GPU does the rest. A GPU adds starting the kernels and
-  copying to pinned memory. There is no such figure from files, since their pixels are the host's work.
-- `wait`: the share of a step that waits for its batch on a CPU, where a step does as long as `step_seconds` nothing.
+  copying to pinned memory. From files there is no such figure: their pixels are the host's work, but for a GPU's
+  decoder.
+- `wait`: the share of a step that waits for its batch, on a CPU, where a step without it lasts `step_seconds`; and
+  `host_wait`, the same with the pixels on the meta device.
 
 Without and with the strong view (Table 5's operations without sample pairing, two of an image, then cutout).
 """
@@ -19,7 +21,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -78,10 +80,13 @@ def measure(folder: Path, *, images: int = 10_000, steps: int = 24, step_seconds
         strong_view = StrongView(config.strong, seed=0, stream=0) if view == "strong" else None
         files = _timed(_loader(config, splits, strong_view, CPU, None), steps, step_seconds)
         kept = _timed(_loader(config, splits, strong_view, CPU, resident), steps, step_seconds)
-        kept |= _host(_loader(config, splits, strong_view, META, _on_meta(resident)), steps)
-        ratio = files["cpu"] / kept["host"] if "host" in kept else None
-        found[view] = {"files": files, "resident": kept, "files_cpu_over_resident_cpu": files["cpu"] / kept["cpu"]}
-        found[view]["files_cpu_over_resident_host"] = ratio
+        host = _timed(_loader(config, splits, strong_view, META, _on_meta(resident)), steps, step_seconds)
+        found[view] = {
+            "files": {"cpu": files.cpu, "wait": files.wait},
+            "resident": {"cpu": kept.cpu, "wait": kept.wait, "host": host.thread, "host_wait": host.wait},
+            "files_cpu_over_resident_cpu": files.cpu / kept.cpu,
+            "files_cpu_over_resident_host": files.cpu / host.thread,
+        }
     return found
 
 
@@ -111,34 +116,25 @@ def _loader(
     )
 
 
-def _timed(loader: TrainLoader, steps: int, step_seconds: float) -> dict[str, float]:
-    """Processor seconds of a batch, and the median share of a step that waits for it."""
+class _Times(NamedTuple):
+    """Seconds of a batch: of the processor, all threads; of the calling thread alone. wait: share of a step."""
+
+    cpu: float
+    thread: float
+    wait: float
+
+
+def _timed(loader: TrainLoader, steps: int, step_seconds: float) -> _Times:
     shares = []
     for _ in range(4):
         next(loader)
-    cpu = time.process_time()
+    cpu, thread = time.process_time(), time.thread_time()
     for _ in range(steps):
         began = time.perf_counter()
         next(loader)
         waited = time.perf_counter() - began
         time.sleep(step_seconds)  # the device is busy
         shares.append(waited / (time.perf_counter() - began))
-    spent = (time.process_time() - cpu) / steps
+    cpu, thread = time.process_time() - cpu, time.thread_time() - thread
     loader.close()
-    return {"cpu": spent, "wait": statistics.mean(shares)}
-
-
-def _host(loader: TrainLoader, steps: int) -> dict[str, float]:
-    """Seconds of a batch whose pixels are on the meta device; nothing where an operation cannot go there."""
-    try:
-        next(loader)
-    except NotImplementedError:
-        return {}
-    for _ in range(7):
-        next(loader)
-    began = time.perf_counter()
-    for _ in range(4 * steps):
-        next(loader)
-    spent = (time.perf_counter() - began) / (4 * steps)
-    loader.close()
-    return {"host": spent}
+    return _Times(cpu / steps, thread / steps, statistics.mean(shares))
