@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from mpl_scale.data.resident import ResidentImages, ResidentViews
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
 from mpl_scale.data.transfer import to_device
-from mpl_scale.data.vectors import VectorSet
+from mpl_scale.data.vectors import VectorSet, resident_vectors
 from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh
 
@@ -64,15 +65,8 @@ def evaluation_batches(
     positions = np.arange(batches)[:, None] * (size * mesh.data) + rows  # [batches, size]
     valid = positions < images
     ids = splits.test[np.minimum(positions, images - 1)]
-    vectors = splits.images
-    if isinstance(vectors, VectorSet):
-        for batch, batch_valid in zip(ids, valid, strict=True):
-            yield EvaluationBatch(
-                images=vectors.inputs[torch.from_numpy(batch)].to(mesh.device, dtype),
-                labels=torch.from_numpy(vectors.labels[batch]).to(mesh.device),
-                valid=torch.from_numpy(batch_valid).to(mesh.device),
-            )
-        return
+    if isinstance(splits.images, VectorSet):
+        resident = resident or resident_vectors(splits.images, mesh.device)
     own, exchange = slice(0, size), None
     if columns is not None and mesh.width > 1:
         shares = [share(size, ranks=mesh.width, index=index) for index in range(mesh.width)]
@@ -101,7 +95,9 @@ def evaluation_batches(
         decoded = source.next()
         return [decoded.views], decoded.samples
 
-    normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
+    normalise: Callable[[torch.Tensor], torch.Tensor] = partial(torch.Tensor.to, dtype=dtype)  # of vectors
+    if resident is None or not resident.pixels.is_floating_point():
+        normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
     try:
         for batch, batch_valid in zip(ids, valid, strict=True):
             (views,), samples = decode() if exchange is None else exchange(decode)

@@ -29,7 +29,7 @@ from mpl_scale.data.streams import Purpose, stream_of
 from mpl_scale.data.transfer import to_device
 from mpl_scale.data.views import weak_view
 from mpl_scale.mesh import Mesh
-from mpl_scale.types import Batch
+from mpl_scale.types import Batch, as_they_are
 
 StrongViewFunction = Callable[..., torch.Tensor]
 """(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]; or a PairingView."""
@@ -114,7 +114,7 @@ class TrainLoader:
             own_rows = unlabelled_rows[unlabelled_shares[mesh.width_index]]
             shares = [labelled_shares] + [unlabelled_shares] * (1 if strong_view is None else 2)
             self._exchange = WidthExchange(columns, image_size=image_size, shares=shares, mesh=mesh)
-        view = weak_view(config.weak, image_size)
+        view = weak_view(config.weak, image_size) if resident is None else resident.view
         self._splits = splits
         self._labelled = SamplePlan(
             splits.labelled,
@@ -149,7 +149,9 @@ class TrainLoader:
             self._distributions = Distributions(
                 config.distributions, images=len(images), classes=len(images.classes), device=mesh.device
             )
-        self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
+        self._normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are
+        if resident is None or not resident.pixels.is_floating_point():
+            self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
         self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
         self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
         self._in_flight: deque[_Step] = deque()

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -81,6 +81,27 @@ class Layout:
         return places if corners is None else places + corners[:, 0] * self.line + corners[:, 1]
 
 
+class Places(Protocol):
+    """Where what a step sees of the stored samples lies."""
+
+    def windows(self, pixels: torch.Tensor) -> torch.Tensor:
+        """By place."""
+
+    def place(self, rows: np.ndarray, corners: np.ndarray | None) -> np.ndarray:
+        """int64 [n], of samples `rows`, int64 [n], at corners int [n, 2]; None: whole ones."""
+
+
+class WholeSamples:
+    """Places of samples without windows, such as vectors: their rows."""
+
+    def windows(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+    def place(self, rows: np.ndarray, corners: np.ndarray | None) -> np.ndarray:
+        assert corners is None
+        return rows
+
+
 def stored_view(view: View) -> View | None:
     """The part of a view that no random number changes; None: none does, so its images cannot be kept."""
     if not view.columns:
@@ -101,9 +122,10 @@ def _layout(view: View) -> Layout:
 
 @dataclass(frozen=True)
 class ResidentImages:
-    """Decoded images of one or more lists, for one view.
+    """Decoded images of one or more lists, for one view; or vectors, whose view is the vector.
 
-    pixels: uint8, as `Layout` says.
+    pixels: uint8, as `Layout` says; of vectors floating point [N, F], what networks are given.
+    places: of what is seen.
     ids: int64 [N], sorted, of which images they are.
     bad: those ids that cannot be decoded; their pixels are another image's.
     quarantine: where these are kept; it counts what is drawn.
@@ -112,6 +134,7 @@ class ResidentImages:
     images: ImageSet
     view: View
     pixels: torch.Tensor
+    places: Places
     ids: np.ndarray
     bad: frozenset[int]
     quarantine: Quarantine
@@ -166,9 +189,7 @@ class ResidentImages:
                 bad += chunk[decoded.samples != chunk].tolist()
         finally:
             decoder.close()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # batches are made on other streams
-        return cls(images, view, pixels, ids, frozenset(bad), quarantine)
+        return cls(images, view, pixels, layout, ids, frozenset(bad), quarantine)
 
     @cached_property
     def _row_of_id(self) -> np.ndarray:
@@ -213,8 +234,10 @@ class ResidentViews:
         resident: the images they ask for.
         """
         self._requests, self._resident = requests, resident
-        self._layout, self._device = _layout(resident.view), resident.pixels.device
-        self._windows = self._layout.windows(resident.pixels)
+        self._device = resident.pixels.device
+        self._windows = resident.places.windows(resident.pixels)
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # batches may be made on another one
         self._planned: deque[_Planned] = deque()
 
     def next(self) -> Decoded:
@@ -251,7 +274,7 @@ class ResidentViews:
         uniform = np.concatenate([part.uniform for request in requests for part in request])
         shapes = np.broadcast_to(np.int64(view.image_size), (len(uniform), 2))
         placement = view.place(uniform, shapes) if view.columns else {}
-        places = self._layout.place(resident.rows(np.concatenate(samples)), placement.get("windows"))
+        places = resident.places.place(resident.rows(np.concatenate(samples)), placement.get("windows"))
         flips = placement.get("flips", np.zeros(len(uniform), np.int32))
         mirrored = [np.flatnonzero(part) for part in np.split(flips, np.cumsum(counts)[:-1])]
         labels = [np.asarray(resident.images.labels[parts[0]], np.int64) for parts in used]

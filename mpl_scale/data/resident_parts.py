@@ -13,6 +13,7 @@ from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.resident import ResidentImages, stored_bytes, stored_view
 from mpl_scale.data.splits import Splits
+from mpl_scale.data.vectors import VectorSet, resident_vectors
 from mpl_scale.data.views import View, evaluation_view, weak_view
 
 SMALL = 96
@@ -68,7 +69,7 @@ def _all_small(images: ImageSet, lists: Sequence[np.ndarray]) -> bool:
 
 
 class ResidentParts:
-    """The resident images of a run: each part is decoded when it is first asked for, and kept."""
+    """The resident images of a run, or its vectors: each part is decoded when it is first asked for, and kept."""
 
     def __init__(
         self,
@@ -95,7 +96,10 @@ class ResidentParts:
         """
         self._config, self._splits, self._image_size, self._device = config, splits, image_size, device
         self._quarantine, self._unlabelled, self._tell = quarantine, unlabelled, tell
-        self._resident = decide(config, splits, image_size)
+        self._vectors = None
+        if isinstance(splits.images, VectorSet):
+            self._vectors = resident_vectors(splits.images, device)
+        self._resident = self._vectors is None and decide(config, splits, image_size)
 
     @cached_property
     def train(self) -> ResidentImages | None:
@@ -112,7 +116,7 @@ class ResidentParts:
 
     def _decoded(self, part: str, lists: list[np.ndarray], view: View) -> ResidentImages | None:
         if not self._resident:
-            return None
+            return self._vectors
         found = ResidentImages.decode(
             self._splits.images,
             lists,

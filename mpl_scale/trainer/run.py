@@ -19,7 +19,6 @@ from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.resident_parts import ResidentParts
-from mpl_scale.data.vectors import VectorSet
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
@@ -233,11 +232,9 @@ class Trainer:
             resident=self._resident,
         )
 
-    def _resident_parts(self) -> ResidentParts | None:
-        """What stays decoded; None for vectors, which are in memory anyway."""
+    def _resident_parts(self) -> ResidentParts:
+        """What stays decoded."""
         config = self.run.mpl
-        if isinstance(self.splits.images, VectorSet):
-            return None
         return ResidentParts(
             config.data,
             self.splits,
