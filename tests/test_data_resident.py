@@ -20,6 +20,7 @@ from mpl_scale.config.schema import DataConfig, EvaluationConfig, StrongConfig, 
 from mpl_scale.data import Quarantine, Splits, TrainLoader, evaluation_batches, load_images, make_splits
 from mpl_scale.data.decode import DecodePipeline
 from mpl_scale.data.evaluation import EvaluationBatch
+from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.registry import ImageFiles
 from mpl_scale.data.resident_parts import ResidentParts, decide
 from mpl_scale.mesh import Mesh, build_mesh
@@ -264,6 +265,37 @@ def test_nothing_is_read_or_decoded_at_run_time(
     batches(config, splits, 8, 20, parts=parts)
     evaluated(config, splits, 8, parts=parts, place=mesh())
     assert not reads
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; every test above is its CPU twin")
+def test_a_gpu_makes_the_batches_of_a_cpu(digits: tuple[DataConfig, Splits]) -> None:
+    """Of the same stored bytes: a GPU's decoder resizes otherwise. On a stream of their own, many steps planned."""
+    config, splits = digits
+    device = torch.device("cuda", 0)
+    kept = parts_of(config, splits, 8).train
+    assert kept is not None
+    loaders = [
+        TrainLoader(
+            config=config,
+            splits=splits,
+            image_size=8,
+            labelled_batch=100,
+            unlabelled_batch=700,
+            mesh=dataclasses.replace(mesh(), device=images.pixels.device),
+            seed=3,
+            stream=1,
+            start_step=0,
+            strong_view=StrongView(config.strong, seed=3, stream=1),
+            resident=images,
+        )
+        for images in (kept, dataclasses.replace(kept, pixels=kept.pixels.to(device)))
+    ]
+    cpu, gpu = Prefetcher(loaders[0], CPU), Prefetcher(loaders[1], device)
+    for _ in range(20):
+        expected, actual = next(cpu), next(gpu)
+        for name, value in expected.tensors().items():
+            assert torch.equal(value, getattr(actual, name).cpu()), name
 
 
 def compare_columns(config: DataConfig, splits: Splits) -> None:
