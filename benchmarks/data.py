@@ -12,6 +12,7 @@ taken within each round. What is measured is processor time, of all threads, unt
 core-second buys, also where other processes slow the clock on the wall down. Stages are cumulative.
 
 `stall`: the share of a small training step spent waiting for TrainLoader, which decodes one step ahead on one thread.
+`host`: what the host spends on a batch of small images, from files and resident (data_host.py).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ import torchvision
 from timm.data import create_dataset, create_loader
 from torchvision.transforms import InterpolationMode, v2
 
+from benchmarks import data_host
 from benchmarks.report import provenance, write
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
@@ -48,6 +50,7 @@ from tests.photographs import NAMES, encoded, photograph
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 CPU = torch.device("cpu")
+PARTS = ("loaders", "stall", "host")
 STAGES = ("decode", "crop_resize_flip", "augment")
 WEAK = WeakConfig(kind="random_resized_crop", interpolation="bicubic", flip=True)
 STRONG = StrongConfig(op_set="no_pairing", num_ops=2, magnitude=9.0, random_magnitude=False)
@@ -60,15 +63,22 @@ def main() -> int:
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 512])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--stall_steps", type=int, default=12, help="0: the stall is not measured")
+    parser.add_argument("--stall_steps", type=int, default=12)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--host_steps", type=int, default=24)
+    parser.add_argument("--host_images", type=int, default=10_000, help="of each of six files")
     parser.add_argument("--output", type=Path, default=Path("runs/data.json"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         # Enough for one epoch: timm's loader reads a batch ahead, and none at an epoch's end.
-        root = _write_files(Path(folder), count=(options.rounds + 3) * options.batch)
-        found = {str(size): _measure(root, size, options) for size in options.sizes}
-        stall = _stall(root, options) if options.stall_steps else None
+        root = _write_files(Path(folder) / "files", count=(options.rounds + 3) * options.batch)
+        sizes = options.sizes if "loaders" in options.parts else []
+        found = {str(size): _measure(root, size, options) for size in sizes}
+        stall = _stall(root, options) if "stall" in options.parts else None
+        host = None
+        if "host" in options.parts:
+            host = data_host.measure(Path(folder), images=options.host_images, steps=options.host_steps)
     document = {
         **provenance("benchmarks.data", CPU),
         "torchvision": torchvision.__version__,
@@ -77,6 +87,7 @@ def main() -> int:
         "options": {name: value for name, value in vars(options).items() if name != "output"},
         "images_per_core_second": found,
         "stall": stall,
+        "host": host,
     }
     write(options.output, document)
     for size, loaders in found.items():
@@ -85,6 +96,7 @@ def main() -> int:
             print(f"{size} {name}: images per core-second: {', '.join(words)}")
         print(f"{size} ours / timm: {loaders['ours']['augment']['ratio_to_timm']:.2f}")
     print(f"stall: {stall}")
+    print(f"host: {host}")
     return 0
 
 
@@ -92,7 +104,7 @@ def _write_files(root: Path, *, count: int) -> Path:
     contents = [encoded(photograph(index, WIDTH, HEIGHT), "JPEG", quality=QUALITY) for index in range(len(NAMES))]
     for index in range(count):
         folder = root / f"class{index % 2}"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{index}.jpg").write_bytes(contents[index % len(contents)])
     return root
 

@@ -18,7 +18,7 @@ from mpl_scale.config.schema import Config
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan
 from mpl_scale.data.streams import Purpose, stream_of
-from mpl_scale.data.vectors import jittered
+from mpl_scale.data.vectors import Jitter
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl.losses import cross_entropy
@@ -76,7 +76,8 @@ class PointViews(Views):
 
     def strong(self, weak: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Noise of (seed, epoch, id)."""
-        return jittered(weak, draws, seed=self.config.seed, stream=self.stream, deviation=self.jitter)
+        noise = Jitter(seed=self.config.seed, stream=self.stream, deviation=self.jitter)
+        return noise(weak, draws.ids, draws.epochs)
 
 
 class ImageViews(Views):

@@ -13,10 +13,12 @@ import torch
 from benchmarks.in_memory import Batches, PointViews, Samples
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import evaluation_batches, load_images, make_splits
-from mpl_scale.data.vectors import VectorLoader, VectorSet
+from mpl_scale.data import Quarantine, TrainLoader, evaluation_batches, load_images, make_splits
+from mpl_scale.data.resident_parts import ResidentParts
+from mpl_scale.data.vectors import Jitter, VectorSet, resident_vectors
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.input import check_models, check_names, load_splits
+from mpl_scale.trainer.loading import load_batches
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
@@ -36,9 +38,12 @@ def batches(*, ranks: int, start: int, steps: int, labelled: int = 8, unlabelled
     data = moons(f"mpl_scale.data.jitter={JITTER}").mpl.data
     splits = make_splits(load_images(data), config=data, seed=0)
     own = [
-        VectorLoader(
+        TrainLoader(
             config=data,
             splits=splits,
+            image_size=1,
+            strong_view=Jitter(seed=0, stream=1, deviation=JITTER),
+            resident=resident_vectors(splits.images, CPU),
             labelled_batch=labelled,
             unlabelled_batch=unlabelled,
             mesh=replace(build_mesh(device=CPU), data=ranks, data_index=rank, world=ranks),
@@ -96,15 +101,10 @@ def test_a_step_sees_what_runs_in_memory_see() -> None:
     assert isinstance(images, VectorSet)
     samples = Samples(images.inputs, labels, labels, splits.labelled, splits.unlabelled, splits.test)
     in_memory = Batches(samples, Views(samples, run.mpl, stream=phase.index), phase, seed=run.mpl.seed)
-    loader = VectorLoader(
-        config=run.mpl.data,
-        splits=splits,
-        labelled_batch=phase.labelled,
-        unlabelled_batch=phase.unlabelled,
-        mesh=build_mesh(device=CPU),
-        seed=run.mpl.seed,
-        stream=phase.index,
-        start_step=0,
+    mesh, config = build_mesh(device=CPU), run.mpl
+    parts = ResidentParts(config.data, splits, image_size=config.model.image_size, device=CPU, quarantine=Quarantine())
+    loader = load_batches(
+        phase, config, splits=splits, mesh=mesh, start_step=0, quarantine=Quarantine(), resident=parts
     )
     for step in range(3):
         expected, found = in_memory(step).tensors(), next(loader).tensors()

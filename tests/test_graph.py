@@ -20,12 +20,13 @@ from typing import Any
 import pytest
 import torch
 
-from mpl_scale.config import check, load_config
+from mpl_scale.config import load_config
 from mpl_scale.config.schema import CheckpointConfig, DataConfig
 from mpl_scale.engine.graph import CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
 from mpl_scale.monitor import Writers
 from mpl_scale.mpl import State
+from mpl_scale.resolve import resolve
 from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.phases import collect_weights
 from mpl_scale.trainer.prepare import Options, train

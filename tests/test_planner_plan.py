@@ -12,10 +12,11 @@ import pytest
 from mpl_scale.cli.check import report
 from mpl_scale.cli.main import main
 from mpl_scale.config import check, load_config
+from mpl_scale.config.schema import WeakConfig
 from mpl_scale.planner.duration import collective
 from mpl_scale.planner.hardware import DEVICES, Reached, find_device, load_calibration
 from mpl_scale.planner.job import Choice, Job, Machine
-from mpl_scale.planner.memory import memory
+from mpl_scale.planner.memory import memory, resident_bytes
 from mpl_scale.planner.reasons import reasons
 from mpl_scale.planner.recorder import Line
 from mpl_scale.planner.search import Plan, search, sweep
@@ -105,6 +106,22 @@ def test_a_live_teacher_keeps_every_micro_batch_and_a_deferred_one_its_own(tmp_p
 
     assert kept(parts) == pytest.approx(kept(whole) / 8, rel=0.01)  # but for the statistics of a pass
     assert kept(dataclasses.replace(parts, deferred=False)) > 0.5 * kept(dataclasses.replace(whole, deferred=False))
+
+
+def test_resident_images_are_counted_where_they_may_stay(tmp_path: Path) -> None:
+    config = job(tmp_path).config
+
+    def counted(image_size: int = 64, **data: object) -> float:
+        model = config.model.model_copy(update={"image_size": image_size})
+        changed = {"model": model, "data": config.data.model_copy(update=data)}
+        return resident_bytes(config.model_copy(update=changed))
+
+    choice = Choice(1, 1, 0, 1, "flat", "none", True, 64, 1)
+    assert memory(job(tmp_path), choice, H200).categories["resident"] == counted() > 0
+    assert counted(weak=WeakConfig()) == 1797 * 3 * 64**2
+    assert counted(weak=WeakConfig(), source="folder") == 1 << 31  # as many as there may be
+    assert counted(resident="off") == counted(weak=WeakConfig(kind="random_resized_crop")) == counted(97) == 0
+    assert counted(97, resident="on", resident_bytes=1000) == 1000
 
 
 def test_batches_are_bytes_and_micro_batches_what_networks_are_given(tmp_path: Path) -> None:

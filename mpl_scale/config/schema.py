@@ -136,6 +136,15 @@ class DataConfig(Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     threads: Count = Field(1, description="DALI's CPU threads per rank.")
     prefetch: Count = Field(2, description="Batches DALI prepares ahead.")
+    resident: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether images are decoded once, at the start, and stay in the device's memory, where their views "
+        "are made: the same batches bit for bit, without the host. Needs the weak view shift_crop. auto: on where all "
+        "images have one size of at most 96 x 96 and fit in resident_bytes.",
+    )
+    resident_bytes: Count = Field(
+        1 << 31, description="Most bytes that resident images, the test part's included, may take on a rank."
+    )
     evaluation_batch: Count = Field(256, description="Images per data rank and evaluation step.")
 
 

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -49,6 +49,38 @@ class Decoded(NamedTuple):
 
     views: torch.Tensor  # uint8 [n, 3, H, W]
     samples: np.ndarray  # int64 [n], the ids that were decoded: those of the request, but for substitutes
+    labels: torch.Tensor | None = None  # int64 [n of the first list], on the device; None: not looked up
+
+
+class ViewSource(Protocol):
+    """The views of one request after another: decoded from files, or made from resident images (resident.py)."""
+
+    def next(self) -> Decoded:
+        """The views of the next request, on the device and the caller's own.
+
+        Raises:
+            StopIteration: the requests have ended.
+            ValueError: too many images are bad; it names the first ones.
+        """
+
+    def close(self) -> None:
+        """Stop working ahead; `next` may not be called again."""
+
+
+def candidates(sample: int, pool: np.ndarray) -> Iterator[int]:
+    """The sample itself, then those that may take its place: the next ids of the sorted list it was drawn from."""
+    place = int(np.searchsorted(pool, sample))
+    yield sample
+    for step in range(1, min(LONGEST_RUN, len(pool))):
+        yield int(pool[(place + step) % len(pool)])
+
+
+def no_substitute(images: ImageSet, pool: np.ndarray, quarantine: Quarantine) -> ValueError:
+    """The error where no candidate can be decoded."""
+    return ValueError(
+        f"{min(LONGEST_RUN, len(pool))} images in a row cannot be read or decoded, of a list of {len(pool)}: "
+        f"{unreadable_error({images.name(bad): reason for bad, reason in quarantine.bad.items()})}"
+    )
 
 
 @dataclass
@@ -81,6 +113,7 @@ class DecodePipeline:
         max_pixels: int = MAX_PIXELS,
         channels_last: bool = False,
         dali_resizes: bool | None = None,
+        count_draws: bool = True,
     ) -> None:
         """Args:
         requests: one per batch, endless or not; consumed up to `prefetch` + 1 batches ahead of `next`, on a CPU by
@@ -95,11 +128,12 @@ class DecodePipeline:
         max_pixels: larger images are bad.
         channels_last: memory layout of the views.
         dali_resizes: whether DALI resizes, too; None: on a GPU.
+        count_draws: whether the quarantine counts the images, and ends the run where too many are bad.
         """
         self._requests, self._images, self._view = requests, images, view
         self._capacity, self._device, self._threads, self._prefetch = capacity, device, threads, prefetch
         self._quarantine = quarantine or Quarantine()
-        self._max_pixels = max_pixels
+        self._max_pixels, self._count_draws = max_pixels, count_draws
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
@@ -135,7 +169,8 @@ class DecodePipeline:
         if self._worker is not None:
             self._ahead = self._worker.submit(self._make)
         asked, used = np.concatenate([rows.samples for rows in batch.request]), np.array(batch.samples, np.int64)
-        self._quarantine.count_draws(asked, used)
+        if self._count_draws:
+            self._quarantine.count_draws(asked, used)
         return Decoded(views, used)
 
     def close(self) -> None:
@@ -194,10 +229,7 @@ class DecodePipeline:
         Returns its id, its encoded bytes, and the height and width it decodes to.
         """
         known = self._quarantine
-        chosen, limit = sample, min(LONGEST_RUN, len(pool))
-        for tried in range(limit):
-            if tried:
-                chosen = int(pool[(np.searchsorted(pool, chosen) + 1) % len(pool)])
+        for chosen in candidates(sample, pool):
             if chosen in known.bad:
                 continue
             try:
@@ -210,10 +242,7 @@ class DecodePipeline:
                 if not decodes(encoded, self._device, crop=_crop(placement, 0)):
                     continue
             return chosen, encoded, shape
-        raise ValueError(
-            f"{limit} images in a row cannot be read or decoded, of a list of {len(pool)}: "
-            f"{unreadable_error({self._images.name(bad): reason for bad, reason in known.bad.items()})}"
-        )
+        raise no_substitute(self._images, pool, known)
 
     def _read(self, sample: int) -> tuple[np.ndarray, tuple[int, int]]:
         """The encoded image, and the height and width it decodes to."""

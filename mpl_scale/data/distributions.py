@@ -13,6 +13,7 @@ import torch
 
 from mpl_scale.data.arrays import read_npy
 from mpl_scale.data.formats import MalformedShard
+from mpl_scale.data.transfer import to_device
 
 
 class Distributions:
@@ -43,4 +44,4 @@ class Distributions:
 
     def __call__(self, ids: np.ndarray) -> torch.Tensor:
         """float32 [n, K] of some sample ids."""
-        return torch.from_numpy(np.asarray(self._values[ids], np.float32)).to(self._device)
+        return to_device(np.asarray(self._values[ids], np.float32), self._device)

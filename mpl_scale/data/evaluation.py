@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode import DecodePipeline, Rows
+from mpl_scale.data.decode import DecodePipeline, Rows, ViewSource
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.resident import ResidentImages, ResidentViews
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
-from mpl_scale.data.vectors import VectorSet
+from mpl_scale.data.transfer import to_device
+from mpl_scale.data.vectors import VectorSet, resident_vectors
 from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh
 
@@ -37,6 +40,7 @@ def evaluation_batches(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     quarantine: Quarantine | None = None,
+    resident: ResidentImages | None = None,
 ) -> Iterator[EvaluationBatch]:
     """Every readable test image once over all data ranks, as `data.evaluation` sees it.
 
@@ -52,6 +56,7 @@ def evaluation_batches(
         dtype: floating type of the images.
         channels_last: memory layout of the images.
         quarantine: where bad images are kept; None: in a list of its own.
+        resident: the images of `test`, decoded for this view; its quarantine is used. None: files are decoded.
     """
     images = len(splits.test)
     batches = -(-images // (config.evaluation_batch * mesh.data))
@@ -60,15 +65,8 @@ def evaluation_batches(
     positions = np.arange(batches)[:, None] * (size * mesh.data) + rows  # [batches, size]
     valid = positions < images
     ids = splits.test[np.minimum(positions, images - 1)]
-    vectors = splits.images
-    if isinstance(vectors, VectorSet):
-        for batch, batch_valid in zip(ids, valid, strict=True):
-            yield EvaluationBatch(
-                images=vectors.inputs[torch.from_numpy(batch)].to(mesh.device, dtype),
-                labels=torch.from_numpy(vectors.labels[batch]).to(mesh.device),
-                valid=torch.from_numpy(batch_valid).to(mesh.device),
-            )
-        return
+    if isinstance(splits.images, VectorSet):
+        resident = resident or resident_vectors(splits.images, mesh.device)
     own, exchange = slice(0, size), None
     if columns is not None and mesh.width > 1:
         shares = [share(size, ranks=mesh.width, index=index) for index in range(mesh.width)]
@@ -76,31 +74,37 @@ def evaluation_batches(
         exchange = WidthExchange(columns, image_size=image_size, shares=[shares], mesh=mesh)
     count = own.stop - own.start
     requests = ([Rows(batch[own], np.zeros((count, 0)), splits.test)] for batch in ids)
-    decoder = DecodePipeline(
-        requests,
-        images=splits.images,
-        view=evaluation_view(config.evaluation, image_size),
-        capacity=count,
-        device=mesh.device,
-        threads=config.threads,
-        prefetch=config.prefetch,
-        quarantine=quarantine or Quarantine(max_fraction=config.max_bad_fraction),
-        max_pixels=config.max_pixels,
-        channels_last=channels_last,
+    source: ViewSource = (
+        ResidentViews(requests, resident)
+        if resident is not None
+        else DecodePipeline(
+            requests,
+            images=splits.images,
+            view=evaluation_view(config.evaluation, image_size),
+            capacity=count,
+            device=mesh.device,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            quarantine=quarantine or Quarantine(max_fraction=config.max_bad_fraction),
+            max_pixels=config.max_pixels,
+            channels_last=channels_last,
+        )
     )
 
     def decode() -> Views:
-        decoded = decoder.next()
+        decoded = source.next()
         return [decoded.views], decoded.samples
 
-    normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
+    normalise: Callable[[torch.Tensor], torch.Tensor] = partial(torch.Tensor.to, dtype=dtype)  # of vectors
+    if resident is None or not resident.pixels.is_floating_point():
+        normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
     try:
         for batch, batch_valid in zip(ids, valid, strict=True):
             (views,), samples = decode() if exchange is None else exchange(decode)
             yield EvaluationBatch(
                 images=normalise(views),
-                labels=torch.from_numpy(splits.images.labels[batch]).to(mesh.device),
-                valid=torch.from_numpy(batch_valid & (samples == batch)).to(mesh.device),
+                labels=to_device(splits.images.labels[batch], mesh.device),
+                valid=to_device(batch_valid & (samples == batch), mesh.device),
             )
     finally:
-        decoder.close()
+        source.close()

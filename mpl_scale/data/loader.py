@@ -1,8 +1,9 @@
 """Training batches: this data rank's rows of the global batch of each step, endlessly (DESIGN 7).
 
 One DALI run per step decodes labelled and unlabelled images together, each file once, and with them the few others that
-the strong view mixes in (sample pairing). The weak view is that decode (views.py); the strong view is computed from the
-weak pixels on the device. The next good image takes the place of one that cannot be decoded (decode.py).
+the strong view mixes in (sample pairing); or all of them are resident, and their views are made on the device
+(resident.py), the same bytes. The weak view is what is decoded (views.py); the strong view is computed from the weak
+pixels on the device. The next good image takes the place of one that cannot be decoded (decode.py).
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows
+from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows, ViewSource
 from mpl_scale.data.distributions import Distributions
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.plan import Draws, SamplePlan, rows_of_rank
 from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.resident import ResidentImages, ResidentViews
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
 from mpl_scale.data.splits import Splits
 from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.transfer import to_device
 from mpl_scale.data.views import weak_view
 from mpl_scale.mesh import Mesh
-from mpl_scale.types import Batch
+from mpl_scale.types import Batch, as_they_are
 
 StrongViewFunction = Callable[..., torch.Tensor]
 """(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]; or a PairingView."""
@@ -70,6 +73,7 @@ class TrainLoader:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         quarantine: Quarantine | None = None,
+        resident: ResidentImages | None = None,
     ) -> None:
         """Args:
         config: the data section.
@@ -87,6 +91,8 @@ class TrainLoader:
         dtype: floating type of what networks are given.
         channels_last: memory layout of that.
         quarantine: where bad images are kept; None: in a list of its own.
+        resident: the images of `labelled` and `unlabelled`, decoded for the weak view; its quarantine is used. None:
+            files are decoded at each step.
 
         Raises:
             ValueError: batches that do not divide, too few images, or an unknown view.
@@ -108,7 +114,7 @@ class TrainLoader:
             own_rows = unlabelled_rows[unlabelled_shares[mesh.width_index]]
             shares = [labelled_shares] + [unlabelled_shares] * (1 if strong_view is None else 2)
             self._exchange = WidthExchange(columns, image_size=image_size, shares=shares, mesh=mesh)
-        view = weak_view(config.weak, image_size)
+        view = weak_view(config.weak, image_size) if resident is None else resident.view
         self._splits = splits
         self._labelled = SamplePlan(
             splits.labelled,
@@ -130,6 +136,7 @@ class TrainLoader:
         )
         self._device = mesh.device
         self._strong_view = strong_view
+        self._pairing = strong_view if isinstance(strong_view, PairingView) else None  # asking takes 100 microseconds
         self._strong_labelled = config.labelled_view == "strong"
         self._distributions: Distributions | None = None
         if config.distributions is not None:
@@ -142,13 +149,21 @@ class TrainLoader:
             self._distributions = Distributions(
                 config.distributions, images=len(images), classes=len(images.classes), device=mesh.device
             )
-        self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
+        self._normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are
+        if resident is None or not resident.pixels.is_floating_point():
+            self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
         self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
         self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
         self._in_flight: deque[_Step] = deque()
-        pairs = len(own_rows) if isinstance(strong_view, PairingView) else 0
+        self._resident = resident is not None
+        self._source: ViewSource
+        if resident is not None:
+            self.quarantine = resident.quarantine
+            self._source = ResidentViews(self._requests(start_step), resident)
+            return
+        pairs = len(own_rows) if self._pairing is not None else 0
         self.quarantine = quarantine or Quarantine(max_fraction=config.max_bad_fraction)
-        self._decoder = DecodePipeline(
+        self._source = DecodePipeline(
             self._requests(start_step),
             images=splits.images,
             view=view,
@@ -172,10 +187,12 @@ class TrainLoader:
         """
         views, labelled = self._views() if self._exchange is None else self._exchange(self._views)
         self._in_flight.popleft()
-        labels = torch.from_numpy(np.asarray(self._splits.images.labels[labelled], np.int64))
+        labels = self._labels if self._exchange is None else None  # those of the whole group are not on this rank
+        if labels is None:
+            labels = to_device(np.asarray(self._splits.images.labels[labelled], np.int64), self._device)
         return Batch(
             labelled=views[0],
-            labels=labels.to(self._device),
+            labels=labels,
             labelled_rows=self._labelled_rows,
             weak=views[1],
             strong=views[-1],
@@ -196,17 +213,17 @@ class TrainLoader:
 
     def close(self) -> None:
         """Stop reading ahead."""
-        self._decoder.close()
+        self._source.close()
 
     def _views(self) -> Views:
         """This rank's labelled, weak and, where they differ, strong views of the next step; the labelled ids decoded.
 
         The random numbers of a substitute are those of the image it stands for.
         """
-        decoded = self._decoder.next()
-        self._seen = decoded.samples
-        _, unlabelled, partners = self._in_flight[0]
-        own, paired = self._share.stop - self._share.start, np.flatnonzero(partners >= 0)
+        decoded = self._source.next()
+        self._seen, self._labels = decoded.samples, decoded.labels
+        _, unlabelled, paired = self._in_flight[0]
+        own = self._share.stop - self._share.start
         labelled_views, weak, others = decoded.views.split([own, len(unlabelled.ids), len(paired)])
         samples = decoded.samples[:own]
         if self._strong_view is None:
@@ -220,8 +237,10 @@ class TrainLoader:
         weak_planes = weak.contiguous()
         if not len(paired):
             return [labelled_views, weak, self._strong_view(weak_planes, unlabelled.ids, unlabelled.epochs)], samples
-        mixed_in = torch.empty_like(weak_planes)
-        mixed_in[torch.from_numpy(paired).to(self._device)] = others.contiguous()
+        mixed_in = others.contiguous()
+        if len(paired) < len(weak):
+            mixed_in = torch.empty_like(weak_planes)
+            mixed_in[to_device(paired, self._device)] = others.contiguous()
         strong = self._strong_view(weak_planes, unlabelled.ids, unlabelled.epochs, partners=mixed_in)
         return [labelled_views, weak, strong], samples
 
@@ -229,23 +248,33 @@ class TrainLoader:
         splits, own = self._splits, self._share
         for number in itertools.count(start_step):
             labelled, unlabelled = self._labelled.draw(number), self._unlabelled.draw(number)
-            partners = self._partners(unlabelled)
-            self._in_flight.append(_Step(labelled, unlabelled, partners))
+            partners, paired = self._partners(unlabelled)
+            self._in_flight.append(_Step(labelled, unlabelled, paired))
             request = [
                 Rows(labelled.ids[own], labelled.uniform[own], splits.labelled),
                 Rows(unlabelled.ids, unlabelled.uniform, splits.unlabelled),
             ]
-            paired = partners >= 0
-            if paired.any():
-                numbers = self._unlabelled.view_numbers(partners[paired], unlabelled.epochs[paired])
-                request.append(Rows(partners[paired], numbers, splits.unlabelled))
-            yield request
+            yield request if partners is None else [*request, partners]
 
-    def _partners(self, unlabelled: Draws) -> np.ndarray:
-        """The other image that each unlabelled row needs, or -1; int64 [U]."""
-        if not isinstance(self._strong_view, PairingView) or not len(unlabelled.ids):
-            return np.full(len(unlabelled.ids), -1)
-        return self._strong_view.partners(unlabelled.ids, unlabelled.epochs)
+    def _partners(self, unlabelled: Draws) -> tuple[Rows | None, np.ndarray]:
+        """The other images that the strong view needs, and the rows they are for, int64.
+
+        Of resident images there is one for each row, since that needs no copy to the device: where none is needed, the
+        row's own.
+        """
+        rows = np.zeros(0, np.int64)
+        if self._pairing is None or not len(unlabelled.ids):
+            return None, rows
+        ids = self._pairing.partners(unlabelled.ids, unlabelled.epochs)
+        rows = np.flatnonzero(ids >= 0)
+        if not len(rows):
+            return None, rows
+        numbers = self._unlabelled.view_numbers(ids[rows], unlabelled.epochs[rows])
+        if not self._resident:
+            return Rows(ids[rows], numbers, self._splits.unlabelled), rows
+        uniform = unlabelled.uniform.copy()
+        uniform[rows] = numbers
+        return Rows(np.where(ids >= 0, ids, unlabelled.ids), uniform, self._splits.unlabelled), np.arange(len(ids))
 
 
 class _Step(NamedTuple):
@@ -253,7 +282,7 @@ class _Step(NamedTuple):
 
     labelled: Draws  # of all rows
     unlabelled: Draws  # of this rank's share
-    partners: np.ndarray  # int64 [U of this rank's share], ids, or -1
+    paired: np.ndarray  # int64, the rows of these whose partner's view is made too
 
 
 def check_batches(

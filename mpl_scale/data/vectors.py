@@ -1,4 +1,4 @@
-"""Data sets of vectors instead of images, in memory: no files, no decoding, the same order of samples and splits.
+"""Data sets of vectors instead of images, in memory: no files, no decoding, the same loader, order and splits.
 
 The weak view of a vector is the vector; its strong view adds Gaussian noise (`mpl_scale.data.jitter`).
 """
@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
 
-from mpl_scale.config.schema import Config, DataConfig
-from mpl_scale.data.plan import Draws, SamplePlan, rows_of_rank
+from mpl_scale.config.schema import Config
+from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import SOURCES
-from mpl_scale.data.splits import Splits
+from mpl_scale.data.resident import ResidentImages, WholeSamples
 from mpl_scale.data.streams import Purpose, stream_of
-from mpl_scale.mesh import Mesh
+from mpl_scale.data.transfer import to_device
+from mpl_scale.data.views import View
 from mpl_scale.philox import uniform_numpy
-from mpl_scale.types import Batch
 
 LENGTHS: dict[str, int] = {}
 """Numbers of a sample, by source; all other sources are of images."""
@@ -104,83 +103,31 @@ def input_shape(config: Config) -> tuple[int, ...]:
     return (3, config.model.image_size, config.model.image_size) if length is None else (length,)
 
 
-def jittered(inputs: torch.Tensor, draws: Draws, *, seed: int, stream: int, deviation: float) -> torch.Tensor:
-    """Vectors with noise that depends on (seed, stream, epoch, id) alone: Box and Muller's, of Philox numbers.
+def resident_vectors(images: VectorSet, device: torch.device) -> ResidentImages:
+    """The vectors as a resident set whose view is the vector itself."""
+    ids = np.arange(len(images), dtype=np.int64)
+    view = View(1, 0, (), lambda uniform, shapes: {}, interpolation=None)
+    return ResidentImages(images, view, images.inputs.to(device), WholeSamples(), ids, frozenset(), Quarantine())
 
-    Args:
-        inputs: float32 [n, F].
-        draws: whose vectors they are.
+
+class Jitter:
+    """The strong view of vectors: noise that depends on (seed, stream, epoch, id) alone, Box and Muller's of Philox."""
+
+    def __init__(self, *, seed: int, stream: int, deviation: float) -> None:
+        """Args:
         seed: the run's seed.
         stream: of the phase.
         deviation: standard deviation of the noise.
-    """
-    if not deviation or not len(inputs):
-        return inputs
-    pairs = -(-inputs.shape[1] // 2)
-    number = stream_of(Purpose.UNLABELLED_VIEW, stream)
-    uniform = uniform_numpy(seed=seed, stream=number, epoch=draws.epochs, ids=draws.ids, columns=2 * pairs)
-    numbers = torch.from_numpy(uniform.astype(np.float32))
-    radius, angle = torch.sqrt(-2 * numbers[:, :pairs].log()), 2 * torch.pi * numbers[:, pairs:]
-    noise = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, : inputs.shape[1]]
-    return inputs + deviation * noise
+        """
+        self._seed, self._stream, self._deviation = seed, stream_of(Purpose.UNLABELLED_VIEW, stream), deviation
 
-
-class VectorLoader:
-    """An endless iterator of `Batch`: what loader.TrainLoader is for images."""
-
-    def __init__(
-        self,
-        *,
-        config: DataConfig,
-        splits: Splits,
-        labelled_batch: int,
-        unlabelled_batch: int,
-        mesh: Mesh,
-        seed: int,
-        stream: int,
-        start_step: int,
-    ) -> None:
-        """The arguments are TrainLoader's."""
-        assert isinstance(splits.images, VectorSet)
-        self._images, self._config, self._device = splits.images, config, mesh.device
-        self._seed, self._stream, self._step = seed, stream, start_step
-        self._labelled = self._plan(splits.labelled, labelled_batch, mesh, Purpose.LABELLED_ORDER)
-        self._unlabelled = self._plan(splits.unlabelled, unlabelled_batch, mesh, Purpose.UNLABELLED_ORDER)
-        self._rows = tuple(
-            torch.from_numpy(rows_of_rank(n, mesh)).to(mesh.device) for n in (labelled_batch, unlabelled_batch)
-        )
-
-    def _plan(self, ids: np.ndarray, batch: int, mesh: Mesh, purpose: Purpose) -> SamplePlan:
-        order = stream_of(purpose, self._stream)
-        rows = rows_of_rank(batch, mesh)
-        return SamplePlan(
-            ids, batch=batch, rows=rows, columns=0, seed=self._seed, order_stream=order, view_stream=order
-        )
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Batch:
-        """The next step's batch."""
-        labelled, unlabelled = self._labelled.draw(self._step), self._unlabelled.draw(self._step)
-        self._step += 1
-        seen, weak = self._inputs(labelled), self._inputs(unlabelled)
-        if self._config.labelled_view == "strong":
-            seen = self._strong(seen, labelled)
-        return Batch(
-            labelled=seen.to(self._device),
-            labels=torch.from_numpy(self._images.labels[labelled.ids]).to(self._device),
-            labelled_rows=self._rows[0],
-            weak=weak.to(self._device),
-            strong=self._strong(weak, unlabelled).to(self._device),
-            unlabelled_rows=self._rows[1],
-        )
-
-    def _inputs(self, draws: Draws) -> torch.Tensor:
-        return self._images.inputs[torch.from_numpy(draws.ids)]
-
-    def _strong(self, inputs: torch.Tensor, draws: Draws) -> torch.Tensor:
-        return jittered(inputs, draws, seed=self._seed, stream=self._stream, deviation=self._config.jitter)
-
-    def close(self) -> None:
-        """Nothing is read ahead."""
+    def __call__(self, inputs: torch.Tensor, ids: np.ndarray, epochs: np.ndarray) -> torch.Tensor:
+        """Inputs float32 [n, F], of sample ids int64 [n] in epochs int64 [n], with noise."""
+        if not self._deviation or not len(inputs):
+            return inputs
+        pairs = -(-inputs.shape[1] // 2)
+        uniform = uniform_numpy(seed=self._seed, stream=self._stream, epoch=epochs, ids=ids, columns=2 * pairs)
+        numbers = to_device(uniform.astype(np.float32), inputs.device)
+        radius, angle = torch.sqrt(-2 * numbers[:, :pairs].log()), 2 * torch.pi * numbers[:, pairs:]
+        noise = torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, : inputs.shape[1]]
+        return inputs + self._deviation * noise

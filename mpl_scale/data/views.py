@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +36,8 @@ class View:
     steps: the names in every Placement.
     place: (uniform float64 [n, columns] in (0, 1), shapes int64 [n, 2] of height and width) -> Placement.
     interpolation: bilinear or bicubic, with an antialiasing filter; None: not resized, all parts have one size.
+    margin: where the random numbers do no more than move the window over the whole image at image_size, and mirror it,
+        whatever the image's shape: the most pixels that the window leaves the image by. None: they do more.
     """
 
     image_size: int
@@ -44,6 +46,7 @@ class View:
     place: Callable[[np.ndarray, np.ndarray], Placement]
     interpolation: str | None = "bilinear"
     fill: int = 0
+    margin: int | None = None
 
 
 WEAK_VIEWS: Registry[Callable[[WeakConfig, int], View]] = Registry("weak view")
@@ -74,7 +77,8 @@ def shift_crop(config: WeakConfig, image_size: int) -> View:
         windows = np.floor(uniform[:, :2] * (2 * config.pad + 1)).astype(np.int32) - config.pad
         return {"windows": windows} | _flips(config, uniform[:, 2])
 
-    return _weak(config, image_size, columns=3, steps=("windows",), place=place)
+    view = _weak(config, image_size, columns=3, steps=("windows",), place=place)
+    return replace(view, margin=config.pad)
 
 
 @register_weak_view("random_resized_crop")

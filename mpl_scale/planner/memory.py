@@ -6,7 +6,11 @@ import math
 from dataclasses import dataclass
 
 from mpl_scale.config.checks import FED_BACK
+from mpl_scale.config.schema import Config
+from mpl_scale.data.resident import stored_bytes, stored_view
+from mpl_scale.data.resident_parts import SMALL
 from mpl_scale.data.vectors import LENGTHS, input_shape
+from mpl_scale.data.views import weak_view
 from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
 from mpl_scale.planner.static import FP32, static_bytes
 
@@ -14,6 +18,8 @@ from mpl_scale.planner.static import FP32, static_bytes
 REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
 _BATCHES = 3
 """Batches on the device: the slots that the step reads, what was copied to them, and what the prefetcher has ready."""
+IMAGES = {"digits": 1_797, "cifar10": 60_000, "svhn": 630_420}
+"""Images of a source, test part included."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,25 @@ def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
     activations, stages = _activations(job, choice)
     found |= activations
     found["images"] = _images(job, choice)
+    if resident := resident_bytes(job.config):
+        found["resident"] = resident
     reached = machine.reached
     per_step = sum(found[name] for name in ("activations", "working", "images", "gathered") if name in found)
     found["fragmentation"] = reached.fragmentation * per_step
     found["runtime"] = reached.runtime
     return Memory(found, stages)
+
+
+def resident_bytes(config: Config) -> float:
+    """Most bytes of the images that stay decoded: of a source whose size is known, or all that the setting allows."""
+    data, size = config.data, config.model.image_size
+    if data.resident == "off" or data.source in LENGTHS or (data.resident == "auto" and size > SMALL):
+        return 0.0
+    view = weak_view(data.weak, size)
+    if stored_view(view) is None:
+        return 0.0
+    images = IMAGES.get(data.source)
+    return float(min(data.resident_bytes, math.inf if images is None else stored_bytes(view, images)))
 
 
 def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:

@@ -15,6 +15,7 @@ from torch import nn
 from mpl_scale.config import Config
 from mpl_scale.data import Quarantine, Splits, evaluation_batches
 from mpl_scale.data.evaluation import EvaluationBatch
+from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS
@@ -28,8 +29,17 @@ Results = dict[str, float]
 class Evaluator:
     """Evaluates networks by name ("teacher"; anything else has the student's architecture)."""
 
-    def __init__(self, config: Config, *, splits: Splits, mesh: Mesh, quarantine: Quarantine | None = None) -> None:
-        self._config, self._splits, self._mesh, self._quarantine = config, splits, mesh, quarantine
+    def __init__(
+        self,
+        config: Config,
+        *,
+        splits: Splits,
+        mesh: Mesh,
+        quarantine: Quarantine | None = None,
+        resident: ResidentParts | None = None,
+    ) -> None:
+        self._config, self._splits, self._mesh = config, splits, mesh
+        self._quarantine, self._resident = quarantine, resident
         self._modules: dict[str, nn.Module] = {}
 
     def evaluate(self, weights: Mapping[str, Weights]) -> dict[str, Results]:
@@ -48,6 +58,7 @@ class Evaluator:
             mesh=self._mesh,
             columns=input_columns(self._config.model.image_size, self._mesh.width),
             quarantine=self._quarantine,
+            resident=None if self._resident is None else self._resident.test,
         )
         sums = count_right(modules, batches, device=self._mesh.device)
         return {name: self._reduced(total) for name, total in sums.items()}

@@ -17,8 +17,9 @@ from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.joined import with_unlabelled
 from mpl_scale.data.manifest import refuse_other_unlabelled
+from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.vectors import LENGTHS, input_shape
-from mpl_scale.data.views import evaluation_view, weak_view
+from mpl_scale.data.views import evaluation_view
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
@@ -49,7 +50,7 @@ def check_names(run: RunConfig) -> None:
         )
     if run.mpl.data.source in LENGTHS:
         _check_vectors(run)
-    weak_view(run.mpl.data.weak, run.mpl.model.image_size)
+    refuse_view(run.mpl.data, run.mpl.model.image_size)
     evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
 
 
@@ -75,9 +76,11 @@ def load_splits(run: RunConfig) -> Splits:
             f"classes; set {len(images.classes)}"
         )
     splits = make_splits(images, config=data, seed=config.seed)
-    return (
-        splits if data.unlabelled_index is None else with_unlabelled(splits, Path(data.unlabelled_index).expanduser())
-    )
+    if data.unlabelled_index is not None:
+        splits = with_unlabelled(splits, Path(data.unlabelled_index).expanduser())
+    if data.source not in LENGTHS:
+        decide(data, splits, config.model.image_size)
+    return splits
 
 
 def record_splits(splits: Splits, output: Path) -> list[str]:

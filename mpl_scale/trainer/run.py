@@ -18,6 +18,7 @@ from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits
 from mpl_scale.data.prefetch import Prefetcher
+from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.engine.graph import StepRunner, first_line
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request, Writers
@@ -87,7 +88,14 @@ class Trainer:
         """Run the phases that are left. True at the end, False if asked to stop (state saved)."""
         self._began = time.monotonic()
         self._capture = self.resolved.replayed  # until a capture fails
-        self._evaluator = Evaluator(self.run.mpl, splits=self.splits, mesh=self.mesh, quarantine=self.quarantine)
+        self._resident = self._resident_parts()
+        self._evaluator = Evaluator(
+            self.run.mpl,
+            splits=self.splits,
+            mesh=self.mesh,
+            quarantine=self.quarantine,
+            resident=self._resident,
+        )
         weights: Mapping[str, Weights] = {}
         state, step, self._state = self._state, self._step, None  # each phase's state is freed before the next's
         for phase in self.phases[self._first :]:
@@ -243,7 +251,26 @@ class Trainer:
         """The phase's batches from a step on."""
         start, config = step + self._data_offset, self.run.mpl
         return load_batches(
-            phase, config, splits=self.splits, mesh=self.mesh, start_step=start, quarantine=self.quarantine
+            phase,
+            config,
+            splits=self.splits,
+            mesh=self.mesh,
+            start_step=start,
+            quarantine=self.quarantine,
+            resident=self._resident,
+        )
+
+    def _resident_parts(self) -> ResidentParts:
+        """What stays decoded."""
+        config = self.run.mpl
+        return ResidentParts(
+            config.data,
+            self.splits,
+            image_size=config.model.image_size,
+            device=self.mesh.device,
+            quarantine=self.quarantine,
+            unlabelled=any(phase.unlabelled for phase in self.phases[self._first :]),
+            tell=self.writers.note,
         )
 
     def _tell_skipped(
