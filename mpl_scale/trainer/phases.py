@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -21,7 +20,7 @@ from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.models.kernels import Mode
+from mpl_scale.models.kernels import Mode, fastest
 from mpl_scale.models.weights import load_weights
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
@@ -169,10 +168,8 @@ def recomputed(module: nn.Module, parallel: ParallelConfig) -> nn.Module:
 
 
 def kernels(parallel: ParallelConfig, device: torch.device) -> Mode:
-    """`parallel.kernels`, resolved: compiled on a GPU that Triton can compile for."""
-    if parallel.kernels == "auto":
-        return "compiled" if device.type == "cuda" and find_spec("triton") is not None else "eager"
-    return parallel.kernels
+    """`parallel.kernels`, resolved."""
+    return fastest(device) if parallel.kernels == "auto" else parallel.kernels
 
 
 def channels_last(parallel: ParallelConfig, device: torch.device) -> bool:
