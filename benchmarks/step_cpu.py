@@ -29,7 +29,7 @@ from mpl_scale.engine import build_network
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.models.kernels import Mode
+from mpl_scale.models.kernels import Mode, fastest
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
 from mpl_scale.types import Batch
 
@@ -43,7 +43,7 @@ class Config:
     """What both sides compute: the popular port's maths (preset kekmodel_compat) on its network, by default."""
 
     precision: str = "fp32"
-    compiled: bool = True
+    compiled: bool | None = None  # batch norm and optimisers as compiled loops; None: as a run chooses
     channels_last: bool = True
     preset: str = "kekmodel_compat"
     lr: float = 0.05
@@ -165,7 +165,7 @@ def _network(state: Mapping[str, torch.Tensor], config: Config) -> Network:
         bn_decay=1 - config.bn_momentum,
         bn_eps=config.bn_eps,
     )
-    kernels: Mode = "compiled" if config.compiled else "eager"
+    kernels: Mode = fastest(torch.device("cpu")) if config.compiled is None else ("eager", "compiled")[config.compiled]
     model = build_model(section, shared, field="step_cpu", seed=0, kernels=kernels)
     try:
         model.load_state_dict(state)
@@ -231,7 +231,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument("--peer", type=Path, help="a file with make_step, to take turns with")
-    parser.add_argument("--eager", action="store_true", help="torch's operators instead of compiled loops")
+    parser.add_argument(
+        "--compiled",
+        action=argparse.BooleanOptionalAction,
+        help="loops by inductor, or torch's operators; without either, as a run chooses",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="of a turn")
     parser.add_argument("--threads", type=int, default=1)
@@ -240,7 +244,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     teacher, student = initial_state(0), initial_state(1)
     steps: dict[str, Any] = {
-        precision: make_step(teacher, student, {"precision": precision, "compiled": not options.eager})
+        precision: make_step(teacher, student, {"precision": precision, "compiled": options.compiled})
         for precision in options.precision
     }
     if options.peer is not None:

@@ -152,12 +152,14 @@ def choose_kernels(parallel: ParallelConfig, device: str) -> tuple[Mode, str]:
     """`parallel.kernels`, resolved, and why.
 
     A GPU's loops are compiled by Triton, which comes with torch's builds for CUDA. Where torch is built without CUDA,
-    the GPUs are another machine's, and so is its Triton.
+    the GPUs are another machine's, and so is its Triton. On a CPU convolutions take three quarters of a step, so loops
+    cannot gain much: a compiled WideResNet-28-2 step takes 0.99 of the eager one's time on an Intel Xeon with AVX-512
+    and 1.11 of it on an AMD EPYC without, after up to a minute of a C++ compiler.
     """
     if parallel.kernels != "auto":
         return parallel.kernels, CONFIGURED
     if device != "cuda":
-        return "eager", "auto: compiled on a GPU only"
+        return "eager", "auto: on a CPU compiled loops gain nothing"
     import torch
 
     if torch.version.cuda is None or find_spec("triton") is not None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from mpl_scale.compiling import compiled
 
 Mode = Literal["eager", "compiled"]
 
@@ -156,26 +157,20 @@ def loops(mode: Mode, activation: Activation = IDENTITY, dtype: torch.dtype = to
     if mode == "eager":
         return Loops(*functions)
     # Otherwise dz, which two sums read, would be written out in between.
-    options: dict[str, str | int | bool | Callable[..., object]] = {
-        "realize_reads_threshold": 64,
-        "realize_opcount_threshold": 256,
-    }
-    return Loops(*(torch.compile(_own_code(function), dynamic=True, options=options) for function in functions))
-
-
-def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function with a code object of its own: the compiler bounds the variants of each code object."""
-    code = function.__code__.replace()
-    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    options = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
+    return Loops(*(compiled(function, options) for function in functions))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """x [B, C] or [B, C, H, W] as [B', C, L] without a copy, where its memory is contiguous or channels-last."""
+    """x [B, C] or [B, C, H, W] as [B', C, L] without a copy, where its memory is contiguous or channels-last.
+
+    Detached, as `compiled` asks.
+    """
     if x.ndim == 2:
-        return x[:, :, None]
+        return x[:, :, None].detach()
     if x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-        return x.permute(0, 2, 3, 1).flatten(0, 1).permute(0, 2, 1)
-    return x.flatten(2)
+        return x.permute(0, 2, 3, 1).flatten(0, 1).permute(0, 2, 1).detach()
+    return x.flatten(2).detach()
 
 
 def unrows(y: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

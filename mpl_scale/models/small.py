@@ -12,7 +12,7 @@ from mpl_scale.models.registry import register_model
 
 def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
     convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 @register_model("digits_cnn")

@@ -19,7 +19,7 @@ class _NormAct(nn.BatchNorm2d):
 
     def __init__(self, channels: int, slope: float) -> None:
         super().__init__(channels)
-        self.act = nn.LeakyReLU(slope)
+        self.act = nn.LeakyReLU(slope, inplace=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(super().forward(x))

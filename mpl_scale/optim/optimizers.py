@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from mpl_scale.compiling import compiled
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.types import Slice
@@ -32,18 +34,20 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
     """
 
     state_names: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
+    """Fields of the config that `update` takes by name."""
     elementwise = True
     """Whether the rule looks at one element at a time, so that all of it can be one loop."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
-        self._run: Callable[..., None] = self._whole_update
+        self._constants = {name: getattr(config, name) for name in self.constants}
+        self._compiled = False
         super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
 
     def compile(self) -> None:
         """Make an elementwise rule, weight decay included, one compiled loop over each shard."""
-        if self.elementwise:
-            self._run = torch.compile(self._whole_update, dynamic=True)
+        self._compiled = self.elementwise
 
     def bind(
         self, masters: Sequence[torch.Tensor], layout: Sequence[Slice], *, group: dist.ProcessGroup | None
@@ -80,26 +84,44 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
             states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
             lr = group["lr"]
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
-            self._run(parameters, gradients, states, lr, group["weight_decay"])
-
-    def _whole_update(self, parameters, gradients, states, lr, weight_decay) -> None:  # type: ignore[no-untyped-def]
-        self._update(parameters, self._gradients(parameters, gradients, weight_decay), states, lr)
+            weight_decay = group["weight_decay"]
+            if self._compiled:
+                loop = _loop(type(self), weight_decay, **self._constants)
+                loop([p.detach() for p in parameters], gradients, states, lr)
+            else:
+                gradients = self._gradients(parameters, gradients, weight_decay)
+                self.update(parameters, gradients, states, lr, **self._constants)
 
     def _gradients(
         self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float
     ) -> list[torch.Tensor]:
         """What the rule takes for gradients: with coupled weight decay. Those given are left untouched."""
-        return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
+        return _decayed(parameters, gradients, weight_decay)
 
+    @staticmethod
     @abstractmethod
-    def _update(
-        self,
+    def update(
         parameters: list[torch.Tensor],
         gradients: list[torch.Tensor],
         states: dict[str, list[torch.Tensor]],
         lr: torch.Tensor,
+        **constants: Any,
     ) -> None:
         """Move the parameters and their states in place; weight decay is in the gradients already."""
+
+
+def _decayed(parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
+    return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
+
+
+@cache
+def _loop(rule: type[ShardOptimizer], weight_decay: float, **constants: Any) -> Callable[..., None]:
+    """A rule with weight decay, compiled once for the shards of every network and phase with these constants."""
+
+    def update(parameters, gradients, states, lr) -> None:  # type: ignore[no-untyped-def]
+        rule.update(parameters, _decayed(parameters, gradients, weight_decay), states, lr, **constants)
+
+    return compiled(update)
 
 
 @register_optimizer("sgd")
@@ -107,12 +129,15 @@ class SGD(ShardOptimizer):
     """v <- momentum v + g; w <- w - lr (g + momentum v) with Nesterov, else w - lr v. v starts at 0 (C.4)."""
 
     state_names = ("momentum",)
+    constants = ("momentum", "nesterov")
 
-    def _update(self, parameters, gradients, states, lr):  # type: ignore[no-untyped-def]
-        momentum, velocity = self.config.momentum, states["momentum"]
+    @staticmethod
+    def update(parameters, gradients, states, lr, *, momentum, nesterov):  # type: ignore[no-untyped-def,override]
+        """See ShardOptimizer."""
+        velocity = states["momentum"]
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, gradients)
-        direction = torch._foreach_add(gradients, velocity, alpha=momentum) if self.config.nesterov else velocity
+        direction = torch._foreach_add(gradients, velocity, alpha=momentum) if nesterov else velocity
         torch._foreach_sub_(parameters, torch._foreach_mul(direction, lr))
 
 
@@ -125,22 +150,25 @@ class RMSpropTF(ShardOptimizer):
     """
 
     state_names = ("square_average", "momentum")
+    constants = ("rho", "eps", "momentum")
 
     def _initial(self, name: str, parameter: torch.Tensor) -> torch.Tensor:
         initial = super()._initial(name, parameter)
         return initial.fill_(1.0) if name == "square_average" else initial
 
-    def _update(self, parameters, gradients, states, lr):  # type: ignore[no-untyped-def]
-        square, momentum = states["square_average"], states["momentum"]
-        torch._foreach_mul_(square, self.config.rho)
-        torch._foreach_addcmul_(square, gradients, gradients, value=1.0 - self.config.rho)
-        root = torch._foreach_add(square, self.config.eps)
+    @staticmethod
+    def update(parameters, gradients, states, lr, *, rho, eps, momentum):  # type: ignore[no-untyped-def,override]
+        """See ShardOptimizer."""
+        square, velocity = states["square_average"], states["momentum"]
+        torch._foreach_mul_(square, rho)
+        torch._foreach_addcmul_(square, gradients, gradients, value=1.0 - rho)
+        root = torch._foreach_add(square, eps)
         torch._foreach_sqrt_(root)
         update = torch._foreach_div(gradients, root)
         torch._foreach_mul_(update, lr)
-        torch._foreach_mul_(momentum, self.config.momentum)
-        torch._foreach_add_(momentum, update)
-        torch._foreach_sub_(parameters, momentum)
+        torch._foreach_mul_(velocity, momentum)
+        torch._foreach_add_(velocity, update)
+        torch._foreach_sub_(parameters, velocity)
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
