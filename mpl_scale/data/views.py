@@ -45,6 +45,10 @@ class View:
     interpolation: str | None = "bilinear"
     fill: int = 0
 
+    def decoding_steps(self, *, resizes: bool) -> tuple[str, ...]:
+        """The steps that DALI runs; resizes: False: it only decodes the parts."""
+        return self.steps if resizes else tuple(step for step in self.steps if step.startswith("crop_"))
+
 
 WEAK_VIEWS: Registry[Callable[[WeakConfig, int], View]] = Registry("weak view")
 register_weak_view = WEAK_VIEWS.register
