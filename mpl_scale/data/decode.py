@@ -240,9 +240,7 @@ class DecodePipeline:
         named = [(batch, row) for batch, row in everywhere if row == error.position]
         for candidates in (named, everywhere):
             culprits = [
-                (batch, row)
-                for batch, row in candidates
-                if not self._decodes(batch.encoded[row], batch.crop(row))
+                (batch, row) for batch, row in candidates if not self._decodes(batch.encoded[row], batch.crop(row))
             ]
             if culprits:
                 break
