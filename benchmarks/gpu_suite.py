@@ -33,6 +33,8 @@ from benchmarks.gpu.shown import shown
 
 MODULES = (steps, memory, real_run, decoding, engines)
 """In the order of their parts."""
+PRELOADED = (*(module.__name__ for module in MODULES), "torch._dynamo", "torch.distributed.fsdp")
+"""Imported once for all parts: theirs, and what torch imports at first use. Not torch._inductor: it asks for a GPU."""
 TOUCH = Part("device", touch, 60)
 LEAST_SECONDS = 4.0
 """No part starts with less than that left of the budget."""
@@ -46,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
             "no GPU, and the full sizes would take a CPU days; --tiny (make bench-gpu TINY=1) runs toy sizes"
         )
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking whether there is a GPU does not start CUDA
-    preload([module.__name__ for module in MODULES])
+    preload(PRELOADED)
     device = torch.device(options.device)
     document = {
         "kind": "gpu_suite",

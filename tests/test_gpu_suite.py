@@ -108,7 +108,7 @@ def endless(setting: Setting) -> dict[str, Any]:
 
 
 def test_what_becomes_of_parts_that_do_not_end_well(tmp_path: Path) -> None:
-    preload([gpu_suite.__name__, __name__])
+    preload([*gpu_suite.PRELOADED, __name__])
     command = ["--device", "cpu", "--tiny", "--output", str(tmp_path / "s.json"), "--budget", "1000"]
     options, document = gpu_suite._parser().parse_args(command), {"parts": {}}
     parts = [
@@ -138,7 +138,7 @@ def test_what_becomes_of_parts_that_do_not_end_well(tmp_path: Path) -> None:
 
 
 def test_two_ranks_equal_one(setting: Setting) -> None:
-    preload([gpu_suite.__name__, __name__])
+    preload([*gpu_suite.PRELOADED, __name__])
     result = engines.two_ranks(setting)
     assert result["backend"] == "gloo"
     assert 0 < max(result["differences"].values()) < 1e-6  # fp32: other orders of sums, three steps
@@ -171,14 +171,15 @@ def test_importing_the_parts_leaves_cuda_alone() -> None:
         "    original = getattr(torch._C, name)\n"
         "    if callable(original) and not isinstance(original, type):\n"
         "        setattr(torch._C, name, lambda *a, n=name, f=original, **k: (called.append(n), f(*a, **k))[1])\n"
-        "import benchmarks.gpu_suite\n"
+        "import importlib, benchmarks.gpu_suite\n"
+        "for name in benchmarks.gpu_suite.PRELOADED: importlib.import_module(name)\n"
         "sys.exit(', '.join(called) or None)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 def test_unknown_parts_and_full_sizes_on_a_cpu_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--parts no_such: .* step_digits_cnn_8_2x2, "):
+    with pytest.raises(ValueError, match=r"--parts no_such: .* step_digits_cnn_8_2x2, "):
         gpu_suite.main(["--device", "cpu", "--tiny", "--parts", "no_such", "--output", str(tmp_path / "s.json")])
     with pytest.raises(ValueError, match="--tiny"):
         gpu_suite.main(["--device", "cpu"])

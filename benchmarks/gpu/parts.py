@@ -136,7 +136,7 @@ def _serve(part: Part, setting: Setting, log: Path) -> None:
     if setting.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     result = run_here(part, setting)
-    setting.keep(setting.kept() | result)
+    setting.keep(setting.kept() | result | {"cpu_seconds": sum(os.times()[:4])})
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)  # the result is written: libraries that abort when they are unloaded do not matter
