@@ -4,10 +4,19 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Of quickstart: more options of benchmarks/methods.py, as OPTIONS='--max_steps 100'.
 OPTIONS ?=
+# Of bench-gpu: seconds in all, where the results go, and TINY=1 for toy sizes, which a CPU does in two minutes.
+BUDGET ?= 420
+OUT ?= runs/gpu
+TINY ?=
+# Of test-oldest: the oldest versions that setup.py promises.
+PYTHON312 ?= python3.12
+OLDEST_VENV ?= .venv-oldest
+OLDEST_TORCH = 'torch==2.11.*' 'torchvision==0.26.*'
+OLDEST = $(OLDEST_TORCH) deepspeed==0.19.8 timm==1.0.31 'nvidia-dali-$(CUDA)==2.4.*'
 # DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
 CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
 
-.PHONY: install quickstart test test-slurm test-kills test-docs lint clean
+.PHONY: install quickstart test test-gpu bench-gpu test-oldest test-slurm test-kills test-docs lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -34,6 +43,22 @@ test: install  ## lint, types, layering, and every test but the targets below
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25 --ignore tests/test_kills.py
 
+test-gpu: install  ## the tests that need a GPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu -rs --durations 10
+
+bench-gpu: install  ## everything else that needs a GPU, measured in BUDGET seconds; results in OUT
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m benchmarks.gpu_suite --budget $(BUDGET) --output $(OUT)/gpu_suite.json $(if $(TINY),--tiny)
+
+$(OLDEST_VENV)/.installed: setup.py
+	$(PYTHON312) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(OLDEST_VENV)/bin/python -m pip install --quiet $(OLDEST_TORCH)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(CUDA),digits,plots,test,fairscale]' $(OLDEST)
+	touch $@
+
+test-oldest: $(OLDEST_VENV)/.installed  ## every test of `make test`, on Python 3.12 and the oldest packages promised
+	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --ignore tests/test_kills.py
+
 test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, root) and started on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm
 
@@ -47,4 +72,4 @@ lint: install
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/lint-imports && $(BIN)/mypy
 
 clean:  ## remove the environment and all runs
-	rm -rf $(VENV) runs build *.egg-info
+	rm -rf $(VENV) $(OLDEST_VENV) runs build *.egg-info

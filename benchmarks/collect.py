@@ -3,7 +3,8 @@
     python -m benchmarks.collect            # writes docs/performance.md
     python -m benchmarks.collect --check    # fails when the document is not what the results say
 
-Every row ends with what produced it: file, machine, commit and, below the table, the command.
+The page opens with what GPUs gave, or with what was and was not shown without one. Every row names its file; machine,
+commit and command of each file stand at the end.
 """
 
 from __future__ import annotations
@@ -16,10 +17,26 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.shown import shown
 from mpl_scale.config.names import Registry
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, DOCUMENT = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
+
+TITLE = "# Performance\n"
+GPU_KIND = "gpu_suite"
+WITHOUT_GPU = """\
+No GPU has run this yet; proved without one, by tests, is that sharded, split, recomputed and resumed steps equal plain
+ones, that a step reads nothing of the device on the host, and that every part of `make bench-gpu` runs at toy size. Not
+proved are a capture and its replay, any time or memory on a GPU, NCCL, and DALI's decoding in hardware, which
+[two commands](quickstart.md#if-you-have-a-gpu) measure.
+"""
+SOURCES = """\
+## Where the numbers come from
+
+Written by `python -m benchmarks.collect` from `benchmarks/results`, where the raw numbers are. Compare times within one
+file only; ratios were taken within rounds, A B A B. A + after a commit: files had changed.
+"""
 
 Row = dict[str, str]
 KINDS: Registry[Callable[[Mapping[str, Any]], Iterator[Row]]] = Registry("kind of result")
@@ -47,25 +64,18 @@ def throughput_rows(document: Mapping[str, Any]) -> Iterator[Row]:
 
 @register_kind("gpu_suite")
 def gpu_suite_rows(document: Mapping[str, Any]) -> Iterator[Row]:
-    """benchmarks/gpu_suite.py: one row per step timed; parts that failed with their reason."""
+    """benchmarks/gpu_suite.py: a row for each step that was timed, one for each other part."""
     for part, result in document["parts"].items():
-        if "rows" not in result or "time_ratios" not in result:
-            text = result.get("error") or result.get("skipped")
-            if "largest_labelled" in result:
-                text = f"largest labelled batch at mu 8: {result['largest_labelled']}"
-            elif "kept_bytes_per_image_bf16" in result:
-                text = f"kept for backward: {result['kept_bytes_per_image_bf16'] / 1e9:.3f} GB an image"
-            if text:
-                yield {"part": part, "variant": text, "img/s": "", "MFU": "", "time / first": "", "peak GiB": ""}
+        if "mfu" not in next(iter(result.get("rows", {}).values()), {}):
+            yield {"part": part, "what": shown(result), "img/s": "", "MFU": "", "time / first": "", "peak GiB": ""}
             continue
         for name, row in result["rows"].items():
-            ratio = result["time_ratios"][name]
             yield {
                 "part": part,
-                "variant": name,
+                "what": name,
                 "img/s": f"{row['images_per_second']:.1f}",
                 "MFU": "" if row["mfu"] is None else f"{100 * row['mfu']:.1f}%",
-                "time / first": f"{ratio['median']:.3f}",
+                "time / first": f"{result['time_ratios'][name]['median']:.3f}",
                 "peak GiB": f"{row['peak_bytes'] / 2**30:.1f}",
             }
 
@@ -94,36 +104,36 @@ def render(results: Path) -> str:
     Raises:
         ValueError: a file that is no JSON object, by name.
     """
+    documents = {path.relative_to(results).as_posix(): _read(path) for path in sorted(results.glob("*/*.json"))}
     tables: dict[str, list[Row]] = {}
-    commands: dict[str, list[str]] = {}
-    for path in sorted(results.glob("*/*.json")):
-        try:
-            document = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not JSON: {error}; measure it again or remove it") from None
-        if not isinstance(document, dict):
-            raise ValueError(f"{path}: must hold a JSON object; measure it again or remove it")
+    for file, document in documents.items():
         kind = kind_of(document)
-        source = {
-            "file": path.relative_to(results).as_posix(),
+        if kind in KINDS:
+            tables.setdefault(kind, []).extend({**row, "file": file} for row in KINDS[kind](document))
+    on_gpu = any(kind_of(document) == GPU_KIND and not document["tiny"] for document in documents.values())
+    parts = [TITLE, "" if on_gpu else WITHOUT_GPU]
+    parts += [f"## {kind}\n\n{_table(tables[kind])}\n" for kind in sorted(tables, key=lambda k: (k != GPU_KIND, k))]
+    sources = [
+        {
+            "file": file,
             "machine": str(document.get("machine") or document.get("device") or "not recorded"),
             "commit": _commit(document),
         }
-        rows = KINDS[kind](document) if kind in KINDS else iter([{}])
-        tables.setdefault(kind, []).extend({**row, **source} for row in rows)
-        command = document.get("command")
-        commands.setdefault(kind, []).append(
-            f"- `{source['file']}`: `{command}`" if command else f"- `{source['file']}`"
-        )
-    parts = [
-        "# Performance\n\nWritten by `python -m benchmarks.collect` from `benchmarks/results`; raw numbers are there. "
-        "Times of one process are comparable within a row's file only; ratios were taken within rounds, A B A B.\n"
-        "A commit with a + had changed files.\n"
+        for file, document in documents.items()
     ]
-    for kind in sorted(tables, key=lambda kind: (kind == "other", kind)):
-        listed = "\n".join(commands[kind])
-        parts.append(f"## {kind}\n\n{_table(tables[kind])}\n\n{listed}\n")
-    return "\n".join(parts)
+    commands = (f"- `{file}`" + (f": `{d['command']}`" if d.get("command") else "") for file, d in documents.items())
+    parts.append("\n".join([SOURCES, _table(sources), "", *commands, ""]))
+    return "\n".join(part for part in parts if part)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}; measure it again or remove it") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: must hold a JSON object; measure it again or remove it")
+    return document
 
 
 def _commit(document: Mapping[str, Any]) -> str:

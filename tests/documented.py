@@ -31,6 +31,7 @@ PAGES = (
 """In the order of a reader."""
 
 LISTED = {
+    r"make test-gpu\b": "needs a GPU",
     r"make (test\b|lint\b)": "this test is one of its checks",
     r"srun ": "needs a Slurm cluster; make test-slurm runs it on a real one",
     r"sbatch |.* sbatch ": "needs a Slurm cluster; make test-slurm submits the same script to a real one",
@@ -42,6 +43,7 @@ LISTED = {
 
 SHORTENED = {
     r"make quickstart": " OPTIONS='--max_steps 2'",
+    r"make bench-gpu": " TINY=1",
     r".*\btrain\.py (?!.*--max_steps)": " --max_steps 2",
     r".*benchmarks/methods\.py ": " --seeds 0 --max_steps 2",
     r"python -m benchmarks\.two_moons ": " --seeds 2 --blind_seeds 2",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import collect, gpu_suite, throughput
+from benchmarks import collect, throughput
 from benchmarks.kernel_classes import classify
 from benchmarks.reference_step import ReferenceStep
 from benchmarks.timing import PhaseTimer, interleave, ratios
@@ -135,51 +132,6 @@ def test_turns_alternate_and_ratios_are_taken_within_a_round() -> None:
     assert "".join(calls) == "aabbaabb"
     assert {name: len(seconds) for name, seconds in found.items()} == {"a": 2, "b": 2}
     assert ratios({"a": [1.0, 10.0], "b": [2.0, 30.0]})["b"] == {"median": 2.5, "min": 2.0, "max": 3.0}
-
-
-@pytest.mark.usefixtures("one_process")
-def test_every_part_of_the_gpu_suite_runs(tmp_path: Path) -> None:
-    """At toy size on the CPU; no part fails, and none is left out."""
-    output = tmp_path / "suite.json"
-    command = ["--device", "cpu", "--tiny", "--rounds", "2", "--turn", "0.01", "--limit", "2", "--budget", "10000"]
-    assert gpu_suite.main([*command, "--output", str(output)]) == 0
-    parts = json.loads(output.read_text())["parts"]
-    assert not [
-        part for part, result in parts.items() if {"error", "skipped"} & result.keys() or result.get("failures")
-    ]
-    steps = {name: result for name, result in parts.items() if name.startswith("step_")}
-    assert len(steps) == len(gpu_suite.TINY)
-    for result in steps.values():
-        assert set(result["rows"]) == {"reference", "eager", "graph", "plain"}
-    kept = [parts[f"kept_{policy}"]["kept_bytes_per_image_bf16"] for policy in ("none", "bn_act", "block")]
-    assert kept == sorted(kept, reverse=True)
-    assert parts["largest_block_deferred"]["largest_labelled"] == 2
-    classes = next(result for name, result in parts.items() if name.startswith("kernels_"))["ms_per_step"]
-    assert {"convolution_and_matrix_product", "batch_norm", "elementwise"} <= classes.keys()
-
-
-def test_a_part_that_fails_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
-    options = gpu_suite._parser().parse_args(["--output", str(tmp_path / "s.json"), "--budget", "1000"])
-    suite = gpu_suite.Suite(options, CPU, {"parts": {}}, 0.0)
-    suite.began = time.perf_counter()
-    suite.part("bad", lambda: {"x": [][1]})
-    suite.part("good", lambda: {"x": 1})
-    suite.began -= 2000
-    suite.part("late", lambda: {"x": 1})
-    parts = json.loads((tmp_path / "s.json").read_text())["parts"]
-    assert "IndexError" in parts["bad"]["error"]
-    assert parts["good"]["x"] == 1
-    assert "budget" in parts["late"]["skipped"]
-
-
-def test_the_suite_needs_neither_deepspeed_nor_dali() -> None:
-    """Their import is made to fail; everything the suite imports is imported."""
-    code = (
-        "import sys\n"
-        "for name in ('deepspeed', 'nvidia.dali', 'fairscale'): sys.modules[name] = None\n"
-        "import benchmarks.gpu_suite, benchmarks.throughput"
-    )
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
 
 
 @pytest.mark.parametrize(

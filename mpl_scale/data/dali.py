@@ -1,4 +1,4 @@
-"""NVIDIA DALI: encoded files to uint8 views. The only file that imports DALI.
+"""NVIDIA DALI: encoded files to uint8 views. The only file that imports DALI; itself imported when a file is decoded.
 
 DALI decides nothing. Python hands it, batch by batch, the files and what a view does with each (views.py), and it
 decodes, resizes, crops and mirrors: on CPU threads (`device_id=None`), or on the GPU with hardware-assisted ("mixed")
@@ -9,7 +9,6 @@ for bit.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
+from mpl_scale.data.probe import DecodeError
 from mpl_scale.data.views import View
 
 _INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
@@ -28,18 +28,6 @@ _STEP_TYPES = {  # of views.Placement: type, and dimensions per image
     "windows": (DALIDataType.INT32, 1),
     "flips": (DALIDataType.INT32, 0),
 }
-
-
-class DecodeError(RuntimeError):
-    """DALI gave up on a batch, and with that the whole graph.
-
-    position: of the image that DALI names, in some batch that was in flight; None: it names none.
-    """
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        named = re.search(r"sample #(\d+)", message)
-        self.position = int(named.group(1)) if named else None
 
 
 class Graph:
@@ -70,7 +58,7 @@ class Graph:
         self._pipeline: Any = _views(
             source,
             view=view,
-            steps=steps_of(view, resizes=resizes),
+            steps=view.decoding_steps(resizes=resizes),
             resizes=resizes,
             decoder=_decoder(device),
             batch_size=capacity,
@@ -98,11 +86,6 @@ class Graph:
         if self._resizes:
             return torch.from_dlpack(images.as_tensor())
         return [torch.from_dlpack(image) for image in images]
-
-
-def steps_of(view: View, *, resizes: bool) -> tuple[str, ...]:
-    """The steps of a view that DALI runs."""
-    return view.steps if resizes else tuple(step for step in view.steps if step.startswith("crop_"))
 
 
 def decodes(encoded: np.ndarray, device: torch.device, *, crop: tuple[np.ndarray, np.ndarray] | None = None) -> bool:

@@ -12,19 +12,21 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
-from mpl_scale.data.dali import DecodeError, Graph, decodes, steps_of
 from mpl_scale.data.orientation import lies_on_its_side
-from mpl_scale.data.probe import MAX_PIXELS, UnreadableImage, probe, unreadable_error
+from mpl_scale.data.probe import MAX_PIXELS, DecodeError, UnreadableImage, probe, unreadable_error
 from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.resize import Resizer
 from mpl_scale.data.structure import check_structure
 from mpl_scale.data.views import Placement, View
+
+if TYPE_CHECKING:
+    from mpl_scale.data.dali import Graph
 
 LONGEST_RUN = 100
 """Bad images in a row of a list before it is given up: no substitute is far away in a set that is any good."""
@@ -138,7 +140,7 @@ class DecodePipeline:
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
         self._dali_resizes = device.type == "cuda" if dali_resizes is None else dali_resizes
-        self._steps = steps_of(view, resizes=self._dali_resizes)
+        self._steps = view.decoding_steps(resizes=self._dali_resizes)
         self._resizer = Resizer(view, threads=threads, layout=self._layout)
         # One thread, so that one batch at a time is worked on; while it has failed, nothing is.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode") if device.type == "cpu" else None
@@ -189,6 +191,8 @@ class DecodePipeline:
 
     def _make(self) -> torch.Tensor:
         if self._graph is None:
+            from mpl_scale.data.dali import Graph  # imports DALI: a run that decodes nothing does without it
+
             self._graph = Graph(
                 self._read_next,
                 view=self._view,
@@ -239,7 +243,7 @@ class DecodePipeline:
                 continue
             if chosen in known.partly_bad:
                 placement = self._view.place(uniform[None], np.array([shape], np.int64))
-                if not decodes(encoded, self._device, crop=_crop(placement, 0)):
+                if not self._decodes(encoded, _crop(placement, 0)):
                     continue
             return chosen, encoded, shape
         raise no_substitute(self._images, pool, known)
@@ -254,15 +258,18 @@ class DecodePipeline:
         check_structure(content)
         return encoded, (width, height) if lies_on_its_side(content) else (height, width)
 
+    def _decodes(self, encoded: np.ndarray, crop: tuple[np.ndarray, np.ndarray] | None) -> bool:
+        from mpl_scale.data.dali import decodes
+
+        return decodes(encoded, self._device, crop=crop)
+
     def _find_culprits(self, error: DecodeError) -> None:
         """Quarantine what DALI cannot decode of the batches in flight; raise the error again if that is nothing."""
         everywhere = [(batch, row) for batch in self._in_flight for row in range(len(batch.samples))]
         named = [(batch, row) for batch, row in everywhere if row == error.position]
         for candidates in (named, everywhere):
             culprits = [
-                (batch, row)
-                for batch, row in candidates
-                if not decodes(batch.encoded[row], self._device, crop=batch.crop(row))
+                (batch, row) for batch, row in candidates if not self._decodes(batch.encoded[row], batch.crop(row))
             ]
             if culprits:
                 break
@@ -270,7 +277,7 @@ class DecodePipeline:
             raise error
         for batch, row in culprits:
             sample, crop = batch.samples[row], batch.crop(row)
-            total = crop is None or not decodes(batch.encoded[row], self._device, crop=_TINY)
+            total = crop is None or not self._decodes(batch.encoded[row], _TINY)
             self._quarantine.add(sample, self._images.name(sample), reason=_UNDECODABLE, everywhere=total)
 
 

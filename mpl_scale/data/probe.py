@@ -28,6 +28,18 @@ class UnreadableImage(ValueError):
     """Why the bytes are no decodable image."""
 
 
+class DecodeError(RuntimeError):
+    """DALI gave up on a batch, and with that on its whole graph.
+
+    position: of the image that DALI names, in some batch that was in flight; None: it names none.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        named = re.search(r"sample #(\d+)", message)
+        self.position = int(named.group(1)) if named else None
+
+
 def probe(head: bytes, tail: bytes, *, length: int | None = None) -> tuple[int, int]:
     """Height and width of a PNG, JPEG or binary PPM image, pixels.
 

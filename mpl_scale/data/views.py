@@ -48,6 +48,10 @@ class View:
     fill: int = 0
     margin: int | None = None
 
+    def decoding_steps(self, *, resizes: bool) -> tuple[str, ...]:
+        """The steps that DALI runs; resizes: False: it only decodes the parts."""
+        return self.steps if resizes else tuple(step for step in self.steps if step.startswith("crop_"))
+
 
 WEAK_VIEWS: Registry[Callable[[WeakConfig, int], View]] = Registry("weak view")
 register_weak_view = WEAK_VIEWS.register
