@@ -16,6 +16,7 @@ from benchmarks.gpu.steps import Case
 from benchmarks.timing import interleave, ratios
 from benchmarks.workload import Workload, make_workload, synthetic_batch
 from mpl_scale.config import RunConfig
+from mpl_scale.device import Numerics
 from mpl_scale.trainer.phases import collect_weights
 
 STEPS = 3
