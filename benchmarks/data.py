@@ -42,9 +42,9 @@ from benchmarks.report import provenance, write
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
 from mpl_scale.data import Splits, TrainLoader, load_images
-from mpl_scale.data.decode import DecodePipeline, Rows
+from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.views import View, weak_view
 from mpl_scale.mesh import build_mesh
 from tests.photographs import NAMES, encoded, photograph
 

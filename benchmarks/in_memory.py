@@ -16,8 +16,8 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig, check
 from mpl_scale.config.schema import Config
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.plan import Draws, SamplePlan
-from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.samples.plan import Draws, SamplePlan
+from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.data.vectors import Jitter
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.index import ARRAYS, FORMAT, VERSION, IndexedImages
-from mpl_scale.data.plan import SamplePlan
-from mpl_scale.data.splits import make_splits
-from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
+from mpl_scale.data.samples.plan import SamplePlan
+from mpl_scale.data.samples.splits import make_splits
+from mpl_scale.data.samples.streams import Purpose, stream_of
 
 SHARDS = 1024
 IMAGE_BYTES = 110_000
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def measure(folder: Path, *, samples: int, steps: int, batch: int) -> dict[str, Any]:
-    """Write an index of so many samples below `folder`'s parent, open it, draw `steps` batches; what it took."""
+    """Write an index of `samples` samples below `folder`'s parent, open it, draw `steps` batches; what it took."""
     write(folder, samples=samples)
     before = memory()
     start = time.perf_counter()

@@ -72,7 +72,7 @@ def uniform(
 
 
 def uniform_numpy(*, seed: int, stream: int, epoch: np.ndarray, ids: np.ndarray, columns: int) -> np.ndarray:
-    """The same on the host, for the data pipeline: float64 [B, columns] in (0, 1).
+    """As `uniform`, on the host, for the data pipeline: float64 [B, columns] in (0, 1).
 
     Args:
         seed: the run's seed.

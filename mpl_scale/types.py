@@ -43,7 +43,7 @@ class Batch:
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
     def with_tensors(self, tensors: dict[str, Any]) -> Batch:
-        """The same with other tensors, by field."""
+        """A copy with other tensors, by field."""
         return replace(self, **tensors)
 
     def split(self, parts: int) -> list[Batch]:

@@ -181,7 +181,7 @@ run_job() {
     fi
     output="$(output_folder "$config" "$@")"
     if [[ -e "$output/STOP" ]]; then
-        say "$output/STOP is there: nothing is trained; remove it to go on"
+        say "$output/STOP is there: nothing is trained; remove it to continue"
         return 0
     fi
     count_restart "$output" || return 1

@@ -13,7 +13,7 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image
 
-from mpl_scale.data.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.probe import UnreadableImage, probe
 
 _FOLDERS = (
     Path(sklearn.datasets.__file__).parent / "images",

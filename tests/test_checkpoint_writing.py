@@ -1,4 +1,4 @@
-"""Full disks, retries, writing while training goes on, what is kept: no good checkpoint is lost, and none invented.
+"""Full disks, retries, writing while training continues, what is kept: no good checkpoint is lost, and none invented.
 
 A disk is full by RLIMIT_FSIZE, which needs no privileges, and for real, on a small tmpfs, where root may mount one.
 """
@@ -246,7 +246,7 @@ def test_a_disk_that_fills_up_warns_and_loses_nothing(
     monkeypatch.setattr(module, name, on_full_disk)
     assert train_here(config, str(tmp_path / "out")) is not None
     said = capfd.readouterr().err
-    assert said.count("training goes on, the next checkpoint is tried as usual") == 1
+    assert said.count("training continues, the next checkpoint is tried as usual") == 1
     assert "free space there" in said
     kept = {int(folder.name[5:]) for folder in find(tmp_path / "out" / "checkpoints")}
     assert kept == {12, 15, 16}
@@ -320,7 +320,7 @@ def test_a_real_full_disk_while_training_keeps_the_good_ones(
         train_here(run_config(tmp_path, keep=99), str(tmp_path / "out"))
     said = capfd.readouterr().err
     assert "mpl_scale.checkpoint.keep = 99 takes; keep less" in said
-    warned = next(line for line in said.splitlines() if "training goes on" in line)
+    warned = next(line for line in said.splitlines() if "training continues" in line)
     cause = r"(?<=checkpoints: ).*?No space left on device[^;]*"  # which call met it is chance
     check_documented(re.sub(cause, "[Errno 28] No space left on device", warned), folder=tmp_path)
     good = find(tmp_path / "out" / "checkpoints")

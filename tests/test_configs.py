@@ -15,8 +15,8 @@ from mpl_scale.cli.check import report
 from mpl_scale.cli.main import main
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.config.schema import OptimConfig
-from mpl_scale.data.index import IndexedImages
-from mpl_scale.data.indexing import build_index
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.mpl import METHODS
 from mpl_scale.optim.lars import LARS
@@ -78,7 +78,7 @@ def test_valid_at_the_world_it_is_meant_for(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FIRST_OF_ITS_KIND)
-def test_builds_and_reckons_at_full_size(name: str) -> None:
+def test_builds_and_is_planned_at_full_size(name: str) -> None:
     """One config of each kind of networks; the others have the same ones (network_key)."""
     lines = report(config(name), world=intended_world(name), cuda=True)
     said = "\n".join(lines)

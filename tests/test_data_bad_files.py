@@ -17,10 +17,10 @@ from PIL import Image, ImageOps
 
 from mpl_scale.config.schema import DataConfig, WeakConfig
 from mpl_scale.data import Splits, TrainLoader, evaluation_batches
-from mpl_scale.data.decode import DecodePipeline, Rows
-from mpl_scale.data.probe import UnreadableImage, probe
-from mpl_scale.data.quarantine import Quarantine
-from mpl_scale.data.views import View, weak_view
+from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import View, weak_view
+from mpl_scale.data.encoded.probe import UnreadableImage, probe
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
 from tests.bad_files import BAD, GOOD, NO_FILE

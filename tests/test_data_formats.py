@@ -17,11 +17,11 @@ from PIL import Image
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import ImageSet, Splits, evaluation_batches, load_images
-from mpl_scale.data.formats import FORMATS, MalformedShard, ScanOptions
-from mpl_scale.data.index import IndexedImages
-from mpl_scale.data.indexing import build_index
-from mpl_scale.data.pickled import read_pickle
-from mpl_scale.data.tfrecord import masked_crc32c
+from mpl_scale.data.formats.pickled import read_pickle
+from mpl_scale.data.formats.tfrecord import masked_crc32c
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions
+from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.mesh import build_mesh
 from tests import mini_imagenet as mini
 

@@ -20,14 +20,14 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mpl_scale.data.cifar import read_batch
-from mpl_scale.data.example import read_example
-from mpl_scale.data.formats import FORMATS, MalformedShard, ScanOptions, Shard
-from mpl_scale.data.matfile import read_arrays
-from mpl_scale.data.pickled import read_pickle
-from mpl_scale.data.probe import UnreadableImage, ppm, probe, probe_file
-from mpl_scale.data.tar import read_members
-from mpl_scale.data.tfrecord import read_records
+from mpl_scale.data.encoded.probe import UnreadableImage, ppm, probe, probe_file
+from mpl_scale.data.formats.cifar import read_batch
+from mpl_scale.data.formats.example import read_example
+from mpl_scale.data.formats.matfile import read_arrays
+from mpl_scale.data.formats.pickled import read_pickle
+from mpl_scale.data.formats.tar import read_members
+from mpl_scale.data.formats.tfrecord import read_records
+from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions, Shard
 from tests import mini_imagenet as mini
 from tests.photographs import encoded
 

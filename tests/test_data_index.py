@@ -22,12 +22,12 @@ from benchmarks.index_scale import measure
 from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images
-from mpl_scale.data.descriptors import Descriptors
-from mpl_scale.data.formats import FORMATS
-from mpl_scale.data.index import IndexedImages, StaleIndex, verify
-from mpl_scale.data.index_progress import IndexProgress
-from mpl_scale.data.indexing import build_index
-from mpl_scale.data.probe import UnreadableImage
+from mpl_scale.data.encoded.probe import UnreadableImage
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.descriptors import Descriptors
+from mpl_scale.data.index.format import FORMATS
+from mpl_scale.data.index.progress import IndexProgress
+from mpl_scale.data.index.reader import IndexedImages, StaleIndex, verify
 from tests import mini_imagenet as mini
 
 
@@ -303,7 +303,7 @@ def test_a_large_index_holds_no_object_per_sample(tmp_path: Path) -> None:
 
 
 def test_the_built_index_survives_the_removal_of_what_it_replaced(tmp_path: Path) -> None:
-    """A run that has an index open goes on reading it while another one is put in its place."""
+    """A run that has an index open keeps reading it while another one replaces it."""
     mini.write_cifar_python(tmp_path / "data")
     build_index("cifar10", tmp_path / "data", output=tmp_path / "index")
     images = IndexedImages(tmp_path / "index")

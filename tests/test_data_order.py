@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from mpl_scale.config.schema import DataConfig, WeakConfig
 from mpl_scale.data import ImageFiles, make_splits
-from mpl_scale.data.order import shuffled
-from mpl_scale.data.plan import Draws, SamplePlan
-from mpl_scale.data.streams import Purpose, stream_of
-from mpl_scale.data.views import Placement, View, weak_view
+from mpl_scale.data.decode.views import Placement, View, weak_view
+from mpl_scale.data.samples.order import shuffled
+from mpl_scale.data.samples.plan import Draws, SamplePlan
+from mpl_scale.data.samples.streams import Purpose, stream_of
 
 
 @settings(max_examples=80, deadline=None)

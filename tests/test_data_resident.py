@@ -18,7 +18,7 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig, EvaluationConfig, StrongConfig, WeakConfig
 from mpl_scale.data import Quarantine, Splits, TrainLoader, evaluation_batches, load_images, make_splits
-from mpl_scale.data.decode import DecodePipeline
+from mpl_scale.data.decode.pipeline import DecodePipeline
 from mpl_scale.data.evaluation import EvaluationBatch
 from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.registry import ImageFiles

@@ -16,7 +16,7 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
 from mpl_scale.data import ImageFiles, Splits, TrainLoader, evaluation_batches, load_images, make_splits
-from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch

@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, register_source
-from mpl_scale.data.probe import probe_file
+from mpl_scale.data.encoded.probe import probe_file
 
 
 def write_folder(root: Path, *, classes: int = 2, images: int = 3, suffix: str = ".png", side: int = 8) -> Path:

@@ -11,9 +11,9 @@ import pytest
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
-from mpl_scale.data.index import ARRAYS, FORMAT, VERSION, IndexedImages
-from mpl_scale.data.indexing import build_index
-from mpl_scale.data.splits import SPLITS
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
+from mpl_scale.data.samples.splits import SPLITS
 from mpl_scale.trainer.input import record_splits
 from tests import mini_imagenet as mini
 from tests.test_data_order import image_set

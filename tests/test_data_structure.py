@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpl_scale.data.probe import UnreadableImage, probe
-from mpl_scale.data.structure import check_structure
+from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.structure import check_structure
 from tests.bad_files import BAD, GOOD
 
 ONLY_A_DECODER_CAN_TELL = {"cut_after_thumbnail.jpg"}

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from mpl_scale.config.schema import EvaluationConfig, WeakConfig
-from mpl_scale.data.decode import DecodePipeline, Rows
-from mpl_scale.data.orientation import lies_on_its_side
-from mpl_scale.data.views import ATTEMPTS, View, evaluation_view, weak_view
+from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.views import ATTEMPTS, View, evaluation_view, weak_view
+from mpl_scale.data.encoded.orientation import lies_on_its_side
 from tests.photographs import ImagesInMemory, encoded, photograph
 
 SIZES = ((640, 427), (300, 400), (120, 90), (1000, 333), (223, 225))  # width, height

@@ -1,4 +1,4 @@
-"""A run that goes on with fewer and with more ranks: gradient accumulation keeps its global batch, and its order.
+"""A run that resumes with fewer and with more ranks: gradient accumulation keeps its global batch, and its order.
 
 Micro-batches are as many images as a rank has memory for, so fewer ranks take more of them. The network has no batch
 norm, whose statistics are those of a micro-batch over all ranks: with it, another number of micro-batches is another

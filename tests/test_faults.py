@@ -111,7 +111,7 @@ def test_a_folder_that_turns_read_only_is_a_warning_and_loses_nothing(
             folder.switch(True)
 
         run(config, str(output), AtStep({8: refuse, 14: lambda: folder.switch(False)}))
-        said = [line for line in capfd.readouterr().err.splitlines() if "training goes on" in line]
+        said = [line for line in capfd.readouterr().err.splitlines() if "training continues" in line]
         assert len(said) == 2
         assert [path.name for path in good] == ["step_00000006", "step_00000004", "step_00000003"]
         assert [path.name for path in find(output / "checkpoints")] == [f"step_{n:08d}" for n in (16, 15, 6)]

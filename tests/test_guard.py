@@ -56,7 +56,7 @@ def test_a_metric_stops_the_run_on_every_rank_alike(tmp_path: Path) -> None:
     assert said[0] == said[1]
     assert "student_loss = nan" in said[0] or "student_loss = inf" in said[0]
     assert "after step 2 of train, whose batch was labelled " in said[0]
-    assert f"the state is in {output / 'bad-6'}, no resume takes it" in said[0]
+    assert f"the state is in {output / 'bad-6'}, it will not be used for resuming" in said[0]
     assert not finite(find(output / "bad-6")[0])
     assert [folder.name for folder in find(output / "checkpoints")] == ["step_00000004"]  # the warm-up's end
     assert finite(find(output / "checkpoints")[0])

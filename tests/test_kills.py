@@ -2,7 +2,7 @@
 
     make test-kills        30 kills; pytest alone two, both inside the writing of a checkpoint
 
-Two real processes, started as srun would; every second start writes its checkpoints while training goes on. Each is
+Two real processes, started as srun would; every second start writes its checkpoints while training continues. Each is
 killed some steps after it has begun: a pair of starts when a checkpoint's temporary folder appears, the next pair after
 a random delay.
 """

@@ -107,7 +107,7 @@ def job(name: str, stage: int) -> Job:
 def test_kept_activations_and_static_bytes_are_the_planned_ones(case: tuple[str, str, int, int, str]) -> None:
     """Kept within 10%, static within 5%: padded shards, and small tensors that layers hold on to, are not planned."""
     name, engine, stage, width, recompute = case
-    kept, static = pool(RANKS).run(measured, *case)[1]  # the rank that the planner reckons with
+    kept, static = pool(RANKS).run(measured, *case)[1]  # the rank that the planner plans for
     choice = Choice(RANKS, width, stage, RANKS, engine, recompute, False, BATCH, 1)  # type: ignore[arg-type]
     planned = job(name, stage)
     assert planned.trace("student", choice).kept_bytes(BATCH) == pytest.approx(kept, rel=0.10)

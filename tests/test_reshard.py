@@ -1,6 +1,6 @@
 """The reshard table: saved under one engine, ZeRO stage, world and width, loaded under any other, trained on the same.
 
-What is compared is a source that saves and goes on for three MPL steps with a target that loads and takes the same
+What is compared is a source that saves and continues for three MPL steps with a target that loads and takes the same
 three steps: with dropout, momentum, the student's average and the feedback's baseline. A graph and eager steps share
 one state, so that axis has nothing of its own to load.
 """
@@ -160,7 +160,7 @@ pytestmark = pytest.mark.timeout(300 if LOADS == 1 else 3600)
 
 
 def table(root: Path, wanted: list[Layout], dtype: torch.dtype, loads: int) -> dict[tuple[str, str], float]:
-    """Differences by (source, target): each target loads `loads` sources, each source is loaded by so many targets.
+    """Differences by (source, target): each target loads `loads` sources, and each source is loaded by as many targets.
 
     7 divides no number of layouts here, so index -> 7 index + shift meets every source once.
     """

@@ -1,4 +1,4 @@
-"""A run that is stopped anywhere and goes on ends bitwise like one that was never stopped: every engine and stage."""
+"""A run that is stopped anywhere and resumed ends bitwise like one that was never stopped: every engine and stage."""
 
 from __future__ import annotations
 

@@ -19,14 +19,14 @@ from mpl_scale.checkpoint import read_prefix
 from mpl_scale.cli import main
 from mpl_scale.config import load_config
 from mpl_scale.data import digits, load_images
-from mpl_scale.data.index import IndexedImages, verify
-from mpl_scale.data.index_subset import write_subset
-from mpl_scale.data.indexing import build_index
-from mpl_scale.data.selection import SELECTION_RULES, RuleSettings, Scores
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.reader import IndexedImages, verify
+from mpl_scale.data.index.subset import write_subset
 from mpl_scale.models import build_model
+from mpl_scale.select.rules import SELECTION_RULES, RuleSettings, Scores
+from mpl_scale.select.run import SelectOptions, select
 from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.prepare import Options, train
-from mpl_scale.trainer.select import SelectOptions, select
 from tests.configs import tiny, write
 from tests.mini_imagenet import WRITERS
 from tests.ranks import pool

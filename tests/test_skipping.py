@@ -311,4 +311,4 @@ def test_without_a_checkpoint_from_before_it_goes_on(tmp_path: Path, capfd: pyte
     raw["mpl_scale"]["checkpoint"]["every"] = 0
     seen = run_jumping(write(tmp_path, raw, "never.json"), tmp_path / "out")
     assert [number for number, _ in seen] == list(range(20))
-    assert "there is no checkpoint of it from before, so it goes on" in capfd.readouterr().err
+    assert "there is no earlier checkpoint of it, so training continues" in capfd.readouterr().err

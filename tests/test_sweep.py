@@ -48,7 +48,7 @@ def make(folder: Path, **changes: Any) -> Sweep:
 
 
 def test_draws_do_not_change() -> None:
-    """A sweep that is resumed by a later version goes on with the trials it began with."""
+    """A sweep that is resumed by a later version keeps the trials it began with."""
     assert uniform(seed=0, index=0, field=LR) == pytest.approx(0.6537717350, abs=1e-9)  # printed to 10 digits
     assert parse(LR, {"log_uniform": [0.01, 1]})(0.5) == 0.1
     assert parse(LR, {"uniform": [1, 2]})(0.25) == 1.25
@@ -137,13 +137,13 @@ def test_a_sweep_with_a_stopped_a_failing_and_a_finished_trial(
     assert main([*command, "--index", "0"]) == 0
     threads[0].join()
     assert stopped.state() is State.BEGUN
-    assert "trial_000: stopped; the same command goes on" in capfd.readouterr().out
+    assert "trial_000: stopped; the same command resumes" in capfd.readouterr().out
 
     with pytest.raises(ValueError, match=r"the final runs follow from all trials, and 2 have not ended \(trial_000"):
         sweep.finals()
     assert main([*command, "--processes", "2"]) == 0
     said = capfd.readouterr().out
-    assert "trial_000: goes on" in said
+    assert "trial_000: resumes" in said
     assert "trial_002: begins" not in said
     assert [task.state() for task in sweep.trials] == [State.DONE, State.FAILED, State.DONE]
     assert "labelled_per_class = 500, but class" in failing.error()

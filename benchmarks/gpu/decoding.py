@@ -17,8 +17,8 @@ import torch
 
 from benchmarks.gpu.parts import Part, Result, Setting
 from mpl_scale.config.schema import WeakConfig
-from mpl_scale.data.decode import DecodePipeline, Rows
-from mpl_scale.data.views import View, weak_view
+from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.views import View, weak_view
 
 CPU = torch.device("cpu")
 RESIZED = WeakConfig(kind="random_resized_crop", interpolation="bicubic", flip=True)

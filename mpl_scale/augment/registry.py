@@ -35,7 +35,7 @@ class Given:
     centres: np.ndarray | None = None
 
     def rows(self, which: slice | np.ndarray) -> Given:
-        """The same for some of the images."""
+        """A part of the rows."""
         if self.partners is None and self.centres is None:
             return self
         partners = self.partners

@@ -47,7 +47,7 @@ class Drawn:
     crop: np.ndarray
 
     def rows(self, part: slice) -> Drawn:
-        """The same for some of the images."""
+        """A part of the rows."""
         return Drawn(self.which[part], self.strength[part], self.places[part], self.cutout[part], self.crop[part])
 
 
@@ -233,7 +233,7 @@ class StrongView:
     def _view_of_one(
         self, image: np.ndarray, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> np.ndarray:
-        """The same for one image, uint8 [3, H, W]."""
+        """As `_view`, for one image, uint8 [3, H, W]."""
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):

@@ -1,4 +1,4 @@
-"""Save while training goes on: the state is copied at a step boundary, a thread of each rank writes its copy.
+"""Save while training continues: the state is copied at a step boundary, a thread of each rank writes its copy.
 
 Collectives from a second thread are unsafe, so the threads agree through the folder: each leaves a note, of what it
 wrote or of why it could not; rank 0's thread waits for all notes and publishes, as `save` does. Only `start` and

@@ -28,10 +28,10 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     output = options.output or options.root.with_name(f"{options.root.name}.index")
     # DALI and torch come with the data package: seconds
-    from mpl_scale.data.formats import ScanOptions
-    from mpl_scale.data.index import IndexedImages, verify
-    from mpl_scale.data.index_progress import IndexProgress
-    from mpl_scale.data.indexing import build_index, current
+    from mpl_scale.data.index.build import build_index, current
+    from mpl_scale.data.index.format import ScanOptions
+    from mpl_scale.data.index.progress import IndexProgress
+    from mpl_scale.data.index.reader import IndexedImages, verify
 
     if options.verify:
         verify(output)

@@ -52,7 +52,7 @@ def _share(text: str) -> float:
 
 def _run(options: argparse.Namespace) -> int:
     if options.write_hashes is not None:
-        from mpl_scale.data.hashes import write_hashes  # torch, DALI: seconds
+        from mpl_scale.select.hashes import write_hashes  # torch, DALI: seconds
 
         written, lost = write_hashes(options.index, options.write_hashes, root=options.root)
         print(f"{written:,} hashes in {options.write_hashes}; {lost:,} images could not be read")
@@ -62,7 +62,7 @@ def _run(options: argparse.Namespace) -> int:
     run = load(options)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
-    from mpl_scale.trainer.select import SelectOptions, select
+    from mpl_scale.select.run import SelectOptions, select
 
     chosen = SelectOptions(
         checkpoint=choose_checkpoint(options.checkpoint.expanduser()),

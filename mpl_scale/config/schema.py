@@ -261,9 +261,7 @@ class CheckpointConfig(Section):
     keep_every: CountOrZero = Field(
         0, description="Checkpoints of steps that it divides are kept too, for good; a multiple of `every`; 0: none."
     )
-    asynchronous: bool = Field(
-        False, description="Copy the state to the host's memory and write it while training goes on."
-    )
+    asynchronous: bool = Field(False, description="Copy the state to host memory and write it in the background.")
     timeout_seconds: Positive = Field(
         600.0, description="asynchronous: where a rank's file is not written by then, the checkpoint is given up."
     )
@@ -281,31 +279,29 @@ class RewindConfig(Section):
     """When the loss has jumped: compared at logging steps, the student's, or the teacher's where it is alone."""
 
     factor: Annotated[float, Field(gt=1.0)] = Field(3.0, description="Times the mean of the lines before.")
-    window: Count = Field(20, description="Lines that the mean is of; there is no jump before there are so many.")
+    window: Count = Field(20, description="Lines averaged; nothing counts as a jump before that many lines.")
     patience: Count = Field(3, description="Lines in a row that must be above.")
     max_rewinds: Count = Field(3, description="Of a phase; one more jump stops the run.")
     skip_batches: bool = Field(
-        True, description="Go on with the images that follow. false: the same again, for a loss that hardware spoilt."
+        True, description="Continue with the images that follow. false: the same again, for a loss spoilt by hardware."
     )
 
 
 class GuardConfig(Section):
-    """What ends a run that goes on without getting anywhere."""
+    """What ends a run that makes no progress."""
 
     hang_seconds: Positive | None = Field(
         None,
-        description="No step ended for that long: every rank leaves its stacks, the one that is behind is named, and "
+        description="No step ended for that long: every rank writes its stacks, the rank that is behind is named, and "
         "the run ends with status 75. Above the slowest step, below parallel.timeout_seconds; null: off.",
     )
     nonfinite: Literal["off", "stop", "skip"] = Field(
         "stop",
         description="A metric (at logging steps) or weight (before checkpoints) that is NaN or infinite: stop, with "
-        "the state saved in bad-<step>, where no resume looks. skip: every step with such a number changes nothing; "
+        "the state saved in bad-<step>, not used for resuming. skip: a step with such a value changes nothing; "
         "costs a copy of the state.",
     )
-    max_skipped: Count = Field(
-        10, description="nonfinite = skip: so many skipped steps in a row stop the run after all."
-    )
+    max_skipped: Count = Field(10, description="nonfinite = skip: this many skipped steps in a row stop the run.")
     rewind: RewindConfig | None = Field(
         None,
         description="Go back to a checkpoint when the loss jumps (docs/faults.md); null: off.",

@@ -81,7 +81,7 @@ class StrongConfig(Section):
     cutout: CountOrZero = Field(
         0, description="Side of the square set to `fill` after the operations, pixels; 0: none."
     )
-    crop_pad: CountOrZero = Field(0, description="At the end, shift by up to so many pixels each way; 0: no shift.")
+    crop_pad: CountOrZero = Field(0, description="At the end, shift by up to this many pixels each way; 0: no shift.")
     flip: bool = Field(False, description="At the end, flip horizontally with probability 1/2.")
     fill: Annotated[int, Field(ge=0, le=255)] = Field(
         0, description="Value of pixels that come from outside the image."

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpl_scale.data.arrays import read_npy
-from mpl_scale.data.formats import MalformedShard
+from mpl_scale.data.formats.arrays import read_npy
+from mpl_scale.data.index.format import MalformedShard
 from mpl_scale.data.transfer import to_device
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode import DecodePipeline, Rows, ViewSource
+from mpl_scale.data.decode.pipeline import DecodePipeline, Rows, ViewSource
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.resident import ResidentImages, ResidentViews
+from mpl_scale.data.samples.splits import Splits
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
-from mpl_scale.data.splits import Splits
 from mpl_scale.data.transfer import to_device
 from mpl_scale.data.vectors import VectorSet, resident_vectors
-from mpl_scale.data.views import evaluation_view
 from mpl_scale.mesh import Mesh
 
 

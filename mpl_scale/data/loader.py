@@ -17,17 +17,17 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode import DecodePipeline, DecodeRequest, Rows, ViewSource
+from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows, ViewSource
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import weak_view
 from mpl_scale.data.distributions import Distributions
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.data.plan import Draws, SamplePlan, rows_of_rank
-from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.resident import ResidentImages, ResidentViews
+from mpl_scale.data.samples.plan import Draws, SamplePlan, rows_of_rank
+from mpl_scale.data.samples.splits import Splits
+from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.data.slices import Columns, Views, WidthExchange, share
-from mpl_scale.data.splits import Splits
-from mpl_scale.data.streams import Purpose, stream_of
 from mpl_scale.data.transfer import to_device
-from mpl_scale.data.views import weak_view
 from mpl_scale.mesh import Mesh
 from mpl_scale.types import Batch, as_they_are
 

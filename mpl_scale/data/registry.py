@@ -14,12 +14,12 @@ import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.descriptors import read_file
-from mpl_scale.data.formats import FORMATS, ScanOptions
-from mpl_scale.data.index import VERSION, IndexedImages
-from mpl_scale.data.index_progress import IndexProgress
-from mpl_scale.data.indexing import open_or_build
-from mpl_scale.data.probe import UnreadableImage, probe, unreadable_error
+from mpl_scale.data.encoded.probe import UnreadableImage, probe, unreadable_error
+from mpl_scale.data.index.build import open_or_build
+from mpl_scale.data.index.descriptors import read_file
+from mpl_scale.data.index.format import FORMATS, ScanOptions
+from mpl_scale.data.index.progress import IndexProgress
+from mpl_scale.data.index.reader import VERSION, IndexedImages
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 28
@@ -40,7 +40,7 @@ class ImageSet(Protocol):
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names."""
+        """Names of the classes, by label."""
 
     @property
     def refused(self) -> np.ndarray:
@@ -82,7 +82,7 @@ class ImageFiles:
 
     @property
     def bad(self) -> int:
-        """Refused files."""
+        """Number of refused files."""
         return len(self.reasons)
 
     def read(self, sample: int) -> np.ndarray:
@@ -95,7 +95,7 @@ class ImageFiles:
         return np.frombuffer(encoded, np.uint8)
 
     def name(self, sample: int) -> str:
-        """The path."""
+        """Path of the file."""
         return str(self.paths[sample])
 
     def refusals(self, most: int) -> dict[str, str]:

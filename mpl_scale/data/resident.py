@@ -28,11 +28,11 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode import Decoded, DecodePipeline, DecodeRequest, Rows, candidates, no_substitute
-from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.decode.pipeline import Decoded, DecodePipeline, DecodeRequest, Rows, candidates, no_substitute
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import View
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.transfer import to_device
-from mpl_scale.data.views import View
 
 _DECODED_AT_ONCE = 512
 _PLANNED_ROWS = 4096  # copied to the device at once: the cost of a copy, and numpy's per call, is spread over steps

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import View, evaluation_view, weak_view
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.resident import ResidentImages, stored_bytes, stored_view
-from mpl_scale.data.splits import Splits
+from mpl_scale.data.samples.splits import Splits
 from mpl_scale.data.vectors import VectorSet, resident_vectors
-from mpl_scale.data.views import View, evaluation_view, weak_view
 
 SMALL = 96
 """Pixels of a side: `auto` keeps images up to this size (those of STL-10)."""

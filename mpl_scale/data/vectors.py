@@ -12,12 +12,12 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import Config
-from mpl_scale.data.quarantine import Quarantine
+from mpl_scale.data.decode.quarantine import Quarantine
+from mpl_scale.data.decode.views import View
 from mpl_scale.data.registry import SOURCES
 from mpl_scale.data.resident import ResidentImages, WholeSamples
-from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.data.transfer import to_device
-from mpl_scale.data.views import View
 from mpl_scale.philox import uniform_numpy
 
 LENGTHS: dict[str, int] = {}

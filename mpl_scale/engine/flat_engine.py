@@ -158,7 +158,7 @@ class FlatNetwork:
 
     @property
     def dot_group(self) -> dist.ProcessGroup | None:
-        """The shard group."""
+        """Gradients are dotted over the shard group."""
         return self._mesh.shard_group
 
     @property

@@ -1,8 +1,8 @@
 """Files by which people and batch scripts talk to a run: put one into the output folder, under any launcher.
 
 STOP     save and leave; it stays, so that a batch script does not start the run again
-PAUSE    save and leave; it is removed, so that the next start goes on
-SAVE     save now and go on; it is removed once saved
+PAUSE    save and leave; it is removed, so that the next start resumes
+SAVE     save now and continue; it is removed once saved
 """
 
 from __future__ import annotations

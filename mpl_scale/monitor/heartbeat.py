@@ -29,7 +29,7 @@ class Heartbeat:
         self.images_per_second: float | None = None
 
     def beat(self, doing: str, *, phase: str, step: int, steps: int, global_step: int) -> None:
-        """Say that `step` of the phase's `steps` are done and what goes on now. A disk that fails does not matter."""
+        """Record that `step` of the phase's `steps` are done, and what is happening now; disk errors are ignored."""
         now = self._clock()
         if doing == self._doing and now < self._next:
             return

@@ -40,7 +40,7 @@ class Duration:
 
     @property
     def device(self) -> float:
-        """Of the device alone."""
+        """Milliseconds of device time alone."""
         return sum(sum(causes.values()) for causes in self.seconds.values())
 
     def by_cause(self) -> dict[str, float]:

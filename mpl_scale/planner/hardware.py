@@ -26,7 +26,7 @@ class Device:
     Attributes:
         name: for people.
         peak: operations per second of its matrix units in bf16, dense (no sparsity); a CPU's in fp32.
-        fp32: share of it in fp32 (TF32 where there is such, as convolutions take it by torch's default).
+        fp32: share of it in fp32 (TF32 where the device has it, torch's default for convolutions).
         bf16: whether it computes in bf16 at all.
         bandwidth: bytes per second of its memory.
         memory: bytes.
@@ -66,7 +66,7 @@ DEVICES = {
 
 
 def host(ranks: int) -> Device:
-    """This machine, shared by so many ranks. Its rates are assumed: 32 fp32 operations a cycle at 2.5 GHz a core."""
+    """This machine, shared by `ranks`. Its rates are assumed: 32 fp32 operations a cycle at 2.5 GHz a core."""
     cores = (os.cpu_count() or 1) / ranks
     total = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return Device(
@@ -161,7 +161,7 @@ def load_calibration(path: str | os.PathLike[str], device: Device) -> tuple[Devi
     """The device and what it reaches, as `benchmarks.calibrate` measured them.
 
     Raises:
-        ValueError: not such a file.
+        ValueError: not a calibration file.
     """
     raw = _read_json(Path(path), "--calibration")
     try:

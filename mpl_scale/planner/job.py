@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def data(self) -> int:
-        """Data ranks."""
+        """Number of data ranks."""
         return self.world // self.width
 
     @property
@@ -168,7 +168,7 @@ class Job:
 
 @dataclass(frozen=True)
 class NetworkPass:
-    """So many forward and backward passes of a network over so many images. graph: whether activations are kept."""
+    """Forward and backward passes of a network over a number of images. graph: whether activations are kept."""
 
     phase: str
     network: Literal["teacher", "student"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from mpl_scale.config.checks import FED_BACK
 from mpl_scale.config.schema import Config
+from mpl_scale.data.decode.views import weak_view
 from mpl_scale.data.resident import stored_bytes, stored_view
 from mpl_scale.data.resident_parts import SMALL
 from mpl_scale.data.vectors import LENGTHS, input_shape
-from mpl_scale.data.views import weak_view
 from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
 from mpl_scale.planner.static import FP32, static_bytes
 

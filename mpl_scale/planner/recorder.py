@@ -23,7 +23,7 @@ KINDS = ("dense", "pointwise", "depthwise", "linear", "norm", "elementwise")
 """Layer classes: convolutions by what they mix, matrix products, batch norm as compiled loops, everything else."""
 _SCAN_EVERY = 16
 _TYPICAL_IMAGES = 16
-"""Which moment is the worst one is decided for so many images."""
+"""The number of images for which the worst moment is determined."""
 _FREE = ("empty", "new_empty", "detach", "alias", "lift", "_unsafe_view", "view", "set_", "record_stream")
 _aten = torch.ops.aten
 
@@ -43,7 +43,7 @@ class Line:
     per_image: float = 0.0
 
     def at(self, images: float) -> float:
-        """For so many images."""
+        """Bytes for a number of images."""
         return self.fixed + self.per_image * images
 
     def per(self, batch: int) -> Line:
@@ -257,7 +257,7 @@ class Recorder(TorchDispatchMode):
             self.peak = now
 
     def work(self, direction: Direction, batch: int) -> tuple[Work, ...]:
-        """What was noted, per image of a batch of so many."""
+        """What was recorded, per image of a batch."""
         return tuple(
             Work(kind, macs.per(batch), size.per(batch), calls)
             for (way, kind, _), (macs, size, calls) in sorted(self._work.items(), key=lambda item: item[0][1:])
@@ -265,7 +265,7 @@ class Recorder(TorchDispatchMode):
         )
 
     def sent(self, direction: Direction, batch: int) -> tuple[Sent, ...]:
-        """Likewise."""
+        """The running estimate of working bytes."""
         return tuple(
             Sent(group, operation, size.per(batch), calls)
             for (way, group, operation), (size, calls) in self._sent.items()

@@ -1,4 +1,4 @@
-"""Every way to cut a job over so many ranks, what each costs, and which is the fastest of those that fit."""
+"""Every way to cut a job over a number of ranks, what each costs, and which is the fastest of those that fit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Of the phase's steps."""
+        """Days for all steps of the phase."""
         return self.job.steps * self.duration.total / 86400
 
     @property
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Found:
-    """plans: everything that could be reckoned. refused: widths or policies that could not, with the reason."""
+    """plans: everything that could be estimated. refused: widths or policies that could not, with the reason."""
 
     plans: list[Plan]
     refused: dict[str, str]
@@ -83,7 +83,7 @@ def _order(plan: Plan) -> tuple[float, ...]:
 
 
 def search(job: Job, world: int, machine: Machine) -> Found:
-    """All plans for so many ranks.
+    """All plans for a number of ranks.
 
     A width, policy or batch that cannot be is refused with its reason, not passed over.
     """

@@ -1,6 +1,6 @@
 """Bytes of state per rank that do not depend on the batch: a closed form per engine and ZeRO stage, and a census.
 
-The closed form is what a plan and the benchmarks reckon with. `reachable_bytes` walks every tensor that a live engine
+A plan and the benchmarks use the closed form. `reachable_bytes` walks every tensor that a live engine
 holds, DeepSpeed's internals included; tests/test_planner_static.py holds the two together on 1, 2 and 4 ranks.
 """
 

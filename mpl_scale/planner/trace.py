@@ -41,7 +41,7 @@ STEM, HEAD = "stem", "head"
 class TraceKey:
     """Everything a trace depends on.
 
-    distributed: whether batch norm has other ranks to ask. vectors: the network sees vectors [B, so many]
+    distributed: whether batch norm has other ranks to ask. vectors: the network sees vectors of this length
     instead of images; 0: images. The rest as of the configuration.
     """
 
@@ -102,7 +102,7 @@ class NetworkTrace:
 
     Attributes:
         parameters: elements.
-        sizes: how many parameters have so many elements, [elements, count].
+        sizes: parameters by size: [elements, count].
         buffers: elements of batch norm's averages.
         macs: multiply-accumulates of a forward pass on one whole image.
         kept: bytes that a forward pass leaves for its backward pass, by stage.
@@ -125,11 +125,11 @@ class NetworkTrace:
     switched: bool
 
     def kept_bytes(self, images: float) -> float:
-        """Of a forward pass on so many images of the width group."""
+        """Of a forward pass on this many images of the width group."""
         return sum(line.at(images) for line in self.kept.values()) if images else 0.0
 
     def kept_whole(self, elements: int) -> int:
-        """Elements of the parameters of up to so many elements each (what ZeRO-3 does not partition)."""
+        """Elements of the parameters of up to `limit` elements each (what ZeRO-3 does not partition)."""
         return sum(size * count for size, count in self.sizes if size <= elements)
 
 

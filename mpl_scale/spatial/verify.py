@@ -35,7 +35,7 @@ class Differences:
 
     @property
     def worst(self) -> float:
-        """The largest of all."""
+        """The largest of all differences."""
         return max(self.logits, self.gradients, self.buffers, self.images)
 
 

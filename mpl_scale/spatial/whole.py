@@ -130,7 +130,7 @@ class _Gate(SplitLayer):
 
 @partition_rule("timm.models._efficientnet_blocks.SqueezeExcite")
 class SplitSqueezeExcite(_Gate):
-    """Of the EfficientNet family."""
+    """Rule for squeeze-excite of the EfficientNet family."""
 
     def gate_of(self, mean: torch.Tensor) -> torch.Tensor:
         layer: Any = self
@@ -148,7 +148,7 @@ class SplitSEModule(_Gate):
 
 @partition_rule("timm.layers.squeeze_excite.EffectiveSEModule")
 class SplitEffectiveSEModule(_Gate):
-    """With one layer."""
+    """Rule for a module with one layer."""
 
     def gate_of(self, mean: torch.Tensor) -> torch.Tensor:
         layer: Any = self

@@ -34,7 +34,7 @@ CANDIDATES = ("finetuned.top1", "student.top1")
 
 
 class State(Enum):
-    """How far a run is."""
+    """Progress of a run."""
 
     NEW = "not begun"
     BEGUN = "begun"
@@ -60,7 +60,7 @@ class Task:
         return self.folder / CONFIG_NAME
 
     def state(self) -> State:
-        """What its files say."""
+        """The state that its files show."""
         if (self.folder / DONE_NAME).exists() and (self.folder / SUMMARY_NAME).exists():
             return State.DONE
         if (self.folder / ERROR_NAME).exists():
@@ -215,5 +215,5 @@ def measured(results: dict[str, Any], metric: str) -> float | None:
 
 
 def names(results: dict[str, Any]) -> list[str]:
-    """All results by name."""
+    """All results, by trial name."""
     return [f"{network}.{measure}" for network, values in results.items() for measure in values]

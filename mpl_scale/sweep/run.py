@@ -53,7 +53,7 @@ class Runner:
         self._asked = False
 
     def run(self, tasks: Sequence[Task]) -> bool:
-        """Run these, in order, and record those that fail. False where a signal asked to stop: the same call goes on.
+        """Run these, in order, and record those that fail. False where a signal asked to stop: the same call resumes.
 
         The first SIGINT, SIGTERM or SIGUSR1 lets the running trials save and leave, the second ends them as they are.
         """
@@ -76,7 +76,7 @@ class Runner:
             return
         devices = self._slots.get()
         try:
-            self._report(f"{task.name}: {'goes on' if task.state() is State.BEGUN else 'begins'}")
+            self._report(f"{task.name}: {'resumes' if task.state() is State.BEGUN else 'begins'}")
             (task.folder / ERROR_NAME).unlink(missing_ok=True)
             (task.folder / PAUSE_NAME).unlink(missing_ok=True)
             log = task.folder / LOG_NAME
@@ -85,9 +85,9 @@ class Runner:
             if task.state() is State.DONE:
                 self._report(f"{task.name}: done")
             elif self._asked:
-                self._report(f"{task.name}: stopped; the same command goes on")
+                self._report(f"{task.name}: stopped; the same command resumes")
             elif status == 0:
-                self._report(f"{task.name}: stopped by a file or a signal; the same command goes on")
+                self._report(f"{task.name}: stopped by a file or a signal; the same command resumes")
             else:
                 task.fail(status, _reason(status, log, written))
                 self._report(f"{task.name}: failed: {task.error()}")

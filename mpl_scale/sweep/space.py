@@ -23,7 +23,7 @@ DIGITS = 6
 
 @DISTRIBUTIONS.register("choices")
 def _choices(given: Any) -> Draw:
-    """Any values, all as likely."""
+    """A choice among values, all equally likely."""
     if not isinstance(given, list) or not given:
         raise ValueError("must be a list of at least one value")
     return lambda u: given[int(u * len(given))]

@@ -1,4 +1,4 @@
-"""Numbers that are none: a loss, a metric or a weight that is NaN or infinite ends the run before it is kept.
+"""Non-finite values: a loss, a metric or a weight that is NaN or infinite ends the run before it is kept.
 
 Looked at where device values are read anyway: metrics at logging steps, and weights before each checkpoint, so that no
 good checkpoint is ever followed, and pruned, by a bad one.
@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from mpl_scale.config import Config
 from mpl_scale.data import Splits
-from mpl_scale.data.plan import SamplePlan
-from mpl_scale.data.streams import Purpose, stream_of
+from mpl_scale.data.samples.plan import SamplePlan
+from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.trainer.phases import Phase

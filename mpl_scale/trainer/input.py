@@ -15,11 +15,11 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
-from mpl_scale.data.joined import with_unlabelled
-from mpl_scale.data.manifest import refuse_other_unlabelled
+from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.resident_parts import decide, refuse_view
+from mpl_scale.data.samples.joined import with_unlabelled
+from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
-from mpl_scale.data.views import evaluation_view
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS

@@ -47,7 +47,7 @@ def main_job(jobs: list[Job]) -> Job:
 
 
 def make_machine(gpu: str, *, calibration: str | None = None, per_node: int | None = None) -> Machine:
-    """The devices that --gpu, --calibration and --nodes mean. ValueError: there are none such."""
+    """The devices that --gpu, --calibration and --nodes name. ValueError: an unknown device or an unreadable file."""
     from mpl_scale.planner.hardware import Reached, find_device, load_calibration
     from mpl_scale.planner.job import Machine
 

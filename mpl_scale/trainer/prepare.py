@@ -82,7 +82,7 @@ def train(
 ) -> dict[str, Any] | None:
     """Run a configuration on the ranks the launcher started.
 
-    Returns the summary, or None if it was asked to stop; the same call then goes on from the saved state.
+    Returns the summary, or None if it was asked to stop; the same call then resumes from the saved state.
 
     Raises:
         ValueError: bad input, before the ranks join where it does not depend on them.
@@ -168,7 +168,7 @@ def _make_trainer(
     writers: Writers,
     stop_requested: Callable[[], bool],
 ) -> Trainer:
-    """A trainer at the start or at its newest checkpoint, and its files opened to go on from there."""
+    """A trainer at the start or at its newest checkpoint, and its files opened to continue from there."""
     phases = plan_phases(run.mpl, resolved.batches, max_steps=options.max_steps)
     for line in (resolved.batches.equation(), *resolved.notes()):
         writers.note(line)

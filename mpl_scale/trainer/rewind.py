@@ -18,7 +18,7 @@ class LossWatch:
     """
 
     def __init__(self, settings: RewindConfig, *, step: int, known: Mapping[str, Any] | None = None) -> None:
-        """step: where the phase begins or goes on. known: what `to_save` gave there, so that a resume knows as much."""
+        """step: where the phase begins or resumes. known: what `to_save` gave there, so that a resume knows as much."""
         self._settings = settings
         self.start_anew(step)
         if known is not None:

@@ -1,6 +1,6 @@
 """The loop: phase after phase, step after step, with what is logged, evaluated and saved on the way.
 
-A run that is asked to stop saves at a step boundary and leaves; the same command goes on from there, and ends with
+A run that is asked to stop saves at a step boundary and leaves; the same command resumes from there, and ends with
 the same weights as a run that was never stopped.
 """
 
@@ -66,7 +66,7 @@ class Trainer:
     _first: int = 0
     _step: int = 0
     _rewinds: int = 0
-    _data_offset: int = 0  # step t of the phase sees the batch of t + so many: what a rewind leaves out
+    _data_offset: int = 0  # step t of the phase sees the batch of t + this: what a rewind leaves out
     _known: dict[str, Any] | None = None  # what the watch over the loss knew at the snapshot
     _watch: LossWatch | None = None
     _state: State | None = None
@@ -193,7 +193,7 @@ class Trainer:
             self.writers.progress.start(phase.name, total=phase.steps, done=step, images_per_step=images)
 
     def _end_of_step(self, phase: Phase, state: State, step: int) -> bool | None:
-        """Evaluate, save, agree to stop. None: go on; True: the phase is over; False: stop."""
+        """Evaluate, save, agree to stop. None: continue; True: the phase is over; False: stop."""
         config, last = self.run.mpl, step == phase.steps
         self._tell("train", phase, step)
         every = config.phases.train.evaluate_every if phase.name == "train" else 0
@@ -219,7 +219,7 @@ class Trainer:
                 self.control.answered(request)
         if stop and not (last and phase is self.phases[-1]):
             self.writers.note(
-                f"stopped as asked after step {step} of {phase.name}; the same command goes on from there"
+                f"stopped as asked after step {step} of {phase.name}; the same command resumes from there"
             )
             return False
         self._tell("train", phase, step)
@@ -237,7 +237,7 @@ class Trainer:
         }
 
     def _tell(self, doing: str, phase: Phase, step: int) -> None:
-        """The heartbeat and the watchdog of what goes on: only training has to end a step in time."""
+        """The heartbeat and the watchdog of what is happening: only training has to end a step in time."""
         if self.heartbeat is not None:
             self.heartbeat.beat(doing, phase=phase.name, step=step, steps=phase.steps, global_step=self.global_step)
         if self.watchdog is None:
@@ -302,7 +302,8 @@ class Trainer:
         if snapshot is None:
             watch.start_anew(step)
             self.writers.note(
-                f"{jumped}, after step {step} of {phase.name}; there is no checkpoint of it from before, so it goes on"
+                f"{jumped}, after step {step} of {phase.name}; there is no earlier checkpoint of it, so training "
+                "continues"
             )
             return step
         self.snapshots.restore(snapshot, state)
@@ -338,9 +339,9 @@ class Trainer:
         state: State,
         step: int,
         *,
-        otherwise: str = "go on with mpl_scale.guard.nonfinite = off",
+        otherwise: str = "continue with mpl_scale.guard.nonfinite = off",
     ) -> NoReturn:
-        """End the run over numbers that are none, its state set aside; the same on every rank."""
+        """End the run over non-finite values, its state set aside; the same on every rank."""
         self._tell("save", phase, step)
         try:
             saved = f"the state is in {self.snapshots.set_aside(phase, state, step=step, global_step=self.global_step)}"
@@ -348,8 +349,8 @@ class Trainer:
             saved = f"the state could not be saved ({error})"
         ids = self._batch_ids(phase, step)
         raise ValueError(
-            f"{', '.join(found)} after step {step} of {phase.name}, whose batch was {ids}; {saved}, no resume takes "
-            f"it; lower the learning rate, look at these images, or {otherwise}"
+            f"{', '.join(found)} after step {step} of {phase.name}, whose batch was {ids}; {saved}, it will not be "
+            f"used for resuming; lower the learning rate, look at these images, or {otherwise}"
         )
 
     def _evaluate(self, phase: Phase, state: State, step: int) -> None:

@@ -36,7 +36,7 @@ from mpl_scale.trainer.phases import Phase
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A verified checkpoint to go on from."""
+    """A verified checkpoint to resume from."""
 
     folder: Path
     index: Index
@@ -60,8 +60,8 @@ class Snapshot:
 class Snapshots:
     """The checkpoints of one run. All methods are collective over the world.
 
-    A save that the disk does not take is tried twice, then said by `warn` (on rank 0), and training goes on: the
-    checkpoints before it are as they were. A save that training must not go on without raises instead.
+    A save that the disk does not take is tried twice, then said by `warn` (on rank 0), and training continues: the
+    checkpoints before it are as they were. A save that training must not continue without raises instead.
     """
 
     def __init__(self, root: Path, settings: CheckpointConfig, mesh: Mesh, *, warn: Callable[[str], None]) -> None:
@@ -137,7 +137,7 @@ class Snapshots:
             self._say(error)
 
     def wait(self) -> None:
-        """Until nothing is in flight."""
+        """Wait until no background save is in flight."""
         in_flight, self._in_flight = self._in_flight, None
         if in_flight is None:
             return
@@ -174,7 +174,7 @@ class Snapshots:
 
     def _say(self, error: CheckpointError) -> None:
         if self._mesh.is_main:
-            self._warn(f"{error}; training goes on, the next checkpoint is tried as usual")
+            self._warn(f"{error}; training continues, the next checkpoint is tried as usual")
 
     def find(self, resume: str) -> Snapshot | None:
         """The checkpoint that --resume means: auto, never, or a folder.

@@ -34,7 +34,7 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
         The number of images.
 
     Raises:
-        ValueError: as load_splits and load_network, or probabilities that are none.
+        ValueError: as load_splits and load_network, or values that are not probabilities.
     """
     choose_numerics(run.mpl, device)[0].apply(torch.device(device))
     mesh, splits = build_mesh(device=torch.device(device)), load_splits(run)

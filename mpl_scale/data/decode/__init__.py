@@ -1,0 +1,1 @@
+"""How an image is seen: views, DALI, resizing, and what takes the place of bad images."""

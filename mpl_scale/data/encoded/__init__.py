@@ -1,0 +1,1 @@
+"""An encoded image: is it one, how large, how turned."""

@@ -1,0 +1,100 @@
+"""Source `arrays`: images.npy, uint8 [N, H, W, 3], and labels.npy, [N], read where they lie.
+
+test_images.npy and test_labels.npy beside them are the test part.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mpl_scale.data.index.format import (
+    ENTRY,
+    Layout,
+    MalformedShard,
+    Refusal,
+    Scan,
+    ScanOptions,
+    Shard,
+    classes_file,
+    existing,
+    register_format,
+)
+
+_LONGEST_HEADER = 4096  # bytes
+_HEADER = re.compile(
+    rb"\x93NUMPY(?:(?P<version>\x01)\0..|[\x02\x03]\0....)\{'descr': '(?P<dtype>[<>|](?:[iu][1248]|f[248]))', "
+    rb"'fortran_order': False, 'shape': \((?P<shape>[0-9, ]{0,100})\), \}",
+    re.DOTALL,
+)
+
+
+@register_format("arrays")
+class Arrays:
+    """One shard per pair of files, named after the images."""
+
+    layout: Layout = "rows"
+
+    def shards(self, root: Path) -> Sequence[Shard]:
+        found = existing(root, [("images.npy", "train"), ("test_images.npy", "test")])
+        if not found or found[0].part != "train":
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, 3] there, and labels.npy"
+            )
+        return found
+
+    def classes(self, root: Path) -> Sequence[str] | None:
+        return classes_file(root)
+
+    def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
+        path = root / shard.name
+        try:
+            images, offset = read_npy(path)
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
+                raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 3]")
+            labels, _ = read_npy(path.with_name(path.name.replace("images", "labels")))
+            if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
+                raise MalformedShard(f"labels.npy holds {labels.dtype} {list(labels.shape)}, not an integer an image")
+        except MalformedShard as error:
+            return Scan(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, f"the whole shard is lost: {error}")])
+        count, height, width, _ = images.shape
+        entries = np.zeros(count, ENTRY)
+        entries["length"] = 3 * height * width
+        entries["offset"] = offset + np.arange(count) * (3 * height * width)
+        entries["label"] = np.clip(labels, -1, 1 << 31).astype(np.int64) - (options.label_offset or 0)
+        entries["height"], entries["width"] = height, width
+        return Scan(entries)
+
+
+def read_npy(path: Path) -> tuple[np.ndarray, int]:
+    """A memory-mapped array of numbers, and the byte at which its data begin.
+
+    The header is matched, not evaluated: numpy's own reader lets Python's parser loose on it.
+
+    Raises:
+        MalformedShard: it cannot be read, holds something else, or is not in C order.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_LONGEST_HEADER)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise MalformedShard(f"'{path.name}' cannot be read: {error.strerror}") from error
+    match = _HEADER.match(head)
+    if match is None:
+        raise MalformedShard(f"'{path.name}' is no .npy file of plain numbers in C order")
+    first = 10 if match["version"] == b"\x01" else 12
+    offset = first + int.from_bytes(head[8:first], "little")
+    shape = tuple(int(side) for side in match["shape"].replace(b",", b" ").split())
+    dtype = np.dtype(match["dtype"].decode())
+    count = math.prod(shape)
+    if not count or len(shape) > 8:
+        raise MalformedShard(f"'{path.name}' holds nothing, or has more than 8 dimensions")
+    if offset < match.end() or offset + count * dtype.itemsize > size:
+        raise MalformedShard(f"'{path.name}' ends before its {count} numbers do")
+    return np.memmap(path, dtype, mode="r", offset=offset, shape=shape), offset

@@ -1,0 +1,100 @@
+"""The part of protocol buffers that a tf.train.Example needs, read without TensorFlow.
+
+Example { features = 1: Features }       Features { feature = 1: map entry { key = 1, value = 2: Feature } }
+Feature { bytes_list = 1 | float_list = 2 | int64_list = 3 }, each with repeated `value = 1`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mpl_scale.data.index.format import MalformedShard
+
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+class Feature(NamedTuple):
+    """The first value of a feature: of bytes where they lie in the record; an integer as it is."""
+
+    span: tuple[int, int] | None = None  # offset and length, bytes
+    integer: int | None = None
+
+
+def read_example(record: bytes) -> dict[str, Feature]:
+    """The features of one serialised Example by name; float features are passed over.
+
+    Raises:
+        MalformedShard: the bytes are no Example; its offset is within the record.
+    """
+    features: dict[str, Feature] = {}
+    for _, start, end in _messages(record, 0, len(record), field=1):
+        for _, entry, entry_end in _messages(record, start, end, field=1):
+            key, value = None, Feature()
+            for number, kind, begin, stop in _fields(record, entry, entry_end):
+                if kind == _BYTES and number == 1:
+                    key = record[begin:stop].decode("utf-8", errors="replace")
+                elif kind == _BYTES and number == 2:
+                    value = _feature(record, begin, stop)
+            if key is not None:
+                features[key] = value
+    return features
+
+
+def _feature(record: bytes, start: int, end: int) -> Feature:
+    for number, kind, begin, stop in _fields(record, start, end):
+        if kind != _BYTES:
+            continue
+        for inner, inner_kind, first, last in _fields(record, begin, stop):
+            if inner != 1:
+                continue
+            if number == 1 and inner_kind == _BYTES:
+                return Feature(span=(first, last - first))
+            if number == 3 and inner_kind in (_VARINT, _BYTES) and last > first:  # plain or packed
+                return Feature(integer=_signed(_varint(record, first, last)[0]))
+    return Feature()
+
+
+def _messages(record: bytes, start: int, end: int, *, field: int) -> Iterator[tuple[int, int, int]]:
+    for number, kind, begin, stop in _fields(record, start, end):
+        if number == field and kind == _BYTES:
+            yield number, begin, stop
+
+
+def _fields(record: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """(number, wire type, first byte, one past the last byte) of each field of a message."""
+    position = start
+    while position < end:
+        tag, position = _varint(record, position, end)
+        number, kind = tag >> 3, tag & 7
+        begin = position
+        if kind == _VARINT:
+            _, position = _varint(record, position, end)
+        elif kind == _BYTES:
+            length, begin = _varint(record, position, end)
+            position = begin + length
+        elif kind == _FIXED64:
+            position += 8
+        elif kind == _FIXED32:
+            position += 4
+        else:
+            raise MalformedShard(f"no tf.train.Example: wire type {kind}", offset=begin)
+        if position > end or number == 0:
+            raise MalformedShard("no tf.train.Example: a field leaves its message", offset=begin)
+        yield number, kind, begin, position
+
+
+def _varint(record: bytes, position: int, end: int) -> tuple[int, int]:
+    value = shift = 0
+    while position < end and shift < 64:
+        byte = record[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value & (1 << 64) - 1, position
+        shift += 7
+    raise MalformedShard("no tf.train.Example: a number does not end", offset=position)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value

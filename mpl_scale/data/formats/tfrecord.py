@@ -1,0 +1,136 @@
+"""Source `tfrecord`: shards of tf.train.Example in Inception's layout, indexed without TensorFlow.
+
+A record is: length (uint64), masked CRC-32C of the length, data, masked CRC-32C of the data. Of an example,
+image/encoded and image/class/label are needed; the label of the first class is 1 by custom (0 is "background").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+
+from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.formats.example import read_example
+from mpl_scale.data.index.format import (
+    Layout,
+    MalformedShard,
+    Scan,
+    ScanBuilder,
+    ScanOptions,
+    Shard,
+    classes_file,
+    find_shards,
+    register_format,
+)
+
+_HEADER = struct.Struct("<QI")
+_NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
+_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\.tfrecords?)?")
+_DATA_CRC = "wrong checksum of the record's data"
+
+
+@register_format("tfrecord")
+class TFRecord:
+    """Inception's layout."""
+
+    layout: Layout = "encoded"
+
+    def shards(self, root: Path) -> Sequence[Shard]:
+        found = find_shards(root, _NAMES, what="TFRecord file (train-00000-of-01024, *.tfrecord)")
+        _refuse_gaps(root, [shard.name for shard in found])
+        return found
+
+    def classes(self, root: Path) -> Sequence[str] | None:
+        return classes_file(root)
+
+    def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
+        builder = ScanBuilder(shard.name)
+        first = 1 if options.label_offset is None else options.label_offset
+        with open(root / shard.name, "rb") as file:
+            try:
+                for offset, record, intact in read_records(file, check_data=options.check_data):
+                    if intact:
+                        _add(builder, offset, record, first=first)
+                    else:
+                        builder.refuse_sample(offset, len(record), _DATA_CRC)
+            except MalformedShard as error:
+                builder.refuse(error.offset, f"the rest of the shard is lost: {error}")
+        return builder.scan()
+
+
+def read_records(file: BinaryIO, *, check_data: bool = True) -> Iterator[tuple[int, bytes, bool]]:
+    """Offset of the data, the data, and whether its checksum is right, for each record.
+
+    Raises:
+        MalformedShard: a header's checksum is wrong, or the file ends inside a record: nothing after it can be found.
+    """
+    size = os.fstat(file.fileno()).st_size
+    position = 0
+    while position < size:
+        header = file.read(_HEADER.size)
+        if len(header) < _HEADER.size:
+            raise MalformedShard("it ends inside a record's header", offset=position)
+        length, crc = _HEADER.unpack(header)
+        if masked_crc32c(header[:8]) != crc:
+            raise MalformedShard("wrong checksum of a record's length", offset=position)
+        start = position + _HEADER.size
+        if start + length + 4 > size:
+            raise MalformedShard(f"it ends inside a record of {length} bytes", offset=position)
+        record, stored = file.read(length), file.read(4)
+        if len(stored) < 4:
+            raise MalformedShard("it became shorter while it was read", offset=position)
+        yield start, record, not check_data or masked_crc32c(record) == int.from_bytes(stored, "little")
+        position = start + length + 4
+
+
+def masked_crc32c(data: bytes) -> int:
+    """CRC-32C as TFRecord stores it: rotated right by 15 bits, plus a constant."""
+    crc: int = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _add(builder: ScanBuilder, offset: int, record: bytes, *, first: int) -> None:
+    """One example: its image's place in the file, its size and its label counted from 0; or why not."""
+    try:
+        features = read_example(record)
+        image, label = features.get("image/encoded"), features.get("image/class/label")
+        if image is None or image.span is None:
+            raise MalformedShard("the example has no image/encoded")
+        if label is None or label.integer is None:
+            raise MalformedShard("the example has no image/class/label")
+        if not 0 <= label.integer - first < 1 << 31:
+            raise MalformedShard(f"label {label.integer} is below label_offset = {first}, or huge")
+        start, length = image.span
+        encoded = record[start : start + length]
+        size = probe(encoded, encoded)
+    except (MalformedShard, UnreadableImage) as error:
+        builder.refuse_sample(offset, len(record), str(error))
+        return
+    text = features.get("image/class/text")
+    if text is not None and text.span is not None and label.integer - first not in builder.class_names:
+        begin, count = text.span
+        builder.class_names[label.integer - first] = record[begin : begin + min(count, 200)].decode(errors="replace")
+    builder.add(offset + start, length, label=label.integer - first, size=size)
+
+
+def _refuse_gaps(root: Path, names: Sequence[str]) -> None:
+    """ValueError where a set of files numbered "N-of-M" is not complete: splits by shard would move unseen."""
+    sets: dict[tuple[str, str, int], set[int]] = {}
+    for name in names:
+        match = _NUMBERED.fullmatch(name)
+        if match:
+            sets.setdefault((match[1], match[4] or "", int(match[3])), set()).add(int(match[2]))
+    for (stem, suffix, count), numbers in sets.items():
+        absent = min(set(range(min(count, len(numbers) + 1))) - numbers, default=None)
+        if absent is not None:
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds {len(numbers)} of the {count} shards '{stem}-*-of-{count:05d}"
+                f"{suffix}'; number {absent} is missing: fetch it, or give another folder the shards you have under "
+                "names that do not promise more"
+            )

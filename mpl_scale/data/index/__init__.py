@@ -1,0 +1,1 @@
+"""The index of a data set: format, reader, writer, building, subsets."""

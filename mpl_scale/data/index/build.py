@@ -1,0 +1,234 @@
+"""Build an index: scan every shard, in parallel, then lay the results behind one another and publish by one rename.
+
+Each scanned shard leaves a part in `OUTPUT.partial/`; a build that was stopped takes up the parts of shards that have
+not changed since. One build at a time per output: others wait, and find it done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpl_scale.config.names import require_known
+from mpl_scale.data.index.format import ENTRY, FORMATS, MOST_CLASSES, Refusal, Scan, ScanOptions, Shard
+from mpl_scale.data.index.reader import IndexedImages, StaleIndex, read_meta
+from mpl_scale.data.index.writer import PartFiles, write_index
+
+Report = Callable[[int, int, int], None]
+"""Called after each shard: shards done, shards in all, images found so far."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build did."""
+
+    folder: Path
+    images: int
+    shards: int
+    reused: int  # shards that an earlier, stopped build had scanned
+    refused: int
+    reasons: Counter[str]  # refusals by kind of reason
+
+
+def build_index(
+    source: str,
+    root: Path,
+    *,
+    output: Path,
+    workers: int = 1,
+    options: ScanOptions | None = None,
+    report: Report = lambda done, total, images: None,
+) -> Built:
+    """Index the data set of format `source` below `root` into the folder `output`, replacing an older index there.
+
+    Args:
+        source: a registered format.
+        root: the data set.
+        output: the index; its parent folder is made.
+        workers: processes.
+        options: settings of the scan.
+        report: progress.
+
+    Raises:
+        ValueError: unknown format, no shards, nothing usable in them, or `output` is something else than an index.
+    """
+    require_known("--source", source, FORMATS)
+    options = options or ScanOptions()
+    root, output = root.expanduser().resolve(), output.expanduser().absolute()
+    if not root.is_dir():
+        raise ValueError(f"'{root}' is no folder; give the one that holds the data set")
+    if output.exists() and not (output / "meta.json").is_file():
+        raise ValueError(f"--output '{output}' is there and is no index; choose another folder, or remove it")
+    shards = FORMATS[source].shards(root)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        partial = output.with_name(f"{output.name}.partial")
+        identity = {"source": source, "root": str(root), "options": asdict(options)}
+        _prepare(partial, identity)
+        reused = _scan_all(source, root, shards, partial, workers=workers, options=options, report=report)
+        images, refused, reasons = write_index(
+            output, partial=partial, shards=shards, identity=identity, source=source, root=root
+        )
+        shutil.rmtree(partial)
+    return Built(output, images, len(shards), reused, refused, reasons)
+
+
+def open_or_build(
+    source: str, root: Path, *, output: Path, workers: int, options: ScanOptions, report: Report
+) -> IndexedImages:
+    """The index at `output`, built first where there is none or the data set has changed. One process builds.
+
+    Raises:
+        ValueError: as build_index.
+    """
+    try:
+        return IndexedImages(output)
+    except ValueError:
+        pass  # none, or stale
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with locked(output.with_name(f"{output.name}.open")):
+        try:
+            return IndexedImages(output)  # another process was faster
+        except ValueError:
+            build_index(source, root, output=output, workers=workers, options=options, report=report)
+    try:
+        return IndexedImages(output)
+    except StaleIndex as error:
+        raise ValueError(f"{error}; or it is being written to right now") from error
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the lock beside `output`; waits for whoever has it. Freed by the system where a process dies."""
+    with open(output.with_name(f".{output.name}.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class _Task(NamedTuple):
+    source: str
+    root: Path
+    number: int
+    shard: Shard
+    partial: Path
+    options: ScanOptions
+
+
+def _prepare(partial: Path, identity: dict[str, Any]) -> None:
+    """An empty folder for the parts, or the one that a stopped build of the same index left."""
+    plan = partial / "plan.json"
+    try:
+        same = json.loads(plan.read_text(encoding="utf-8")) == identity
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        plan.write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _scan_all(
+    source: str,
+    root: Path,
+    shards: Sequence[Shard],
+    partial: Path,
+    *,
+    workers: int,
+    options: ScanOptions,
+    report: Report,
+) -> int:
+    """Leave a part for every shard; returns how many were there already."""
+    tasks = [_Task(source, root, number, shard, partial, options) for number, shard in enumerate(shards)]
+    done, images = 0, 0
+    missing = []
+    for task in tasks:
+        found = PartFiles(partial, task.number).images_of(task.shard, *_identity(root, task.shard))
+        if found is None:
+            missing.append(task)
+        else:
+            done, images = done + 1, images + found
+    reused = done
+    if reused:
+        report(done, len(tasks), images)
+    for found in _scanned(missing, workers):
+        done, images = done + 1, images + found
+        report(done, len(tasks), images)
+    return reused
+
+
+def _scanned(tasks: Sequence[_Task], workers: int) -> Iterator[int]:
+    """The images of each shard, as its scan ends."""
+    if workers == 1 or len(tasks) < 2:
+        yield from map(_scan, tasks)
+        return
+    # A fork of this process may inherit a lock that one of DALI's threads holds, and hang: that was seen. So a server
+    # is started that runs nothing, imports this module once (torch and DALI come with it), and is forked per worker.
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context)
+    try:
+        for future in as_completed([pool.submit(_scan, task) for task in tasks]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise ValueError(
+            "a process of --workers was killed (out of memory?); run the same command again, with fewer: shards that "
+            "are done are not read again"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _scan(task: _Task) -> int:
+    """Scan one shard and leave its part; returns its images."""
+    part = PartFiles(task.partial, task.number)
+    size, mtime_ns = _identity(task.root, task.shard)  # before: a change while it is read makes the index stale
+    try:
+        scan = FORMATS[task.source].scan(task.root, task.shard, options=task.options, unpacked=part.pixels)
+    except OSError as error:
+        reason = f"the whole shard is lost: cannot be read: {error.strerror}"
+        scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
+    _refuse_labels(scan, task.shard, FORMATS[task.source].classes(task.root))
+    part.write(scan, task.shard, size=size, mtime_ns=mtime_ns)
+    return len(scan.entries)
+
+
+def _refuse_labels(scan: Scan, shard: Shard, classes: Sequence[str] | None) -> None:
+    """Refuse the entries whose label is no class."""
+    limit = MOST_CLASSES if classes is None else len(classes)
+    labels = scan.entries["label"]
+    for row in np.flatnonzero((labels < 0) | (labels >= limit)).tolist():
+        reason = f"label {int(labels[row])}, counted from 0, is none of {limit} classes"
+        scan.refusals.append(Refusal(shard.name, int(scan.entries["offset"][row]), reason, row))
+        for field in ("label", "height", "width"):
+            scan.entries[field][row] = 0
+
+
+def _identity(root: Path, shard: Shard) -> tuple[int, int]:
+    """Bytes and modification time of a shard."""
+    try:
+        status = (root / shard.name).stat()
+    except OSError:
+        return -1, -1
+    return status.st_size, status.st_mtime_ns
+
+
+def current(folder: Path, *, source: str, root: Path, options: ScanOptions) -> bool:
+    """Whether the folder holds an up-to-date index of just that."""
+    try:
+        meta = read_meta(folder)
+        IndexedImages(folder)
+    except ValueError:
+        return False
+    return meta["source"] == source and meta["root"] == str(root) and meta["options"] == asdict(options)

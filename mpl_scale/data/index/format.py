@@ -1,0 +1,190 @@
+"""What a data set made of shards looks like to the index: which files, and what is in each.
+
+A format lists its shards in order and scans one of them into arrays; the index (index.py) is these arrays, one behind
+another. A sample's id is its place in that order, so it does not depend on who scanned what when.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from mpl_scale.config.names import Registry
+
+Part = Literal["train", "extra", "test"]
+Layout = Literal["file", "encoded", "rows", "planes"]
+"""How a sample is stored: a file of its own in the shard's folder; a PNG or JPEG file inside the shard; raw RGB pixels
+[H, W, 3]; raw RGB planes [3, H, W]."""
+ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
+MOST_CLASSES = 1 << 20
+"""Without a list of names, labels from here on are taken for damage."""
+_TEST = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
+
+
+class MalformedShard(ValueError):
+    """Why a shard's bytes cannot be read on, and at which byte. The only error a parser raises for bad bytes."""
+
+    def __init__(self, reason: str, *, offset: int = 0) -> None:
+        super().__init__(reason)
+        self.offset = offset
+
+
+class Shard(NamedTuple):
+    """A file of samples, or a folder of files.
+
+    name: relative to the root, with slashes. part: what it is for, of the data set's own parts. label: of all its
+    samples, where a folder stands for a class.
+    """
+
+    name: str
+    part: Part = "train"
+    label: int = 0
+
+
+class Refusal(NamedTuple):
+    """What was not taken. entry: its row in the shard's entries, or None where it has none."""
+
+    file: str
+    offset: int | None
+    reason: str
+    entry: int | None = None
+
+
+@dataclass
+class Scan:
+    """What one shard holds.
+
+    entries: ENTRY [n], in the shard's order. A refused one keeps its row, with label 0 and size 0 x 0.
+    names: layout "file": the samples' file names, encoded, one behind another; name_ends: int64 [n], where each ends.
+    class_names: names that the shard itself gives for some labels.
+    """
+
+    entries: np.ndarray
+    refusals: list[Refusal] = field(default_factory=list)
+    names: bytes = b""
+    name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    class_names: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScanOptions:
+    """Settings that change what a scan finds; part of an index's identity."""
+
+    label_offset: int | None = None
+    """What the first class is called in the files; None: the format's own custom."""
+    check_data: bool = True
+    """Whether checksums of the data are computed, where the format has any."""
+
+
+class Format(Protocol):
+    """A kind of data set that can be indexed."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def shards(self, root: Path) -> Sequence[Shard]:
+        """All shards, in order. Raises ValueError where the folder holds none, with the fix."""
+
+    def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
+        """What the shard holds. What cannot be read is refused, not raised.
+
+        Pixels that cannot be read where they are (compressed ones) are written to the file `unpacked`, [H, W, 3] one
+        behind another; the offsets then refer to it.
+        """
+
+    def classes(self, root: Path) -> Sequence[str] | None:
+        """Names, where the format or a file beside the shards has them; None: taken from the labels found."""
+
+
+FORMATS: Registry[Format] = Registry("data format")
+
+
+def register_format(name: str) -> Callable[[type], type]:
+    """Make a class with the methods of Format, built without arguments, available as `mpl_scale.data.source`."""
+
+    def add(cls: type) -> type:
+        FORMATS[name] = cls()
+        return cls
+
+    return add
+
+
+class ScanBuilder:
+    """Collects a shard's samples one by one."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._rows: list[tuple[int, int, int, int, int]] = []
+        self._refusals: list[Refusal] = []
+        self.class_names: dict[int, str] = {}
+
+    def add(self, offset: int, length: int, *, label: int, size: tuple[int, int]) -> None:
+        """A sample; size is its height and width, pixels."""
+        self._rows.append((offset, length, label, *size))
+
+    def refuse_sample(self, offset: int, length: int, reason: str) -> None:
+        """A sample that keeps its place in the order, but cannot be used."""
+        self._refusals.append(Refusal(self._file, offset, reason, len(self._rows)))
+        self._rows.append((offset, length, 0, 0, 0))
+
+    def refuse(self, offset: int, reason: str) -> None:
+        """Record something that is not a sample."""
+        self._refusals.append(Refusal(self._file, offset, reason))
+
+    def scan(self) -> Scan:
+        """The complete scan."""
+        return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names)
+
+
+def part_of(name: str) -> Part:
+    """The part a shard's name speaks of: "test" where val, valid, validation or test stands in it as a word."""
+    return "test" if _TEST.search(name.lower()) else "train"
+
+
+def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
+    """The files below `root`, at any depth, whose name the regular expression matches; sorted by part, then name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = [
+        Shard(path.relative_to(root).as_posix(), part_of(path.relative_to(root).as_posix()))
+        for path in sorted(root.rglob("*"))
+        if re.fullmatch(pattern, path.name) and not path.name.startswith(".") and path.is_file()
+    ]
+    if not found:
+        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; name the folder of the shards")
+    return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
+
+
+def classes_file(root: Path) -> list[str] | None:
+    """The lines of root/classes.txt, one name per class; None where there is no such file.
+
+    Raises:
+        ValueError: it cannot be read as text, or holds fewer than two names.
+    """
+    path = root / "classes.txt"
+    if not path.exists():
+        return None
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"'{path}' cannot be read: {error}; write one class name a line, in UTF-8") from error
+    if len(names) < 2:
+        raise ValueError(f"'{path}' holds {len(names)} names; write one class name a line, or remove it")
+    return names
+
+
+def named_classes(names: dict[int, str], *, highest: int) -> list[str]:
+    """A name for each label up to `highest`: the given one, or "class N"."""
+    return [names.get(label, f"class {label}") for label in range(highest + 1)]
+
+
+def existing(root: Path, names: Iterable[tuple[str, Part]]) -> list[Shard]:
+    """Those of the named files that are there, in the given order."""
+    return [Shard(name, part) for name, part in names if (root / name).is_file()]

@@ -1,0 +1,201 @@
+"""The files of an index and of its parts: written aside, made durable, published by one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mpl_scale.data.index.format import FORMATS, Refusal, Scan, Shard, named_classes
+from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
+
+
+class _Part(NamedTuple):
+    """A scanned shard, read back."""
+
+    entries: np.ndarray  # ENTRY [n]
+    about: dict[str, Any]
+    files: PartFiles
+
+
+class PartFiles:
+    """What the scan of one shard leaves in the folder of a build."""
+
+    def __init__(self, folder: Path, number: int) -> None:
+        stem = folder / f"{number:06d}"
+        self.entries, self.names, self.ends, self.pixels, self.about = (
+            stem.with_suffix(suffix) for suffix in (".npy", ".names", ".ends.npy", ".pixels", ".json")
+        )
+
+    def write(self, scan: Scan, shard: Shard, *, size: int, mtime_ns: int) -> None:
+        """Write a scan; the .json comes last, by a rename: with it the part is complete."""
+        np.save(self.entries, scan.entries)
+        if scan.names:
+            self.names.write_bytes(scan.names)
+            np.save(self.ends, scan.name_ends)
+        about = {
+            "name": shard.name,
+            "bytes": size,
+            "mtime_ns": mtime_ns,
+            "images": len(scan.entries),
+            "unpacked": self.pixels.exists(),
+            "refusals": scan.refusals,
+            "class_names": scan.class_names,
+        }
+        aside = self.about.with_suffix(".writing")
+        aside.write_text(json.dumps(about), encoding="utf-8")
+        aside.rename(self.about)
+
+    def images_of(self, shard: Shard, size: int, mtime_ns: int) -> int | None:
+        """Images of the part, if it is complete and of this very shard; otherwise None, and its files are removed."""
+        try:
+            about = json.loads(self.about.read_text(encoding="utf-8"))
+            same = (about["name"], about["bytes"], about["mtime_ns"]) == (shard.name, size, mtime_ns)
+            if same and about["unpacked"] == self.pixels.exists():
+                return int(about["images"])
+        except (OSError, ValueError, KeyError):
+            pass
+        for path in (self.about, self.entries, self.names, self.ends, self.pixels):
+            path.unlink(missing_ok=True)
+        return None
+
+    def read(self) -> _Part:
+        """The part of the data set it belongs to."""
+        about = json.loads(self.about.read_text(encoding="utf-8"))
+        return _Part(np.load(self.entries, mmap_mode="r" if about["images"] else None), about, self)
+
+
+def write_index(
+    output: Path, *, partial: Path, shards: Sequence[Shard], identity: dict[str, Any], source: str, root: Path
+) -> tuple[int, int, Counter[str]]:
+    """Lay the parts of all shards behind one another and publish them as an index; memory holds one shard at a time.
+
+    Returns the images, how many were refused, and the refusals by kind of reason.
+
+    Raises:
+        ValueError: no shard holds a usable image.
+    """
+    folder = output.with_name(f"{output.name}.writing")
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "pixels").mkdir(parents=True)
+    parts = [PartFiles(partial, number) for number in range(len(shards))]
+    count = sum(len(part.read().entries) for part in parts)
+    refused, reasons, highest, class_names, first = _write_arrays(folder, parts, count)
+    if count == len(refused):
+        shutil.rmtree(folder)
+        raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
+    classes = FORMATS[source].classes(root) or named_classes(class_names, highest=highest)
+    described = []
+    for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
+        about = part.read().about
+        if about["unpacked"]:
+            part.pixels.rename(folder / pixels_name(number))
+        described.append([shard.name, shard.part, about["bytes"], about["mtime_ns"], about["unpacked"]])
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        **identity,
+        "layout": FORMATS[source].layout,
+        "classes": list(classes),
+        "count": count,
+        "refused": len(refused),
+        "refusals": sum(reasons.values()),
+        "reasons": dict(reasons),
+        "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
+        "shards": described,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    for path in [*files, folder / "meta.json", folder]:
+        sync(path)
+    publish(folder, output)
+    return count, sum(reasons.values()), reasons
+
+
+def _write_arrays(
+    folder: Path, parts: Sequence[PartFiles], count: int
+) -> tuple[np.ndarray, Counter[str], int, dict[int, str], list[str]]:
+    """Refused ids int64 [R], refusals by kind, the highest label, names by label, the first reasons."""
+    arrays = {name: _create(folder / f"{name}.npy", dtype=dtype, count=count) for name, dtype in ARRAYS.items()}
+    named = any(part.names.exists() for part in parts)
+    ends = _create(folder / "name_end.npy", dtype=np.dtype("<i8"), count=count) if named else None
+    refused: list[int] = []
+    reasons: Counter[str] = Counter()
+    first: list[str] = []
+    class_names: dict[int, str] = {}
+    start, name_bytes, highest = 0, 0, 0
+    with open(folder / "refused.jsonl", "w", encoding="utf-8") as lines, open(folder / "name.bin", "wb") as names:
+        for number, part in enumerate(map(PartFiles.read, parts)):
+            rows = slice(start, start + len(part.entries))
+            arrays["shard"][rows] = number
+            for name in ("offset", "length", "label"):
+                arrays[name][rows] = part.entries[name]
+            arrays["size"][rows, 0], arrays["size"][rows, 1] = part.entries["height"], part.entries["width"]
+            if ends is not None and len(part.entries):
+                ends[rows] = name_bytes + np.load(part.files.ends)
+                name_bytes += names.write(part.files.names.read_bytes())
+            for refusal in _refusals(part):
+                sample = None if refusal.entry is None else start + refusal.entry
+                if sample is not None:
+                    refused.append(sample)
+                line = {"file": refusal.file, "offset": refusal.offset, "sample": sample, "reason": refusal.reason}
+                lines.write(json.dumps(line) + "\n")
+                reasons[kind_of(refusal.reason)] += 1
+                if len(first) < 5:
+                    first.append(f"{refusal.file}: {refusal.reason}")
+            class_names = {int(label): text for label, text in part.about["class_names"].items()} | class_names
+            highest = max(highest, int(part.entries["label"].max(initial=0)))
+            start = rows.stop
+    if ends is None:
+        (folder / "name.bin").unlink()
+    ids = np.unique(np.array(refused, np.int64))
+    np.save(folder / "refused.npy", ids)
+    for array in arrays.values():
+        if isinstance(array, np.memmap):
+            array.flush()
+    return ids, reasons, highest, class_names, first
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the values that differ from sample to sample: "label 7 is ..." and "label 8 is ..." are one."""
+    return re.sub(r"'.*?'", "'...'", re.sub(r"\d+", "N", reason))
+
+
+def _refusals(part: _Part) -> Iterator[Refusal]:
+    """In the order of the shard."""
+    return iter(sorted((Refusal(*entry) for entry in part.about["refusals"]), key=lambda refusal: refusal.offset or 0))
+
+
+def _create(path: Path, *, dtype: np.dtype, count: int) -> np.ndarray:
+    """An array on disk to be filled."""
+    shape = (count, 2) if path.stem == "size" else (count,)
+    if not count:
+        np.save(path, np.zeros(shape, dtype))
+        return np.zeros(shape, dtype)
+    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+
+
+def sync(path: Path) -> None:
+    """Wait until the file, or folder, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(folder: Path, output: Path) -> None:
+    """Put the finished index in its place; an older one goes away after that. Open readers keep the files they have."""
+    old = output.with_name(f"{output.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    folder.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Which image, when: splits, order, plans."""

@@ -1,0 +1,89 @@
+"""Two image sets as one: the unlabelled images from an index of their own (JFT beside ImageNet, sections 3.3 and 4)."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.registry import ImageSet
+from mpl_scale.data.samples.splits import Splits
+
+
+@dataclass(frozen=True)
+class JoinedImages:
+    """An ImageSet of `first` with `second` behind it; sample i of `second` has the id len(first) + i.
+
+    Labels and sizes are copied into memory, 16 bytes an image.
+    """
+
+    first: ImageSet
+    second: ImageSet
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [N]; of `second`, whatever its index says: nothing learns from them."""
+        return np.concatenate([self.first.labels, self.second.labels])
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """int32 [N, 2]."""
+        return np.concatenate([self.first.sizes, self.second.sizes])
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names of `first`."""
+        return self.first.classes
+
+    @cached_property
+    def refused(self) -> np.ndarray:
+        """int64 [R], sorted."""
+        return np.concatenate([self.first.refused, self.second.refused + len(self.first)])
+
+    @property
+    def bad(self) -> int:
+        """Refused in either set."""
+        return self.first.bad + self.second.bad
+
+    def read(self, sample: int) -> np.ndarray:
+        """From the set that the sample is of."""
+        images, own = self._of(sample)
+        return images.read(own)
+
+    def name(self, sample: int) -> str:
+        """As the set that the sample is of names it."""
+        images, own = self._of(sample)
+        return images.name(own)
+
+    def refusals(self, most: int) -> Mapping[str, str]:
+        """The first ones, those of `first` before those of `second`."""
+        both = {**self.first.refusals(most), **self.second.refusals(most)}
+        return dict(itertools.islice(both.items(), most))
+
+    def _of(self, sample: int) -> tuple[ImageSet, int]:
+        own = sample - len(self.first)
+        return (self.first, sample) if own < 0 else (self.second, own)
+
+
+def with_unlabelled(splits: Splits, folder: Path) -> Splits:
+    """The splits with all images of an index, instead of their own, as the unlabelled ones.
+
+    Raises:
+        ValueError: `folder` is no index, or its shards have changed.
+    """
+    try:
+        second = IndexedImages(folder, root_setting=None)
+    except ValueError as error:
+        raise ValueError(f"mpl_scale.data.unlabelled_index: {error}") from error
+    first = len(splits.images)
+    ids = np.arange(first, first + len(second), dtype=np.int64)
+    usable = np.delete(ids, second.refused) if len(second.refused) else ids
+    return replace(splits, images=JoinedImages(splits.images, second), unlabelled=usable)

@@ -1,0 +1,1 @@
+"""Choosing unlabelled images: scores, rules, hashes, and the new index."""

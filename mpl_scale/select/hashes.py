@@ -1,0 +1,79 @@
+"""SHA-256 of encoded images: how a test set's images are kept out of the unlabelled set (section 3.3)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from mpl_scale.data.encoded.probe import UnreadableImage
+from mpl_scale.data.index.reader import IndexedImages
+
+_ROWS = 1 << 16  # images hashed between writes
+
+
+def matches(digests: np.ndarray, wanted: frozenset[bytes]) -> np.ndarray:
+    """Which of the SHA-256, uint8 [n, 32], are among the wanted ones; bool [n]."""
+    found = np.zeros(len(digests), bool)
+    if not wanted:
+        return found
+    starts = np.array([int.from_bytes(digest[:8], "little") for digest in wanted], np.uint64)
+    own = np.ascontiguousarray(digests[:, :8]).view("<u8")[:, 0]
+    for row in np.flatnonzero(np.isin(own, starts)):  # few: the others are told apart by 8 bytes
+        found[row] = digests[row].tobytes() in wanted
+    return found
+
+
+def read_hashes(path: Path) -> frozenset[bytes]:
+    """The SHA-256 of a file, 64 hexadecimal digits a line; what follows on the line is passed over.
+
+    Raises:
+        ValueError: a line that has none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--remove {path}: cannot be read: {error}") from error
+    found = set()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            digest = bytes.fromhex(line.split()[0])
+        except ValueError:
+            digest = b""
+        if len(digest) != 32:
+            raise ValueError(f"--remove {path}, line {number}: {line[:80]!r} is no SHA-256 of 64 hexadecimal digits")
+        found.add(digest)
+    return frozenset(found)
+
+
+def write_hashes(index: Path, output: Path, *, root: Path | None = None) -> tuple[int, int]:
+    """Write the SHA-256 of an index's encoded images, one a line in the order of the ids; one process.
+
+    Returns how many were written, and how many images could not be read.
+
+    Raises:
+        ValueError: no index there, or its shards have changed.
+    """
+    images = IndexedImages(index.expanduser(), root=root, root_setting="--root")
+    refused = set(images.refused.tolist())
+
+    def hash_of(sample: int) -> str | None:
+        try:
+            return hashlib.sha256(images.read(sample).data).hexdigest()
+        except UnreadableImage:
+            return None
+
+    lost, aside = len(refused), output.with_name(f".{output.name}.writing")
+    with ThreadPoolExecutor() as threads, open(aside, "w", encoding="utf-8") as file:
+        for start in range(0, len(images), _ROWS):
+            samples = [row for row in range(start, min(start + _ROWS, len(images))) if row not in refused]
+            for digest in threads.map(hash_of, samples):
+                lost += digest is None
+                file.write("" if digest is None else f"{digest}\n")
+    os.replace(aside, output)
+    return len(images) - lost, lost

@@ -1,0 +1,207 @@
+"""Score every image of an index with a network: softmax probabilities of its most probable classes, chunk by chunk.
+
+A chunk is a fixed range of sample ids and leaves one file, scores-NNNNNN.npy, by a rename; so a stopped run resumes
+with the chunks that are missing, on any number of ranks. Batches never cross chunks: what a chunk's file holds does not
+depend on who made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from mpl_scale.config import Config
+from mpl_scale.data import Quarantine
+from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows
+from mpl_scale.data.decode.views import evaluation_view
+from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.normalise import Normalise
+from mpl_scale.select.hashes import matches
+from mpl_scale.select.rules import Scores
+
+_NEAR = 1000
+
+
+class HashedImages(IndexedImages):
+    """An index that keeps the SHA-256 of every encoded image it reads, until it is taken."""
+
+    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+        super().__init__(folder, root=root, root_setting="--root")
+        self._hashes: dict[int, bytes] = {}
+
+    def read(self, sample: int) -> np.ndarray:
+        """As IndexedImages.read; keeps the hash."""
+        encoded = super().read(sample)
+        self._hashes[sample] = hashlib.sha256(encoded.data).digest()
+        return encoded
+
+    def take_hash(self, sample: int) -> bytes:
+        """SHA-256 of an image that was read."""
+        return self._hashes.pop(sample)
+
+
+@dataclass(frozen=True)
+class ScoreFiles:
+    """The chunks of `count` samples, `size` each, and their files in `folder`; `top` classes are kept of each image."""
+
+    folder: Path
+    count: int
+    size: int
+    top: int
+
+    @property
+    def chunks(self) -> int:
+        """Number of chunks."""
+        return -(-self.count // self.size)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a row: classes by falling probability, or -1 throughout where the image could not be read."""
+        fields = [("classes", "<i4", (self.top,)), ("probabilities", "<f4", (self.top,)), ("sha256", "u1", (32,))]
+        return np.dtype(fields)
+
+    def ids(self, chunk: int) -> np.ndarray:
+        """Sample ids of a chunk, int64."""
+        return np.arange(chunk * self.size, min((chunk + 1) * self.size, self.count), dtype=np.int64)
+
+    def missing(self) -> list[int]:
+        """Chunks without a whole file."""
+        return [chunk for chunk in range(self.chunks) if not self._is_whole(chunk)]
+
+    def write(self, chunk: int, rows: np.ndarray) -> None:
+        """Leave the file of a chunk."""
+        path = self._path(chunk)
+        aside = path.with_name(f".{path.name}.writing")
+        with open(aside, "wb") as file:
+            np.save(file, rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+
+    def read(self, chunk: int) -> np.ndarray:
+        """A chunk's rows, memory-mapped."""
+        return np.load(self._path(chunk), mmap_mode="r")
+
+    def scores(self, *, without: frozenset[bytes] = frozenset()) -> Iterator[Scores]:
+        """All chunks, less the images that could not be read and those of the given SHA-256."""
+        for chunk in range(self.chunks):
+            rows = self.read(chunk)
+            kept = np.flatnonzero((rows["classes"][:, 0] >= 0) & ~matches(rows["sha256"], without))
+            yield Scores(self.ids(chunk)[kept], rows["classes"][kept], rows["probabilities"][kept])
+
+    def rows_of(self, ids: np.ndarray) -> np.ndarray:
+        """The rows of some images, int64 [m] ascending."""
+        rows = np.empty(len(ids), self.dtype)
+        bounds = np.searchsorted(ids, np.arange(self.chunks + 1) * self.size)
+        for chunk in range(self.chunks):
+            own = slice(bounds[chunk], bounds[chunk + 1])
+            rows[own] = self.read(chunk)[ids[own] - chunk * self.size]
+        return rows
+
+    def _path(self, chunk: int) -> Path:
+        return self.folder / f"scores-{chunk:06d}.npy"
+
+    def _is_whole(self, chunk: int) -> bool:
+        try:
+            rows = self.read(chunk)
+        except (OSError, ValueError, EOFError):
+            return False
+        return rows.dtype == self.dtype and len(rows) == len(self.ids(chunk))
+
+
+def score_chunks(
+    chunks: Sequence[int],
+    *,
+    files: ScoreFiles,
+    images: HashedImages,
+    module: nn.Module,
+    config: Config,
+    device: torch.device,
+    quarantine: Quarantine,
+    channels_last: bool = False,
+    report: Callable[[int], None] = lambda images: None,
+) -> None:
+    """Leave the files of some chunks. Images are seen as `data.evaluation` says; what the index refused is left out.
+
+    Args:
+        chunks: by number.
+        files: where they go.
+        images: the index.
+        module: the network, on the device, in evaluation mode.
+        config: its `model` and `data` sections are read.
+        device: cpu or cuda.
+        quarantine: where images that cannot be read or decoded are kept.
+        channels_last: memory layout of the images.
+        report: told after each batch how many images are done.
+
+    Raises:
+        ValueError: too many images are bad, or the network gives non-finite values.
+    """
+    data, refused = config.data, images.refused
+    batches = [(chunk, ids) for chunk in chunks for ids in _batches(files, chunk, refused, data.evaluation_batch)]
+
+    def requests() -> Iterator[DecodeRequest]:
+        for chunk, ids in batches:
+            yield [Rows(ids, np.zeros((len(ids), 0)), _substitutes(files, chunk, refused))]
+
+    decoder = DecodePipeline(
+        requests(),
+        images=images,
+        view=evaluation_view(data.evaluation, config.model.image_size),
+        capacity=data.evaluation_batch,
+        device=device,
+        threads=data.threads,
+        prefetch=data.prefetch,
+        quarantine=quarantine,
+        max_pixels=data.max_pixels,
+        channels_last=channels_last,
+    )
+    normalise = Normalise(data, device=device, dtype=torch.float32, channels_last=channels_last)
+    done, position = 0, 0
+    try:
+        for chunk in chunks:
+            rows = np.zeros(len(files.ids(chunk)), files.dtype)
+            rows["classes"] = -1
+            while position < len(batches) and batches[position][0] == chunk:
+                ids = batches[position][1]
+                decoded = decoder.next()
+                classes, probabilities = _most_probable(module, normalise(decoded.views), files.top)
+                good = decoded.samples == ids  # the others are substitutes
+                own = ids[good] - chunk * files.size
+                rows["classes"][own], rows["probabilities"][own] = classes[good], probabilities[good]
+                for row, sample in zip(own.tolist(), ids[good].tolist(), strict=True):
+                    rows["sha256"][row] = np.frombuffer(images.take_hash(sample), np.uint8)
+                done, position = done + len(ids), position + 1
+                report(done)
+            files.write(chunk, rows)
+    finally:
+        decoder.close()
+
+
+def _substitutes(files: ScoreFiles, chunk: int, refused: np.ndarray) -> np.ndarray:
+    """What is decoded in the place of a bad image: the chunk's images, and some before it, since it may be short."""
+    ids = files.ids(chunk)
+    near = np.arange(max(0, int(ids[0]) - _NEAR), int(ids[-1]) + 1, dtype=np.int64)
+    return np.setdiff1d(near, refused, assume_unique=True)
+
+
+def _batches(files: ScoreFiles, chunk: int, refused: np.ndarray, size: int) -> list[np.ndarray]:
+    ids = np.setdiff1d(files.ids(chunk), refused, assume_unique=True)
+    return [ids[start : start + size] for start in range(0, len(ids), size)]
+
+
+@torch.no_grad()
+def _most_probable(module: nn.Module, images: torch.Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 and float32 [n, top], by falling probability."""
+    probabilities = module(images).float().softmax(1)
+    if not torch.isfinite(probabilities).all():
+        raise ValueError("the network's probabilities are NaN; take an earlier checkpoint")
+    best = probabilities.topk(top, dim=1)
+    return best.indices.cpu().numpy(), best.values.cpu().numpy()
