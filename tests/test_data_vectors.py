@@ -17,8 +17,8 @@ from mpl_scale.data import Quarantine, TrainLoader, evaluation_batches, load_ima
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet, resident_vectors
 from mpl_scale.mesh import build_mesh
+from mpl_scale.trainer.data_source import DataSource
 from mpl_scale.trainer.input import check_models, check_names, load_splits
-from mpl_scale.trainer.loading import load_batches
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
@@ -103,9 +103,7 @@ def test_a_step_sees_what_runs_in_memory_see() -> None:
     in_memory = Batches(samples, Views(samples, run.mpl, stream=phase.index), phase, seed=run.mpl.seed)
     mesh, config = build_mesh(device=CPU), run.mpl
     parts = ResidentParts(config.data, splits, image_size=config.model.image_size, device=CPU, quarantine=Quarantine())
-    loader = load_batches(
-        phase, config, splits=splits, mesh=mesh, start_step=0, quarantine=Quarantine(), resident=parts
-    )
+    loader = DataSource(config, splits, mesh, parts).batches(phase, start_step=0)
     for step in range(3):
         expected, found = in_memory(step).tensors(), next(loader).tensors()
         assert expected.keys() == found.keys()

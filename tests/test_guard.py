@@ -12,7 +12,7 @@ from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.config import check, load_config
 from mpl_scale.data import TrainLoader
 from mpl_scale.mesh import build_mesh
-from mpl_scale.trainer.guard import batch_ids
+from mpl_scale.trainer.data_source import batch_ids
 from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train

@@ -23,8 +23,8 @@ from mpl_scale.mpl import METHODS, State
 from mpl_scale.mpl.methods import register_method
 from mpl_scale.mpl.skipping import IN_A_ROW, SKIPPED, SkipNonfinite
 from mpl_scale.trainer import loading
+from mpl_scale.trainer.loss_watch import LossWatch
 from mpl_scale.trainer.prepare import Options, train
-from mpl_scale.trainer.rewind import LossWatch
 from mpl_scale.types import Batch, StepMetrics
 from tests.batches import normalised
 from tests.configs import tiny, write
@@ -186,8 +186,9 @@ def test_a_jump_is_one_when_it_lasts() -> None:
     assert said[:7] == [None] * 7  # 2.5 is high, and alone
     assert said[7] == "student_loss = nan is over 2 times 1.067, its mean of 3 lines"
     assert watch.last_good == 6
-    known = json.loads(json.dumps(watch.to_save()))
-    again = LossWatch(RewindConfig(factor=2.0, window=3, patience=3), step=8, known=known)  # a resume knows as much
+    known = json.loads(json.dumps(watch.state_dict()))
+    again = LossWatch(RewindConfig(factor=2.0, window=3, patience=3), step=8)
+    again.load_state_dict(known)  # a resume knows as much
     assert again({"student_loss": 2.3}, step=9) == "student_loss = 2.3 is over 2 times 1.067, its mean of 3 lines"
     watch.start_anew(4)
     assert watch({"student_loss": float("nan")}, step=5) is None  # no mean yet: it is no part of one either

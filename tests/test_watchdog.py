@@ -72,8 +72,8 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path, how: str) -> None:
     assert expected + f"rank 1 (process {ranks[1].pid} on {os.uname().nodename}), " in said
     assert ("in no collective at " if how == "asleep" else "which gives no sign") in said
     assert "Waiting for it: rank 0, in all_reduce (collective " in said
-    assert "at mpl_scale/trainer/run.py:" in said
-    assert "_agreed_request" in said
+    assert "at mpl_scale/trainer/requests.py:" in said
+    assert "(agreed)" in said
     line = next(line for line in said.splitlines() if "no step ended" in line)
     check_documented(re.sub(r" at mpl_scale/\S+ \(.*?\)", "", line), folder=tmp_path)
     stack = (output / "stacks" / "rank00000.txt").read_text()

@@ -95,7 +95,7 @@ class ResidentParts:
             ValueError: as `decide`.
         """
         self._config, self._splits, self._image_size, self._device = config, splits, image_size, device
-        self._quarantine, self._unlabelled, self._tell = quarantine, unlabelled, tell
+        self._quarantine, self.unlabelled, self._tell = quarantine, unlabelled, tell
         self._vectors = None
         if isinstance(splits.images, VectorSet):
             self._vectors = resident_vectors(splits.images, device)
@@ -105,7 +105,7 @@ class ResidentParts:
     def train(self) -> ResidentImages | None:
         """The labelled images and, where they are needed, the unlabelled ones; None: they are read from files."""
         splits = self._splits
-        lists = [splits.labelled, splits.unlabelled] if self._unlabelled else [splits.labelled]
+        lists = [splits.labelled, splits.unlabelled] if self.unlabelled else [splits.labelled]
         return self._decoded("training", lists, weak_view(self._config.weak, self._image_size))
 
     @cached_property

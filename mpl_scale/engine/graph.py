@@ -3,7 +3,8 @@
 The step is a function of a state that lives in place and of a batch; it reads no device value on the host
 (tests/test_capture_safety.py) and takes no tensor from it (tests/test_meta_step.py). So a batch is copied into fixed
 slots and the captured step replayed: one launch for student update, feedback and teacher update, with ZeRO's
-collectives inside. On a CPU, and during warm-up, the same runner calls the same function on the same slots.
+collectives inside. During warm-up the same function is called on the same slots; where nothing is captured, on the
+batch itself.
 
 A capture executes nothing. One that fails leaves the state as it was, and all ranks run eagerly from there: a
 collective that one rank has in a graph and another calls is not something NCCL promises to match.
@@ -114,7 +115,7 @@ def _end_pool(device: int, pool: tuple[int, int]) -> None:
 
 
 class StepRunner:
-    """Calls a step on static slots, or replays it.
+    """Calls a step, or replays it on static slots.
 
     Args:
         step: of a registered method.
@@ -152,11 +153,13 @@ class StepRunner:
 
     def __call__(self, batch: Batch) -> StepMetrics:
         """Run one step. A replay returns the same tensors each time, with new values."""
+        if not self._capture:
+            return self.step(self._state, batch)
         run = partial(self.step, self._state, self._fill(batch))
         self._calls += 1
-        if self._capture and self._calls <= WARMUP_STEPS:
+        if self._calls <= WARMUP_STEPS:
             return self._graphs.warm_up(run)
-        if self._capture and self._replay is None:
+        if self._replay is None:
             self._record(run)
         if self._replay is None:
             return run()

@@ -7,21 +7,22 @@ good checkpoint is ever followed, and pruned, by a bad one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from mpl_scale.config import Config
-from mpl_scale.data import Splits
-from mpl_scale.data.samples.plan import SamplePlan
-from mpl_scale.data.samples.streams import Purpose, stream_of
+from mpl_scale.checkpoint import CheckpointError
+from mpl_scale.config.schema import GuardConfig
 from mpl_scale.mesh import Mesh
+from mpl_scale.monitor import Writers
 from mpl_scale.mpl import State
-from mpl_scale.trainer.phases import Phase
-
-_SHOWN_IDS = 8
+from mpl_scale.mpl.skipping import IN_A_ROW
+from mpl_scale.trainer.phase_run import PhaseRun, Record
+from mpl_scale.trainer.snapshots import Snapshots
+from mpl_scale.trainer.vitals import Vitals
 
 
 def nonfinite_metrics(values: Mapping[str, float]) -> list[str]:
@@ -44,30 +45,54 @@ def nonfinite_weights(state: State, *, mesh: Mesh) -> list[str]:
     return [f"the weights of {name}" for name, count in zip(held, bad.tolist(), strict=True) if count]
 
 
-def batch_ids(phase: Phase, *, config: Config, splits: Splits, step: int) -> str:
-    """The global batch after which `step` steps of the phase were done: "labelled 5, 9, ...; unlabelled ...".
+@dataclass
+class Guard:
+    """What a run does about non-finite values, as `mpl_scale.guard` says; all of it is the same on every rank."""
 
-    Sample ids as the source numbers them, before a file that cannot be read is replaced by another.
-    """
-    kinds = (
-        ("labelled", splits.labelled, phase.labelled, Purpose.LABELLED_ORDER),
-        ("unlabelled", splits.unlabelled, phase.unlabelled, Purpose.UNLABELLED_ORDER),
-    )
-    said = []
-    for kind, ids, batch, purpose in kinds:
-        if not batch:
-            continue
-        stream = stream_of(purpose, phase.index)
-        plan = SamplePlan(
-            ids,
-            batch=batch,
-            rows=np.arange(batch, dtype=np.int64),
-            columns=0,  # the views do not matter here
-            seed=config.seed,
-            order_stream=stream,
-            view_stream=stream,
+    settings: GuardConfig
+    mesh: Mesh
+    snapshots: Snapshots
+    writers: Writers
+    vitals: Vitals
+    record: Record
+
+    def check_metrics(self, run: PhaseRun, values: Mapping[str, float]) -> None:
+        """Stop the run over a metric (`nonfinite: stop`), or over too many skipped steps in a row (`skip`)."""
+        if run.skipping is not None:
+            self._tell_skipped(run, run.skipping.news(), in_a_row=values[IN_A_ROW])
+        elif self.settings.nonfinite == "stop" and (found := nonfinite_metrics(values)):
+            self.refuse(run, found)
+
+    def check_weights(self, run: PhaseRun) -> None:
+        """Stop the run over a weight, before it is saved."""
+        if self.settings.nonfinite == "stop" and (found := nonfinite_weights(run.state, mesh=self.mesh)):
+            self.refuse(run, found)
+
+    def refuse(
+        self,
+        run: PhaseRun,
+        found: Sequence[str],
+        *,
+        otherwise: str = "continue with mpl_scale.guard.nonfinite = off",
+    ) -> NoReturn:
+        """Set the state aside and end the run with a ValueError that names the batch."""
+        self.vitals.tell("save", run)
+        try:
+            folder = self.snapshots.set_aside(run.phase, run.state, step=run.step, global_step=self.record.global_step)
+            saved = f"the state is in {folder}"
+        except CheckpointError as error:
+            saved = f"the state could not be saved ({error})"
+        raise ValueError(
+            f"{', '.join(found)} after step {run.step} of {run.phase.name}, whose batch was {run.batch_ids(run.step)}; "
+            f"{saved}, it will not be used for resuming; lower the learning rate, look at these images, or {otherwise}"
         )
-        drawn = plan.draw(step - 1).ids
-        more = f" and {len(drawn) - _SHOWN_IDS} more" if len(drawn) > _SHOWN_IDS else ""
-        said.append(f"{kind} {', '.join(map(str, drawn[:_SHOWN_IDS]))}{more}")
-    return "; ".join(said)
+
+    def _tell_skipped(self, run: PhaseRun, numbers: Sequence[int], *, in_a_row: float) -> None:
+        for number in numbers:
+            self.writers.note(
+                f"step {number + 1} of {run.phase.name} is skipped: it has NaN or infinity; its batch was "
+                f"{run.batch_ids(number + 1)}"
+            )
+        if in_a_row >= self.settings.max_skipped:
+            most = f"mpl_scale.guard.max_skipped = {self.settings.max_skipped}"
+            self.refuse(run, [f"{in_a_row:.0f} steps in a row had NaN or infinity ({most})"])

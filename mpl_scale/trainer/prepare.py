@@ -6,9 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +15,9 @@ import torch.distributed as dist
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import RunConfig
-from mpl_scale.data import Quarantine, Splits, check_batches
-from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
+from mpl_scale.data import Splits, check_batches
+from mpl_scale.mesh import adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
-    ControlFiles,
-    Heartbeat,
     MetricsWriter,
     Progress,
     Writers,
@@ -34,7 +30,7 @@ from mpl_scale.monitor import (
 )
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
-from mpl_scale.trainer.gauge import Gauge
+from mpl_scale.trainer.components import Options, Prepared, build_trainer
 from mpl_scale.trainer.input import (
     check_models,
     check_names,
@@ -44,10 +40,9 @@ from mpl_scale.trainer.input import (
     record_splits,
 )
 from mpl_scale.trainer.lock import lock_output
-from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.run import Trainer
-from mpl_scale.trainer.snapshots import Snapshots
-from mpl_scale.trainer.watchdog import Watchdog
+
+__all__ = ["Options", "train"]
 
 SHOWN = (
     "student_loss",
@@ -62,19 +57,6 @@ SHOWN = (
 """Metrics of the progress line."""
 LOCK_PATIENCE = 300.0
 """Seconds to wait for another run to leave the output folder."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """The command line beside the config.
-
-    resume: auto, never, or a checkpoint's folder. calibration: a file of measured rates, to plan the time of a step.
-    """
-
-    output: Path
-    resume: str = "auto"
-    max_steps: int | None = None
-    calibration: str | None = None
 
 
 def train(
@@ -147,9 +129,9 @@ def _run(
         finished = on_main(mesh, enter)
         if finished is not None:
             return finished
-        trainer = _make_trainer(run, options, resolved, splits, mesh, writers, stop_requested)
-        if trainer.watchdog is not None:
-            held.callback(trainer.watchdog.close)
+        trainer = build_trainer(Prepared(run, options, resolved, splits, mesh, writers), stop_requested=stop_requested)
+        held.callback(trainer.vitals.close)
+        _resume(trainer, options, splits)
         if not trainer.train():
             return None
         summary = {"config_hash": fingerprint, **_summary(trainer), "cost": trainer.gauge.report()}
@@ -159,42 +141,14 @@ def _run(
         return summary
 
 
-def _make_trainer(
-    run: RunConfig,
-    options: Options,
-    resolved: Resolved,
-    splits: Splits,
-    mesh: Mesh,
-    writers: Writers,
-    stop_requested: Callable[[], bool],
-) -> Trainer:
-    """A trainer at the start or at its newest checkpoint, and its files opened to continue from there."""
-    phases = plan_phases(run.mpl, resolved.batches, max_steps=options.max_steps)
-    for line in (resolved.batches.equation(), *resolved.notes()):
+def _resume(trainer: Trainer, options: Options, splits: Splits) -> None:
+    """Put a trainer at its newest checkpoint, if there is one, and open the run's files to continue from there."""
+    config, writers, mesh = trainer.config, trainer.writers, trainer.mesh
+    for line in (trainer.resolved.batches.equation(), *trainer.resolved.notes()):
         writers.note(line)
-    if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
-        writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
-    snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint, mesh, warn=writers.note)
-    trainer = Trainer(
-        run=run,
-        splits=splits,
-        phases=phases,
-        mesh=mesh,
-        writers=writers,
-        snapshots=snapshots,
-        stop_requested=stop_requested,
-        resolved=resolved,
-        gauge=Gauge(run, resolved, mesh, options.calibration),
-        control=ControlFiles(options.output) if mesh.is_main else None,
-        heartbeat=Heartbeat(options.output) if mesh.is_main else None,
-        watchdog=_watchdog(run, options, mesh),
-        quarantine=Quarantine(
-            max_fraction=run.mpl.data.max_bad_fraction,
-            path=options.output / f"quarantine-rank{mesh.rank}.jsonl",
-            warn=writers.note,
-        ),
-    )
-    snapshot = snapshots.find(options.resume)
+    if config.mpl.phases.teacher_warmup.steps and trainer.phases[0].name != "teacher_warmup":
+        writers.note(f"phases.teacher_warmup is ignored: method {config.mpl.method.name} has no teacher")
+    snapshot = trainer.snapshots.find(options.resume)
     if snapshot is not None:
         value_on_main(mesh, partial(check_resumed, splits, snapshot.folder))
         trainer.restore(snapshot)
@@ -203,28 +157,22 @@ def _make_trainer(
         (options.output / "DONE").unlink(missing_ok=True)
         for line in record_splits(splits, options.output):
             writers.note(line)
-        (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
-        resume_step = None if snapshot is None else trainer.global_step
+        (options.output / "config.json").write_text(json.dumps(config.resolved(), indent=2) + "\n")
+        resume_step = None if snapshot is None else trainer.record.global_step
         writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
-        writers.monitor = _deepspeed_monitor(run)
-    return trainer
-
-
-def _watchdog(run: RunConfig, options: Options, mesh: Mesh) -> Watchdog | None:
-    seconds = run.mpl.guard.hang_seconds
-    return None if seconds is None else Watchdog(options.output, seconds=seconds, mesh=mesh)
+        writers.monitor = _deepspeed_monitor(config)
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
-    run, device, resolved = trainer.run, trainer.mesh.device, trainer.resolved
+    config, device, resolved = trainer.config, trainer.mesh.device, trainer.resolved
     return {
         "command": command(),
-        "config": str(run.path),
-        "method": run.mpl.method.name,
-        "seed": run.mpl.seed,
-        "results": trainer.results,
-        "steps": trainer.global_step,
-        "seconds": round(trainer.elapsed(), 3),
+        "config": str(config.path),
+        "method": config.mpl.method.name,
+        "seed": config.mpl.seed,
+        "results": trainer.record.results,
+        "steps": trainer.record.global_step,
+        "seconds": round(trainer.record.seconds(), 3),
         "ranks": trainer.mesh.world,
         "width": trainer.mesh.width,
         "zero_stage": resolved.stage,

@@ -1,51 +1,69 @@
-"""When a loss has jumped and does not come back (`guard.rewind`): the trainer then goes back to a checkpoint."""
+"""Going back to a checkpoint from before the loss jumped (`guard.rewind`)."""
 
 from __future__ import annotations
 
-import math
-import statistics
-from collections import deque
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
 from mpl_scale.config.schema import RewindConfig
+from mpl_scale.monitor import Writers
+from mpl_scale.mpl.skipping import IN_A_ROW
+from mpl_scale.trainer.checkpointer import Checkpointer
+from mpl_scale.trainer.guard import Guard
+from mpl_scale.trainer.phase_run import PhaseRun, Record
+from mpl_scale.trainer.snapshots import Snapshots
+from mpl_scale.trainer.vitals import Vitals
 
 
-class LossWatch:
-    """Watches the logged loss of a phase; the same on every rank, as logged values are.
+@dataclass
+class Rewinder:
+    """settings: None: off."""
 
-    last_good: the step of the last line that was not high.
-    """
+    settings: RewindConfig | None
+    snapshots: Snapshots
+    checkpointer: Checkpointer
+    guard: Guard
+    writers: Writers
+    vitals: Vitals
+    record: Record
 
-    def __init__(self, settings: RewindConfig, *, step: int, known: Mapping[str, Any] | None = None) -> None:
-        """step: where the phase begins or resumes. known: what `to_save` gave there, so that a resume knows as much."""
-        self._settings = settings
-        self.start_anew(step)
-        if known is not None:
-            self._lines.extend(known["lines"])
-            self._high, self.last_good = known["high"], known["last_good"]
+    def rewind(self, run: PhaseRun, values: Mapping[str, float] | None) -> bool:
+        """Go back where the loss of a logged line has jumped; whether the run is at an earlier step now."""
+        if run.watch is None or values is None or values.get(IN_A_ROW):  # a skipped step says nothing of the loss
+            return False
+        jumped = run.watch(values, step=run.step)
+        return jumped is not None and self._go_back(run, jumped)
 
-    def start_anew(self, step: int) -> None:
-        """Forget all lines."""
-        self._lines: deque[float] = deque(maxlen=self._settings.window)
-        self._high, self.last_good = 0, step
-
-    def to_save(self) -> dict[str, Any]:
-        """What it knows, as plain JSON."""
-        return {"lines": list(self._lines), "high": self._high, "last_good": self.last_good}
-
-    def __call__(self, values: Mapping[str, float], *, step: int) -> str | None:
-        """Take a line in; what has jumped, in words, once it is high for `patience` lines."""
-        name, settings = "student_loss" if "student_loss" in values else "teacher_loss", self._settings
-        loss, mean = values[name], statistics.fmean(self._lines) if len(self._lines) == settings.window else 0.0
-        if not mean and not math.isfinite(loss):  # nothing to compare with, and no part of a mean
-            return None
-        if not mean or loss <= settings.factor * mean:  # NaN is high
-            self._lines.append(loss)
-            self._high, self.last_good = 0, step
-            return None
-        self._high += 1
-        if self._high < settings.patience:
-            return None
-        normal = f"{settings.factor:g} times {mean:.4g}, its mean of {settings.window} lines"
-        return f"{name} = {loss:.4g} is over {normal}"
+    def _go_back(self, run: PhaseRun, jumped: str) -> bool:
+        """False: there is no earlier checkpoint of the phase."""
+        settings, watch, step = self.settings, run.watch, run.step
+        assert settings is not None
+        assert watch is not None
+        if run.rewinds >= settings.max_rewinds:
+            used = f"mpl_scale.guard.rewind.max_rewinds = {settings.max_rewinds} used up,"
+            self.guard.refuse(run, [f"{jumped}, with {used}"], otherwise="set mpl_scale.guard.rewind = null")
+        self.vitals.tell("save", run)
+        snapshot = self.snapshots.go_back(run.phase, step=watch.last_good)
+        if snapshot is None:
+            watch.start_anew(step)
+            self.writers.note(
+                f"{jumped}, after step {step} of {run.phase.name}; there is no earlier checkpoint of it, so training "
+                "continues"
+            )
+            return False
+        self.snapshots.restore(snapshot, run.state)
+        again = step - snapshot.step
+        run.rewinds += 1
+        run.data_offset += again if settings.skip_batches else 0
+        self.record.global_step -= again
+        self.writers.go_back(global_step=self.record.global_step)
+        watch.start_anew(snapshot.step)
+        run.seek(snapshot.step)
+        images = "the images that follow" if settings.skip_batches else "the same images"
+        self.writers.note(
+            f"{jumped}, after step {step} of {run.phase.name}; back to {snapshot.folder}, step {snapshot.step}, and on "
+            f"with {images} (rewind {run.rewinds} of {settings.max_rewinds})"
+        )
+        self.checkpointer.save_again(run)
+        self.vitals.tell("train", run)
+        return True

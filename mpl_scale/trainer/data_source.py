@@ -1,0 +1,90 @@
+"""Where the batches of every phase come from: files or the resident set, through one loader."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mpl_scale.augment import StrongView
+from mpl_scale.config import Config
+from mpl_scale.data import Quarantine, Splits, StrongViewFunction, TrainLoader
+from mpl_scale.data.prefetch import Prefetcher
+from mpl_scale.data.resident_parts import ResidentParts
+from mpl_scale.data.samples.plan import SamplePlan
+from mpl_scale.data.samples.streams import Purpose, stream_of
+from mpl_scale.data.vectors import Jitter, VectorSet
+from mpl_scale.mesh import Mesh
+from mpl_scale.spatial import input_columns
+from mpl_scale.trainer.phases import Phase
+
+_SHOWN_IDS = 8
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """The data of a run on this rank. channels_last: memory layout of the images."""
+
+    config: Config
+    splits: Splits
+    mesh: Mesh
+    resident: ResidentParts
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    channels_last: bool = False
+
+    def batches(self, phase: Phase, *, start_step: int) -> Prefetcher:
+        """The global batches of a phase from a step on, this rank's rows of them."""
+        config, mesh = self.config, self.mesh
+        loader = TrainLoader(
+            config=config.data,
+            splits=self.splits,
+            image_size=config.model.image_size,
+            labelled_batch=phase.labelled,
+            unlabelled_batch=phase.unlabelled,
+            mesh=mesh,
+            seed=config.seed,
+            stream=phase.index,
+            start_step=start_step,
+            strong_view=strong_view(phase, config, self.splits),
+            columns=input_columns(config.model.image_size, mesh.width),
+            channels_last=self.channels_last,
+            quarantine=self.quarantine,
+            resident=self.resident.train,
+        )
+        return Prefetcher(loader, mesh.device)
+
+
+def strong_view(phase: Phase, config: Config, splits: Splits) -> StrongViewFunction:
+    """What makes the strong view of a phase."""
+    if isinstance(splits.images, VectorSet):
+        return Jitter(seed=config.seed, stream=phase.index, deviation=config.data.jitter)
+    return StrongView(config.data.strong, seed=config.seed, stream=phase.index, candidates=splits.unlabelled)
+
+
+def batch_ids(phase: Phase, *, config: Config, splits: Splits, step: int) -> str:
+    """The global batch after which `step` steps of the phase were done: "labelled 5, 9, ...; unlabelled ...".
+
+    Sample ids as the source numbers them, before a file that cannot be read is replaced by another.
+    """
+    kinds = (
+        ("labelled", splits.labelled, phase.labelled, Purpose.LABELLED_ORDER),
+        ("unlabelled", splits.unlabelled, phase.unlabelled, Purpose.UNLABELLED_ORDER),
+    )
+    said = []
+    for kind, ids, batch, purpose in kinds:
+        if not batch:
+            continue
+        stream = stream_of(purpose, phase.index)
+        plan = SamplePlan(
+            ids,
+            batch=batch,
+            rows=np.arange(batch, dtype=np.int64),
+            columns=0,  # the views do not matter here
+            seed=config.seed,
+            order_stream=stream,
+            view_stream=stream,
+        )
+        drawn = plan.draw(step - 1).ids
+        more = f" and {len(drawn) - _SHOWN_IDS} more" if len(drawn) > _SHOWN_IDS else ""
+        said.append(f"{kind} {', '.join(map(str, drawn[:_SHOWN_IDS]))}{more}")
+    return "; ".join(said)

@@ -1,0 +1,39 @@
+"""What a run is asked for while it trains, by signals and by control files: agreed over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from mpl_scale.mesh import Mesh
+from mpl_scale.monitor import ControlFiles, Request
+from mpl_scale.trainer.phase_run import PhaseRun
+
+
+@dataclass
+class Requests:
+    """stop_requested: asked on every rank. control: on rank 0 only. every: steps between questions on a GPU."""
+
+    mesh: Mesh
+    stop_requested: Callable[[], bool]
+    control: ControlFiles | None
+    every: int
+
+    def agreed(self, run: PhaseRun) -> Request:
+        """The most that any rank is asked for. On GPUs only now and then, because the answer waits for the device."""
+        if self.mesh.device.type == "cuda" and run.step % self.every:
+            return Request.NONE
+        own = Request.STOP if self.stop_requested() else self.control() if self.control is not None else Request.NONE
+        if self.mesh.world_group is None:
+            return own
+        asked = torch.tensor(float(own), device=self.mesh.device)
+        dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world_group)
+        return Request(int(asked.item()))
+
+    def answered(self, request: Request) -> None:
+        """The state is saved."""
+        if self.control is not None and request:
+            self.control.answered(request)
