@@ -18,7 +18,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
 from mpl_scale.data.probe import DecodeError
-from mpl_scale.data.views import View
+from mpl_scale.data.views import View, decoding_steps
 
 _INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 _STEP_TYPES = {  # of views.Placement: type, and dimensions per image
@@ -58,7 +58,7 @@ class Graph:
         self._pipeline: Any = _views(
             source,
             view=view,
-            steps=view.decoding_steps(resizes=resizes),
+            steps=decoding_steps(view, resizes=resizes),
             resizes=resizes,
             decoder=_decoder(device),
             batch_size=capacity,

@@ -23,7 +23,7 @@ from mpl_scale.data.quarantine import Quarantine
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.resize import Resizer
 from mpl_scale.data.structure import check_structure
-from mpl_scale.data.views import Placement, View
+from mpl_scale.data.views import Placement, View, decoding_steps
 
 if TYPE_CHECKING:
     from mpl_scale.data.dali import Graph
@@ -106,7 +106,7 @@ class DecodePipeline:
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
         self._dali_resizes = device.type == "cuda" if dali_resizes is None else dali_resizes
-        self._steps = view.decoding_steps(resizes=self._dali_resizes)
+        self._steps = decoding_steps(view, resizes=self._dali_resizes)
         self._resizer = Resizer(view, threads=threads, layout=self._layout)
         # One thread, so that one batch at a time is worked on; while it has failed, nothing is.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode") if device.type == "cpu" else None
