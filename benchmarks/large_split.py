@@ -24,7 +24,8 @@ from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.mesh import Mesh, build_mesh, choose_device, start_process_group
-from mpl_scale.models import Pass, build_model, within
+from mpl_scale.models import Pass, build_model
+from mpl_scale.models.passes import within
 from mpl_scale.spatial import input_columns, parallelize, traffic
 
 

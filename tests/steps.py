@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
 from mpl_scale.config.schema import DataConfig, FeedbackConfig, MethodConfig, ModelConfig, NetworkConfig, OptimConfig
@@ -20,6 +21,21 @@ from mpl_scale.spatial import input_columns, parallelize
 from mpl_scale.types import Batch
 
 CLASSES, STEPS = 7, 20
+CPU = torch.device("cpu")
+on_each_device = pytest.mark.parametrize(
+    "device",
+    [
+        CPU,
+        pytest.param(
+            torch.device("cuda", 0),
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; cpu is its twin"),
+            ],
+        ),
+    ],
+    ids=lambda device: device.type,
+)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpl_scale.config.schema import DataConfig, FeedbackConfig, ModelConfig, NetworkConfig, OptimConfig
@@ -104,6 +105,8 @@ def live_storages() -> dict[int, int]:
     gc.collect()
     found = {}
     for thing in gc.get_objects():
+        if isinstance(thing, FakeTensor):  # the compiler's, without memory
+            continue
         if isinstance(thing, torch.Tensor) and thing.untyped_storage().nbytes():
             found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
     return found

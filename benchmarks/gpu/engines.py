@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu.parts import Part, Result, Setting, first_line
+from benchmarks.gpu.parts import Part, Result, Setting, first_line, start
 from benchmarks.gpu.steps import Case
 from benchmarks.timing import interleave, ratios
 from benchmarks.workload import Workload, make_workload, synthetic_batch
@@ -54,10 +53,7 @@ def _weights(setting: Setting, *, backend: str, world: int) -> dict[str, dict[st
     """
     folder = setting.folder / f"{backend}-{world}"
     folder.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    ranks = [context.Process(target=_rank, args=(setting, folder, backend, rank, world)) for rank in range(world)]
-    for process in ranks:
-        process.start()
+    ranks = [start(_rank, setting, folder, backend, rank, world) for rank in range(world)]
     for process in ranks:
         process.join(PATIENCE)
     for process in ranks:
@@ -77,7 +73,8 @@ def _rank(setting: Setting, folder: Path, backend: str, rank: int, world: int) -
         Numerics(tf32=False).apply(device)
         dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
         case = Case("digits_cnn", 8, 8, 3)
-        run = _sharded(case.config(replace(setting, device="cpu"), graph="off", kernels="eager"), stage=2)  # cpu: fp32
+        run = case.config(replace(setting, device="cpu"), graph="off", kernels="eager", tf32=False)  # cpu: fp32
+        run = _sharded(run, stage=2)
         load = make_workload(run, device=device)
         alone = replace(load.mesh, rank=0, world=1, data=1, data_index=0)
         batch = synthetic_batch(run, load.phase, alone).split(world)[rank]

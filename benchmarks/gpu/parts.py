@@ -129,10 +129,7 @@ def run_apart(part: Part, setting: Setting, *, log: Path, method: Method = "fork
 
 def _serve(part: Part, setting: Setting, log: Path) -> None:
     os.setpgid(0, 0)
-    with log.open("w") as file:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(file.fileno(), stream.fileno())
+    _print_into(log)
     if setting.device == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     result = run_here(part, setting)
@@ -140,6 +137,34 @@ def _serve(part: Part, setting: Setting, log: Path) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(0)  # the result is written: libraries that abort when they are unloaded do not matter
+
+
+def start(function: Callable[..., None], *arguments: Any, log: Path | None = None) -> multiprocessing.Process:
+    """A process of a part that runs, started as the part was, and ended with it.
+
+    Args:
+        function: must pickle.
+        arguments: its own.
+        log: where what it prints goes; None: where the part's does.
+    """
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=_beside, args=(os.getpgrp(), log, function, arguments))
+    process.start()
+    return process  # type: ignore[return-value]
+
+
+def _beside(group: int, log: Path | None, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    os.setpgid(0, group)
+    if log is not None:
+        _print_into(log)
+    function(*arguments)
+
+
+def _print_into(log: Path) -> None:
+    with log.open("w") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
 
 
 def preload(modules: Sequence[str]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
+import runpy
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 
 from benchmarks.calibrate import measure
-from benchmarks.gpu.parts import Part, Result, Setting
+from benchmarks.gpu.parts import Part, Result, Setting, start
 from benchmarks.report import ROOT, write
 from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.config.schema import DataConfig, ParallelConfig
@@ -27,13 +28,11 @@ CALIBRATION = "calibration.json"
 GPU_SCALE = 8
 """What calibrate multiplies its sizes by on a GPU: 1 GB lines, products of 8192 x 8192."""
 NETWORKS = ("teacher", "student", "ema", "state")
-DALI = () if "resident" in DataConfig.model_fields else ("nvidia.dali",)
-"""A resident set is decoded without it."""
 
 
 def parts(tiny: bool) -> list[Part]:
     """In order of worth."""
-    return [Part("calibrate", calibrate, 60), Part("real_run", real_run, 150, needs=DALI, joins=False)]
+    return [Part("calibrate", calibrate, 60), Part("real_run", real_run, 150, joins=False)]
 
 
 def calibrate(setting: Setting) -> Result:
@@ -44,27 +43,41 @@ def calibrate(setting: Setting) -> Result:
 
 
 def real_run(setting: Setting) -> Result:
-    """Generated images of CIFAR's size, resident where a run can; SIGKILL between two checkpoints; resume."""
+    """SIGKILL between two checkpoints, and resume; images of CIFAR's size, resident where a run can have them so."""
     steps, every = (48, 8) if setting.tiny else (400, 80)
-    config = _config(setting, steps=steps, every=every)
+    data, raw = _images(setting) if _has_dali() else _vectors()
+    config = _shortened(raw, setting, steps=steps, every=every)
     began = time.perf_counter()
-    whole = _Run(config, setting.folder / "whole")
-    result: Result = {"steps": steps, "checkpoint_every": every, "whole": whole.finished(), "resident": not DALI}
+    whole = _Run(config, setting.folder / "whole", setting.device)
+    result: Result = {"data": data, "steps": steps, "checkpoint_every": every, "whole": whole.finished()}
     result["whole"]["seconds_in_all"] = time.perf_counter() - began
     setting.keep(result)
-    killed = _Run(config, setting.folder / "killed")
+    killed = _Run(config, setting.folder / "killed", setting.device)
     result["killed_after_step"] = killed.kill_after(every + every // 2)
-    resumed = _Run(config, setting.folder / "killed")
+    resumed = _Run(config, setting.folder / "killed", setting.device)
     result["resumed"] = resumed.finished()
     result |= _differences(_weights(whole.output), _weights(killed.output))
     return result
 
 
-def _config(setting: Setting, *, steps: int, every: int) -> Path:
+def _has_dali() -> bool:
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError:
+        return False
+    return True
+
+
+def _vectors() -> tuple[str, dict[str, Any]]:
+    """What a run is that decodes nothing."""
+    return "two_moons, because DALI is not installed", json.loads((ROOT / "ds_configs/two_moons.json").read_text())
+
+
+def _images(setting: Setting) -> tuple[str, dict[str, Any]]:
     """The paper's CIFAR-10 setting on images made here; at toy size the digits' networks."""
     raw = json.loads((ROOT / "ds_configs/cifar10_4k.json").read_text())
     section, size, count = raw["mpl_scale"], *((8, 80) if setting.tiny else (32, 10_000))
-    raw |= {"train_batch_size": 4 if setting.tiny else 128, "bf16": {"enabled": setting.device == "cuda"}}
+    raw["train_batch_size"] = 4 if setting.tiny else 128
     _write_images(setting.folder / "images", size=size, count=count)
     if setting.tiny:
         section["model"] |= {"teacher": {"name": "digits_cnn"}, "student": {"name": "digits_cnn"}}
@@ -77,12 +90,20 @@ def _config(setting: Setting, *, steps: int, every: int) -> Path:
         "unlabelled_ratio": 3 if setting.tiny else 7,
     }
     section["data"]["weak"]["pad"] = size // 8
+    resident = "resident" in DataConfig.model_fields
+    if resident:
+        section["data"]["resident"] = "on"
+    return f"{count} generated images of {size}x{size}{', resident' if resident else ''}", raw
+
+
+def _shortened(raw: dict[str, Any], setting: Setting, *, steps: int, every: int) -> Path:
+    """The configuration's main phase alone, so that the last checkpoint has both networks."""
+    section = raw["mpl_scale"]
+    raw["bf16"] = {"enabled": setting.device == "cuda"}
     section["phases"] = {"train": {"steps": steps, "evaluate_every": 0}, "finetune": {"steps": 0}}
     section["logging"] = {"every": 4 if setting.tiny else 20, "progress": "lines"}
     section["checkpoint"] = {"every": every, "keep": 2}
     section["parallel"] = {"engine": "flat"}
-    if "resident" in DataConfig.model_fields:
-        section["data"]["resident"] = "on"
     if "deterministic" in ParallelConfig.model_fields:  # bit for bit needs deterministic convolutions
         section["parallel"]["deterministic"] = True
     path = setting.folder / "run.json"
@@ -102,14 +123,12 @@ def _write_images(folder: Path, *, size: int, count: int) -> None:
 
 
 class _Run:
-    """train.py in a process of its own."""
+    """train.py in a process of its own, which has its imports from the suite's server of processes."""
 
-    def __init__(self, config: Path, output: Path) -> None:
+    def __init__(self, config: Path, output: Path, device: str) -> None:
         self.output, self.log = output, output.with_suffix(".log")
-        path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-        command = [sys.executable, str(ROOT / "train.py"), "--ds_config", str(config), "--output", str(output)]
-        with self.log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "PYTHONPATH": path})
+        arguments = ["--ds_config", str(config), "--output", str(output)]
+        self._process = start(_train, arguments, device, log=self.log)
 
     def finished(self) -> Result:
         """Wait for the end: what the run logged of itself.
@@ -117,8 +136,9 @@ class _Run:
         Raises:
             RuntimeError: it failed, with the last line it printed.
         """
-        if self._process.wait():
-            raise RuntimeError(f"train.py ended with status {self._process.returncode}: {self._printed()[-1:]}")
+        self._process.join()
+        if self._process.exitcode:
+            raise RuntimeError(f"train.py ended with status {self._process.exitcode}: {self._printed()[-1:]}")
         rows = [row for row in read_metrics(self.output / "metrics.jsonl") if "data_wait_share" in row]
         warm = rows[len(rows) // 2 :]  # after the capture
         return {
@@ -135,11 +155,12 @@ class _Run:
             RuntimeError: the run ended before.
         """
         while self._step() < step:
-            if self._process.poll() is not None:
+            if not self._process.is_alive():
                 raise RuntimeError(f"train.py ended by itself before step {step}: {self._printed()[-1:]}")
             time.sleep(0.001)
-        self._process.send_signal(signal.SIGKILL)
-        if self._process.wait() != -signal.SIGKILL:
+        self._process.kill()
+        self._process.join()
+        if self._process.exitcode != -signal.SIGKILL:
             raise RuntimeError(f"train.py was over before it could be killed at step {step}")
         return self._step()
 
@@ -150,6 +171,13 @@ class _Run:
 
     def _printed(self) -> list[str]:
         return self.log.read_text(errors="replace").strip().splitlines()
+
+
+def _train(arguments: list[str], device: str) -> None:
+    if device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _weights(output: Path) -> dict[str, torch.Tensor]:

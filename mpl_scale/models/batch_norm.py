@@ -139,14 +139,14 @@ class BatchNorm(nn.Module):
     def _normalise_alone(self, x: torch.Tensor) -> torch.Tensor:
         """torch's own: in evaluation, and in training one process without compiled loops."""
         wide = self.running_mean.dtype
-        learns = self.training and self.passes.learns
-        # Autograd keeps what it is given, so a later pass may not move it. Where this pass learns, backward uses the
-        # statistics of the batch: an alias with a version of its own spares the copies.
-        mean, var = (b.data if learns else b.clone() for b in (self.running_mean, self.running_var))
+        # Copies, because autograd keeps what it is given: a later pass may move the averages, a repeated one not.
+        mean, var = self.running_mean.clone(), self.running_var.clone()
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         y = F.batch_norm(x.to(wide), mean, var, weight, bias, self.training, self.momentum, self.eps)
-        if learns:
+        if self.training and self.passes.learns:
             self.num_batches_tracked.add_(1)
+            self.running_mean.copy_(mean)
+            self.running_var.copy_(var)
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:

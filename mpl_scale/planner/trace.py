@@ -22,9 +22,10 @@ from torch import nn
 from mpl_scale.config.schema import ModelConfig, NetworkConfig, ParallelConfig
 from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.mesh import Mesh
-from mpl_scale.models import Pass, build_model, within
+from mpl_scale.models import Pass, build_model
 from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.kernels import Mode
+from mpl_scale.models.passes import within
 from mpl_scale.planner.activations import to_compute_dtype
 from mpl_scale.planner.macs import count_macs
 from mpl_scale.planner.recorder import Direction, Line, MeteredGroup, Recorder, Sent, Work, metered_batch_norm

@@ -17,7 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.types import DALIDataType, DALIImageType, DALIInterpType
 
-from mpl_scale.data.decode.views import View
+from mpl_scale.data.decode.views import View, decoding_steps
 from mpl_scale.data.encoded.probe import DecodeError
 
 _INTERPOLATION = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
@@ -58,7 +58,7 @@ class Graph:
         self._pipeline: Any = _views(
             source,
             view=view,
-            steps=view.decoding_steps(resizes=resizes),
+            steps=decoding_steps(view, resizes=resizes),
             resizes=resizes,
             decoder=_decoder(device),
             batch_size=capacity,

@@ -19,7 +19,7 @@ import torch
 
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.resize import Resizer
-from mpl_scale.data.decode.views import Placement, View
+from mpl_scale.data.decode.views import Placement, View, decoding_steps
 from mpl_scale.data.encoded.orientation import lies_on_its_side
 from mpl_scale.data.encoded.probe import MAX_PIXELS, DecodeError, UnreadableImage, probe, unreadable_error
 from mpl_scale.data.encoded.structure import check_structure
@@ -140,7 +140,7 @@ class DecodePipeline:
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
         self._dali_resizes = device.type == "cuda" if dali_resizes is None else dali_resizes
-        self._steps = view.decoding_steps(resizes=self._dali_resizes)
+        self._steps = decoding_steps(view, resizes=self._dali_resizes)
         self._resizer = Resizer(view, threads=threads, layout=self._layout)
         # One thread, so that one batch at a time is worked on; while it has failed, nothing is.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode") if device.type == "cpu" else None

@@ -48,10 +48,6 @@ class View:
     fill: int = 0
     margin: int | None = None
 
-    def decoding_steps(self, *, resizes: bool) -> tuple[str, ...]:
-        """The steps that DALI runs; resizes: False: it only decodes the parts."""
-        return self.steps if resizes else tuple(step for step in self.steps if step.startswith("crop_"))
-
 
 WEAK_VIEWS: Registry[Callable[[WeakConfig, int], View]] = Registry("weak view")
 register_weak_view = WEAK_VIEWS.register
@@ -71,6 +67,11 @@ def evaluation_view(config: EvaluationConfig, image_size: int) -> View:
     """The view of `mpl_scale.data.evaluation`; ValueError for an unknown kind, with the closest one."""
     require_known("mpl_scale.data.evaluation.kind", config.kind, EVALUATION_VIEWS)
     return EVALUATION_VIEWS[config.kind](config, image_size)
+
+
+def decoding_steps(view: View, *, resizes: bool) -> tuple[str, ...]:
+    """The steps that DALI runs; resizes: False: it only decodes the parts."""
+    return view.steps if resizes else tuple(step for step in view.steps if step.startswith("crop_"))
 
 
 @register_weak_view("shift_crop")
