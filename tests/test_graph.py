@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mpl_scale.config.schema import CheckpointConfig
-from mpl_scale.engine.graph import CudaGraphs, Graphs, StepRunner, why_not_captured
+from mpl_scale.engine.graph import WARMUP_STEPS, CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import State
 from mpl_scale.trainer.phases import collect_weights
@@ -80,10 +80,11 @@ def test_the_replay_equals_the_eager_step(case: Case, device: torch.device) -> N
 
 
 def test_static_slots_are_bitwise_the_eager_step() -> None:
+    """Those of the warm-up, whose steps are called and not replayed."""
     case, mesh = Case(network="test_efficientnet", size=32), build_mesh(device=CPU)
     (step, slotted), (_, plain) = make_state(case, mesh), make_state(case, mesh)
-    runner = StepRunner(step, slotted, capture=False)
-    for batch in make_batches(case, mesh, STEPS):
+    runner = StepRunner(step, slotted, capture=True, graphs=CpuGraphs())
+    for batch in make_batches(case, mesh, WARMUP_STEPS):
         runner(batch)
         step(plain, batch)
     assert_equal(everything(slotted), everything(plain))
@@ -333,7 +334,7 @@ def test_drift_is_refused_by_name() -> None:
     case, mesh = Case(), build_mesh(device=CPU)
     first, second = make_batches(case, mesh, 2)
     step, state = make_state(case, mesh)
-    runner = StepRunner(step, state, capture=False)
+    runner = StepRunner(step, state, capture=True, graphs=CpuGraphs())
     runner(first)
     with pytest.raises(ValueError, match=r"batch.labels is torch.int64 \[4\] on cpu, .* \[8\]"):
         runner(replace(second, labels=second.labels[:4]))

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from mpl_scale.config import load_config
-from mpl_scale.config.schema import DataConfig
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import build_mesh
 from mpl_scale.monitor import Writers
@@ -28,8 +27,7 @@ def run_digits(folder: Path, device: torch.device, *, graph: str) -> dict[str, A
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat", "graph": graph}
     raw["mpl_scale"]["phases"] |= {"teacher_warmup": {"steps": 5}, "finetune": {"steps": 5, "lr": 0.002}}
-    if "resident" in DataConfig.model_fields:
-        raw["mpl_scale"]["data"]["resident"] = "off"
+    raw["mpl_scale"]["data"]["resident"] = "off"
     folder.mkdir()
     summary = train(load_config(write(folder, raw)), Options(folder / "out"))
     assert summary is not None
