@@ -18,7 +18,7 @@ from torch import nn
 
 from mpl_scale.config import check, load_config
 from mpl_scale.models.registry import register_model
-from mpl_scale.trainer import loading
+from mpl_scale.trainer import data_source
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
 from tests.configs import tiny, write
@@ -51,7 +51,7 @@ def make_config(folder: Path) -> str:
 def run(config: str, output: str, stop_after: int | None) -> tuple[str, Seen]:
     """Train on this rank: "stopped" or "done", and the images it drew."""
     seen: Seen = defaultdict(dict)
-    made = loading.Prefetcher
+    made = data_source.Prefetcher
 
     class Recorded(made):  # type: ignore[misc, valid-type]
         def __next__(self) -> Batch:
@@ -63,11 +63,11 @@ def run(config: str, output: str, stop_after: int | None) -> tuple[str, Seen]:
                     seen[step][f"{kind} {row}"] = zlib.crc32(image.contiguous().numpy().tobytes())
             return batch
 
-    loading.Prefetcher = Recorded  # type: ignore[misc]
+    data_source.Prefetcher = Recorded  # type: ignore[misc]
     try:
         summary = train(load_config(config), Options(Path(output)), stop_requested=StopAfter(stop_after))
     finally:
-        loading.Prefetcher = made  # type: ignore[misc]
+        data_source.Prefetcher = made  # type: ignore[misc]
     return "stopped" if summary is None else "done", dict(seen)
 
 

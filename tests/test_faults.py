@@ -22,7 +22,7 @@ import pytest
 from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.config import load_config
 from mpl_scale.monitor import Progress
-from mpl_scale.trainer import loading
+from mpl_scale.trainer import data_source
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
 from tests.batches import normalised
@@ -155,7 +155,7 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_it_serves(
 
 
 def test_a_batch_with_a_nan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spoilt(loading.Prefetcher):
+    class Spoilt(data_source.Prefetcher):
         """One pixel of the seventh batch is NaN: of the main phase's third."""
 
         drawn = 0
@@ -168,7 +168,7 @@ def test_a_batch_with_a_nan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 batch.labelled.view(-1)[0] = float("nan")
             return batch
 
-    monkeypatch.setattr(loading, "Prefetcher", Spoilt)
+    monkeypatch.setattr(data_source, "Prefetcher", Spoilt)
     with pytest.raises(ValueError, match="after step 3 of train") as caught:
         run(make_config(tmp_path), str(tmp_path / "out"))
     check_documented(str(caught.value), folder=tmp_path)

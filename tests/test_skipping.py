@@ -22,7 +22,7 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import METHODS, State
 from mpl_scale.mpl.methods import register_method
 from mpl_scale.mpl.skipping import IN_A_ROW, SKIPPED, SkipNonfinite
-from mpl_scale.trainer import loading
+from mpl_scale.trainer import data_source
 from mpl_scale.trainer.loss_watch import LossWatch
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch, StepMetrics
@@ -51,7 +51,7 @@ def spoilt_batches(numbers: range, *, rank: int) -> Iterator[None]:
     """One pixel of these batches of a run is NaN, on one rank."""
     drawn = iter(range(1, 10**6))
 
-    class Spoilt(loading.Prefetcher):
+    class Spoilt(data_source.Prefetcher):
         def __next__(self) -> Batch:
             batch = normalised(super().__next__())
             if next(drawn) in numbers and (rank == 0) == (batch.labelled_rows[0] == 0):
@@ -59,7 +59,7 @@ def spoilt_batches(numbers: range, *, rank: int) -> Iterator[None]:
                 batch.labelled.view(-1)[0] = float("nan")
             return batch
 
-    with mock.patch.object(loading, "Prefetcher", Spoilt):
+    with mock.patch.object(data_source, "Prefetcher", Spoilt):
         yield
 
 
