@@ -16,7 +16,7 @@ OLDEST = $(OLDEST_TORCH) deepspeed==0.19.8 timm==1.0.31 'nvidia-dali-$(CUDA)==2.
 # DALI's wheel is per CUDA major version; cuda130 also serves machines without a GPU.
 CUDA ?= $(shell nvidia-smi 2>/dev/null | grep -q 'CUDA Version: 12' && echo cuda120 || echo cuda130)
 
-.PHONY: install quickstart test test-gpu bench-gpu test-oldest test-slurm test-kills test-docs lint clean
+.PHONY: install quickstart test test-full test-gpu bench-gpu test-oldest test-slurm test-kills test-docs lint clean
 .DEFAULT_GOAL := help
 
 help:  ## show the targets
@@ -37,11 +37,16 @@ quickstart: install  ## supervised, UDA, MPL with and without feedback, finetune
 		--ds_config ds_configs/digits.json --output runs/quickstart $(OPTIONS)
 
 # loadgroup, and no groups: each worker gets one test at a time. Both keep pools of ranks, 8 GB together.
-test: install  ## lint, types, layering, and every test but the targets below
+TESTS = -m pytest -n 2 --dist loadgroup --durations 25 --ignore tests/test_kills.py
+
+test: install  ## lint, types, layering, and a test of every promise
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/lint-imports
 	$(BIN)/mypy
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup --durations 25 --ignore tests/test_kills.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(TESTS) -m 'not full'
+
+test-full: install  ## the tests that take long: every pair of layouts, kills under the launcher, the largest networks
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(TESTS) -m full
 
 test-gpu: install  ## the tests that need a GPU
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gpu -rs --durations 10
@@ -56,8 +61,8 @@ $(OLDEST_VENV)/.installed: setup.py
 	$(OLDEST_VENV)/bin/python -m pip install --quiet --no-build-isolation --editable '.[$(CUDA),digits,plots,test,fairscale]' $(OLDEST)
 	touch $@
 
-test-oldest: $(OLDEST_VENV)/.installed  ## every test of `make test`, on Python 3.12 and the oldest packages promised
-	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup --ignore tests/test_kills.py
+test-oldest: $(OLDEST_VENV)/.installed  ## both of them on Python 3.12 and the oldest packages promised
+	PATH="$(CURDIR)/$(OLDEST_VENV)/bin:$$PATH" $(OLDEST_VENV)/bin/python $(TESTS)
 
 test-slurm: install  ## the batch scripts on a real Slurm, installed (Debian, root) and started on this machine
 	PATH="$(CURDIR)/$(BIN):$$PATH" MPL_SCALE_TEST_SLURM=1 $(BIN)/python -m pytest tests/slurm

@@ -32,7 +32,7 @@ PAGES = (
 
 LISTED = {
     r"make test-gpu\b": "needs a GPU",
-    r"make (test\b|lint\b)": "this test is one of its checks",
+    r"make (test\b|test-full\b|lint\b)": "this test is one of its checks",
     r"srun ": "needs a Slurm cluster; make test-slurm runs it on a real one",
     r"sbatch |.* sbatch ": "needs a Slurm cluster; make test-slurm submits the same script to a real one",
     r"deepspeed --hostfile ": "needs a second machine",

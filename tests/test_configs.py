@@ -37,6 +37,8 @@ BASELINE = (
 )
 TRAINED = [name for name in NAMES if not name.endswith("gpu") and ("cifar" in name or not name.endswith(BASELINE))]
 """Each kind of run once; the variants for other data sets and numbers of GPUs as well with MPL_SCALE_TEST_ALL=1."""
+LARGE = ("l2", "b6_wide")
+"""Take minutes even at toy size."""
 WORLDS = {"l2": 2048, "b6_wide": 2048, "imagenet_jft_resnet50": 512}
 WORLDS |= {"b7_supervised": 128, "b7_noisy_student": 128, "b7_reduced": 128}
 """Ranks of the paper; "_8gpu" says it itself."""
@@ -170,7 +172,13 @@ def last_rate(optim: OptimConfig) -> float:
     return optim.lr * 0.5 * (1 + math.cos(math.pi * (STEPS - 1) / STEPS))
 
 
-@pytest.mark.parametrize("name", NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name in LARGE else [])
+        for name in (NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)
+    ],
+)
 def test_trains_twenty_steps_on_two_ranks(tmp_path: Path, name: str) -> None:
     np.save(tmp_path / "distributions.npy", np.random.default_rng(0).dirichlet([0.3] * 10, 1797).astype(np.float16))
     summary = pool(2).run(short_run, name, str(tmp_path))[0]

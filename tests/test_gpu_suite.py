@@ -144,6 +144,7 @@ def test_two_ranks_equal_one(setting: Setting) -> None:
     assert 0 < max(result["differences"].values()) < 1e-6  # fp32: other orders of sums, three steps
 
 
+@pytest.mark.full
 def test_without_deepspeed_and_dali_their_parts_say_so_and_the_others_run(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\nfor name in ('deepspeed', 'nvidia.dali', 'fairscale'): sys.modules[name] = None\n"

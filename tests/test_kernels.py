@@ -124,7 +124,7 @@ def test_compiled_loops_keep_the_input_alone() -> None:
     assert kept("eager") >= 2 * activations
 
 
-@pytest.mark.parametrize("name", ["wide_resnet28_2", "test_efficientnet"])
+@pytest.mark.parametrize("name", ["wide_resnet28_2", pytest.param("test_efficientnet", marks=pytest.mark.full)])
 def test_a_network_with_compiled_loops_is_the_eager_one(name: str) -> None:
     """float64, channels-last: output and every gradient."""
     section = NetworkConfig(name=name)

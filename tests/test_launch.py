@@ -90,6 +90,7 @@ def train_here(config: str, output: str) -> Any:
     return train(load_config(config), Options(Path(output)))
 
 
+@pytest.mark.full
 def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path: Path) -> None:
     """SIGKILL of every process in the main phase, then SIGTERM to the launcher, then to the end."""
     config = make_config(tmp_path, "deepspeed", steps=40)

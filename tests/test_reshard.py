@@ -189,6 +189,7 @@ def test_flat_layouts_go_on_from_each_other(tmp_path: Path) -> None:
     check(differences, 1e-10)
 
 
+@pytest.mark.full
 def test_engines_stages_worlds_and_widths_go_on_from_each_other(tmp_path: Path) -> None:
     """float32, every layout as source and as target: roundings of 6e-8 of values below 1."""
     wanted = [layout for world in (1, 2, 4) for layout in layouts(world)]

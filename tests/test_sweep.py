@@ -114,6 +114,7 @@ def ask_to_stop(log: Path, threads: list[threading.Thread]) -> None:
     threads[-1].start()
 
 
+@pytest.mark.full
 def test_a_sweep_with_a_stopped_a_failing_and_a_finished_trial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

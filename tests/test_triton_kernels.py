@@ -15,6 +15,7 @@ from mpl_scale.models.kernels import Loops
 from mpl_scale.optim import OPTIMIZERS
 
 
+@pytest.mark.full
 def test_every_loop_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
     """sm_80 and sm_90: each loop of batch norm and each elementwise optimiser is at least one kernel of some size."""
     pytest.importorskip("triton", reason="needs triton, which comes with torch's CUDA builds")
