@@ -112,7 +112,7 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
     size, device = run.mpl.model.image_size, mesh.device
     start, stop = input_columns(size, mesh.width)[mesh.width_index]
     generator = torch.Generator(device).manual_seed(1234 + mesh.rank)
-    wide = channels_last(run.mpl.parallel, device)
+    wide = channels_last(run.mpl.parallel)
     memory_format = torch.channels_last if wide else torch.contiguous_format
 
     def rows(total: int) -> torch.Tensor:

@@ -35,7 +35,7 @@ def load_batches(
         image_size=config.model.image_size,
         strong_view=StrongView(data.strong, seed=seed, stream=phase.index, candidates=splits.unlabelled),
         columns=input_columns(config.model.image_size, mesh.width),
-        channels_last=channels_last(config.parallel, mesh.device),
+        channels_last=channels_last(config.parallel),
         quarantine=quarantine,
         **common,
     )

@@ -140,7 +140,7 @@ def _select(
                 config=config,
                 device=mesh.device,
                 quarantine=quarantine,
-                channels_last=channels_last(config.parallel, mesh.device),
+                channels_last=channels_last(config.parallel),
                 report=report,
             ),
         )
