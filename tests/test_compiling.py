@@ -50,8 +50,8 @@ def trained(net: Network, batch: int) -> list[torch.Tensor]:
     x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
     for step in range(2):
         context = Pass(seed=0, stream=0, step=torch.tensor(step), rows=torch.arange(batch))
-        with net.module.passes(context):  # type: ignore[operator]
-            net.backward(F.cross_entropy(net.forward(x), torch.arange(batch) % 10))
+        net.accumulate(F.cross_entropy(net.forward(x, context), torch.arange(batch) % 10))
+        net.reduce()
         net.apply(torch.tensor(0.05))
     return [*net.master, *(value for state in net.optimizer_state.values() for value in state)]
 

@@ -167,7 +167,8 @@ def look(kind: str) -> Sequence[str]:
     mesh = build_mesh(device=CPU)
     network = DeepSpeedNetwork(Net(3, 0), optim=SGD, ds_config=case.ds_config(), mesh=mesh)
     images = torch.randn(ROWS, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    network.backward(F.cross_entropy(network.forward(images), torch.zeros(ROWS, dtype=torch.int64)))
+    network.accumulate(F.cross_entropy(network.forward(images), torch.zeros(ROWS, dtype=torch.int64)))
+    network.reduce()
     engine = network._engine
     wrapper = engine.optimizer
     found = missing(engine, ENGINE) + missing(wrapper, members)

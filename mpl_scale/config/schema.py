@@ -180,7 +180,7 @@ class ParallelConfig(Section):
         "their input. auto: compiled on a GPU.",
     )
     channels_last: Literal["auto", "on", "off"] = Field(
-        "auto", description="Layout of the images; auto: on on a GPU where images are whole (width 1)."
+        "auto", description="Layout of the images; auto: on where images are whole (width 1)."
     )
     recompute: Recompute | list[Recompute] = Field(
         "none",
