@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from mpl_scale.config import RunConfig
 from mpl_scale.data import Quarantine, Splits, check_batches
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
+    DONE_NAME,
+    SUMMARY_NAME,
     ControlFiles,
     Heartbeat,
     MetricsWriter,
@@ -33,13 +34,12 @@ from mpl_scale.monitor import (
     write_summary,
 )
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
+from mpl_scale.trainer.agree import check_same_on_all_ranks
 from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.input import (
     check_models,
     check_names,
     check_output,
-    check_resumed,
     load_splits,
     record_splits,
 )
@@ -47,6 +47,7 @@ from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshots
+from mpl_scale.trainer.start import find_start
 from mpl_scale.trainer.watchdog import Watchdog
 
 SHOWN = (
@@ -150,6 +151,9 @@ def _run(
         trainer = _make_trainer(run, options, resolved, splits, mesh, writers, stop_requested)
         if trainer.watchdog is not None:
             held.callback(trainer.watchdog.close)
+        finished = _begin(trainer, options)
+        if finished is not None:
+            return finished
         if not trainer.train():
             return None
         summary = {"config_hash": fingerprint, **_summary(trainer), "cost": trainer.gauge.report()}
@@ -168,14 +172,14 @@ def _make_trainer(
     writers: Writers,
     stop_requested: Callable[[], bool],
 ) -> Trainer:
-    """A trainer at the start or at its newest checkpoint, and its files opened to continue from there."""
+    """A trainer at its first step; nothing is written yet."""
     phases = plan_phases(run.mpl, resolved.batches, max_steps=options.max_steps)
     for line in (resolved.batches.equation(), *resolved.notes()):
         writers.note(line)
     if run.mpl.phases.teacher_warmup.steps and phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {run.mpl.method.name} has no teacher")
     snapshots = Snapshots(options.output / "checkpoints", run.mpl.checkpoint, mesh, warn=writers.note)
-    trainer = Trainer(
+    return Trainer(
         run=run,
         splits=splits,
         phases=phases,
@@ -194,20 +198,33 @@ def _make_trainer(
             warn=writers.note,
         ),
     )
-    snapshot = snapshots.find(options.resume)
+
+
+def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
+    """Take the trainer to where it starts, and open its files there. The summary where nothing is left to train.
+
+    The files of the run that was there before are as they were unless all of this succeeds.
+    """
+    run, writers, output = trainer.run, trainer.writers, options.output
+    start = find_start(trainer, output, resume=options.resume, max_steps=options.max_steps)
+    if start.finished is not None:
+        return start.finished
+    trainer.kept, snapshot = start.kept, start.snapshot
     if snapshot is not None:
-        value_on_main(mesh, partial(check_resumed, splits, snapshot.folder))
         trainer.restore(snapshot)
         writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
-    if mesh.is_main:
-        (options.output / "DONE").unlink(missing_ok=True)
-        for line in record_splits(splits, options.output):
+    if start.reopens and snapshot is not None:
+        trainer.snapshots.withdraw_later(snapshot)
+    if trainer.mesh.is_main:
+        for name in (DONE_NAME, SUMMARY_NAME):  # of results that a new config.json must not stand beside
+            (output / name).unlink(missing_ok=True)
+        for line in record_splits(trainer.splits, output, manifest=start.kept["identity"]["manifest"]):
             writers.note(line)
-        (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.global_step
-        writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
+        writers.metrics = MetricsWriter(output / "metrics.jsonl", resume_step=resume_step)
         writers.monitor = _deepspeed_monitor(run)
-    return trainer
+    return None
 
 
 def _watchdog(run: RunConfig, options: Options, mesh: Mesh) -> Watchdog | None:
@@ -223,6 +240,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "method": run.mpl.method.name,
         "seed": run.mpl.seed,
         "results": trainer.results,
+        "history": trainer.kept["history"],
         "steps": trainer.global_step,
         "seconds": round(trainer.elapsed(), 3),
         "ranks": trainer.mesh.world,
@@ -245,8 +263,8 @@ def _share_cores(environment: Mapping[str, str]) -> None:
 
 def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, Any] | None:
     """The summary of a run of the same configuration that is DONE, for --resume auto; else None."""
-    summary = options.output / "summary.json"
-    if options.resume != "auto" or not (options.output / "DONE").exists() or not summary.exists():
+    summary = options.output / SUMMARY_NAME
+    if options.resume != "auto" or not (options.output / DONE_NAME).exists() or not summary.exists():
         return None
     found: dict[str, Any] = json.loads(summary.read_text())
     return found if found.get("config_hash") == fingerprint else None

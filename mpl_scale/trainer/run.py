@@ -44,6 +44,7 @@ class Trainer:
     stop_requested is asked on every rank at step boundaries; once one says yes, all save and leave together. control
     and heartbeat: on rank 0 only. watchdog: on every rank or on none.
     resolved: what the run's settings mean here. gauge: measures what the main phase costs.
+    kept: what every checkpoint and the summary keep of the run's identity (identity.py).
     results collects what was measured at the end of each phase: {"student": {"top1": ...}, "finetuned": ...}.
     """
 
@@ -60,6 +61,7 @@ class Trainer:
     heartbeat: Heartbeat | None = None
     watchdog: Watchdog | None = None
     quarantine: Quarantine = field(default_factory=Quarantine)
+    kept: Mapping[str, Any] = field(default_factory=dict)
     results: dict[str, Results] = field(default_factory=dict)
     seconds: float = 0.0
     global_step: int = 0
@@ -230,7 +232,7 @@ class Trainer:
         return {
             "results": self.results,
             "seconds": self.elapsed(),
-            "config": self.run.resolved(),
+            **self.kept,
             "rewinds": self._rewinds,
             "data_offset": self._data_offset,
             "loss_watch": None if self._watch is None else self._watch.to_save(),
