@@ -51,7 +51,7 @@ TRAIN = Command(
     examples=(
         "deepspeed --num_accelerators 2 train.py --ds_config ds_configs/digits.json",
         "torchrun --nproc_per_node 2 train.py --ds_config ds_configs/digits.json --output runs/a",
-        "python train.py --ds_config ds_configs/digits.json --set mpl_scale.method.feedback.rule=none --seed 3",
+        "python train.py --ds_config ds_configs/digits.json --output runs/b --set mpl_scale.method.feedback.rule=none",
     ),
     options=_options,
     run=_run,

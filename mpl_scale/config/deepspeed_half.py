@@ -117,6 +117,11 @@ def without_effect(deepspeed: Mapping[str, Any], *, flat: bool) -> list[str]:
     return lines
 
 
+def settings_of(deepspeed: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything that asks for something, by dotted field: a default that is written out is the same as none."""
+    return {field: value for field, _, value in _set_keys(deepspeed)}
+
+
 def _set_keys(deepspeed: Mapping[str, Any]) -> Iterator[tuple[str, Key, Any]]:
     """The path, key and value of everything that asks for something."""
     for name, key in TOP_LEVEL.items():

@@ -8,6 +8,8 @@ from mpl_scale.monitor.heartbeat import Heartbeat
 from mpl_scale.monitor.metrics import MetricsWriter, read_metrics
 from mpl_scale.monitor.progress import Progress
 from mpl_scale.monitor.summary import (
+    DONE_NAME,
+    SUMMARY_NAME,
     command,
     config_hash,
     cost_lines,
@@ -20,6 +22,8 @@ from mpl_scale.monitor.table import format_table
 from mpl_scale.monitor.writers import EventMonitor, Writers
 
 __all__ = [
+    "DONE_NAME",
+    "SUMMARY_NAME",
     "ControlFiles",
     "EventMonitor",
     "Heartbeat",

@@ -36,7 +36,7 @@ def check_same_on_all_ranks(settings: Mapping[str, Any]) -> None:
         part = both[index : index + 1]
         dist.broadcast_object_list(part, src=source)
         both[index] = part[0]
-    fields = list(_differences(both[0], both[1]))
+    fields = [f"{name} = {json.dumps(new)}, not {json.dumps(old)}" for name, old, new in differences(both[0], both[1])]
     more = f" and {len(fields) - _SHOWN_FIELDS} more" if len(fields) > _SHOWN_FIELDS else ""
     raise CheckpointError(
         f"rank {other} on {found[other][1]} runs configuration {found[other][0]}, rank 0 on {found[0][1]} "
@@ -44,13 +44,13 @@ def check_same_on_all_ranks(settings: Mapping[str, Any]) -> None:
     )
 
 
-def _differences(first: Any, second: Any, name: str = "") -> Iterator[str]:
-    """ "field = theirs, not ours" of the leaves that differ, `second` being theirs."""
+def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The dotted name and both values of the leaves that differ; a leaf that is absent on one side is None there."""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         for key in dict.fromkeys((*first, *second)):
-            yield from _differences(first.get(key), second.get(key), f"{name}.{key}" if name else str(key))
+            yield from differences(first.get(key), second.get(key), f"{name}.{key}" if name else str(key))
     elif first != second:
-        yield f"{name} = {json.dumps(second)}, not {json.dumps(first)}"
+        yield name, first, second
 
 
 def value_on_main(mesh: Mesh, work: Callable[[], R]) -> R:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from mpl_scale.config import RunConfig
 from mpl_scale.monitor import Request
@@ -47,17 +46,12 @@ class Checkpointer:
         return run.finished and run.phase.name == self.last_phase
 
     def _write(self, run: PhaseRun, *, wait: bool, needed: bool) -> None:
-        metadata: dict[str, Any] = {
-            **self.record.state_dict(),
-            **run.state_dict(),
-            "config": self.config.resolved(),
-        }
         self.snapshots.save(
             run.phase,
             run.state,
             step=run.step,
             global_step=self.record.global_step,
-            metadata=metadata,
+            metadata={**self.record.state_dict(), **run.state_dict()},
             wait=wait,
             needed=needed,
         )

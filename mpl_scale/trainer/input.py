@@ -6,7 +6,9 @@ All of it is checked before the ranks join, and raises ValueError with the field
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -83,10 +85,13 @@ def load_splits(run: RunConfig) -> Splits:
     return splits
 
 
-def record_splits(splits: Splits, output: Path) -> list[str]:
-    """Write the splits' manifest into the run's folder, on one rank; what people should know about the data."""
+def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] | None = None) -> list[str]:
+    """Write the splits' manifest into the run's folder, on one rank; what people should know about the data.
+
+    manifest: of the splits, where it is known already.
+    """
     notes = []
-    if write_manifest(splits, output / "splits"):
+    if write_manifest(splits, output / "splits", manifest=manifest):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
     if images.bad:

@@ -21,11 +21,15 @@ from mpl_scale.types import Batch
 
 @dataclass
 class Record:
-    """What a run has achieved over all its starts: results by network, steps of all phases, seconds of training."""
+    """What a run has achieved over all its starts: results by network, steps of all phases, seconds of training.
+
+    kept: what every checkpoint and the summary keep of the run's identity (identity.py).
+    """
 
     results: dict[str, Results] = field(default_factory=dict)
     global_step: int = 0
     earlier_seconds: float = 0.0
+    kept: Mapping[str, Any] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
@@ -34,7 +38,7 @@ class Record:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        return {"results": self.results, "seconds": self.seconds()}
+        return {"results": self.results, "seconds": self.seconds(), **self.kept}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """From a checkpoint's metadata."""

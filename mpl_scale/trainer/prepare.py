@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +17,8 @@ from mpl_scale.config import RunConfig
 from mpl_scale.data import Splits, check_batches
 from mpl_scale.mesh import adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
+    DONE_NAME,
+    SUMMARY_NAME,
     MetricsWriter,
     Progress,
     Writers,
@@ -29,18 +30,18 @@ from mpl_scale.monitor import (
     write_summary,
 )
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
+from mpl_scale.trainer.agree import check_same_on_all_ranks
 from mpl_scale.trainer.components import Options, Prepared, build_trainer
 from mpl_scale.trainer.input import (
     check_models,
     check_names,
     check_output,
-    check_resumed,
     load_splits,
     record_splits,
 )
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.run import Trainer
+from mpl_scale.trainer.start import find_start
 
 __all__ = ["Options", "train"]
 
@@ -131,7 +132,9 @@ def _run(
             return finished
         trainer = build_trainer(Prepared(run, options, resolved, splits, mesh, writers), stop_requested=stop_requested)
         held.callback(trainer.vitals.close)
-        _resume(trainer, options, splits)
+        finished = _begin(trainer, options)
+        if finished is not None:
+            return finished
         if not trainer.train():
             return None
         summary = {"config_hash": fingerprint, **_summary(trainer), "cost": trainer.gauge.report()}
@@ -141,26 +144,36 @@ def _run(
         return summary
 
 
-def _resume(trainer: Trainer, options: Options, splits: Splits) -> None:
-    """Put a trainer at its newest checkpoint, if there is one, and open the run's files to continue from there."""
-    config, writers, mesh = trainer.config, trainer.writers, trainer.mesh
+def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
+    """Take the trainer to where it starts, and open its files there. The summary where nothing is left to train.
+
+    The files of the run that was there before are as they were unless all of this succeeds.
+    """
+    config, writers, output = trainer.config, trainer.writers, options.output
     for line in (trainer.resolved.batches.equation(), *trainer.resolved.notes()):
         writers.note(line)
     if config.mpl.phases.teacher_warmup.steps and trainer.phases[0].name != "teacher_warmup":
         writers.note(f"phases.teacher_warmup is ignored: method {config.mpl.method.name} has no teacher")
-    snapshot = trainer.snapshots.find(options.resume)
+    start = find_start(trainer, output, resume=options.resume, max_steps=options.max_steps)
+    if start.finished is not None:
+        return start.finished
+    trainer.record.kept, snapshot = start.kept, start.snapshot
     if snapshot is not None:
-        value_on_main(mesh, partial(check_resumed, splits, snapshot.folder))
         trainer.restore(snapshot)
         writers.note(f"resuming from {snapshot.folder}: {snapshot.phase}, step {snapshot.step}")
-    if mesh.is_main:
-        (options.output / "DONE").unlink(missing_ok=True)
-        for line in record_splits(splits, options.output):
+    if start.reopens and snapshot is not None:
+        trainer.snapshots.withdraw_later(snapshot)
+    if trainer.mesh.is_main:
+        for name in (DONE_NAME, SUMMARY_NAME):  # of results that a new config.json must not stand beside
+            (output / name).unlink(missing_ok=True)
+        manifest = start.kept["identity"]["manifest"]
+        for line in record_splits(trainer.source.splits, output, manifest=manifest):
             writers.note(line)
-        (options.output / "config.json").write_text(json.dumps(config.resolved(), indent=2) + "\n")
+        (output / "config.json").write_text(json.dumps(config.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.record.global_step
-        writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
+        writers.metrics = MetricsWriter(output / "metrics.jsonl", resume_step=resume_step)
         writers.monitor = _deepspeed_monitor(config)
+    return None
 
 
 def _summary(trainer: Trainer) -> dict[str, Any]:
@@ -171,6 +184,7 @@ def _summary(trainer: Trainer) -> dict[str, Any]:
         "method": config.mpl.method.name,
         "seed": config.mpl.seed,
         "results": trainer.record.results,
+        "history": trainer.record.kept["history"],
         "steps": trainer.record.global_step,
         "seconds": round(trainer.record.seconds(), 3),
         "ranks": trainer.mesh.world,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -207,13 +208,24 @@ class Snapshots:
         A resume would take the deleted ones, and with them what the run goes back from.
         """
         self.wait()
+        found = self.last_of(phase.name, step=step)
+        if found is not None:
+            self.withdraw_later(found)
+        return found
+
+    def withdraw_later(self, snapshot: Snapshot) -> None:
+        """Delete the checkpoints after this one, which becomes the newest."""
+        on_main(self._mesh, partial(withdraw, self.root, snapshot.folder))
+
+    def last_of(self, phase: str, *, step: float = math.inf) -> Snapshot | None:
+        """The newest good checkpoint after at most `step` steps of a phase; None: no such."""
 
         def candidates() -> list[str]:
             found = []
             for folder in find(self.root):
                 with suppress(CheckpointError):
                     metadata = read_index(folder).metadata
-                    if metadata["phase"] == phase.name and metadata["phase_step"] <= step:
+                    if metadata["phase"] == phase and metadata["phase_step"] <= step:
                         found.append(folder.name)
             return found
 
@@ -224,7 +236,6 @@ class Snapshots:
                 self._say(error)
                 continue
             assert good is not None
-            on_main(self._mesh, partial(withdraw, self.root, good[0]))
             return Snapshot(*good)
         return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ PARTS = ("test", "held_out", "labelled", "unlabelled")
 _CHUNK = 1 << 20  # ids hashed at once
 
 
-def write_manifest(splits: Splits, folder: Path) -> bool:
+def write_manifest(splits: Splits, folder: Path, *, manifest: Mapping[str, Any] | None = None) -> bool:
     """Write `manifest.json` and one .npy of ids per part; returns whether another split's manifest was there before.
 
     Nothing is written where the same one is there already: a restart costs the hashes.
@@ -27,11 +28,12 @@ def write_manifest(splits: Splits, folder: Path) -> bool:
     Args:
         splits: what to write down.
         folder: is made.
+        manifest: of the splits, as `describe_splits` returns it; None: it is made here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
-    manifest = _describe(splits)
-    before = _read(path)
+    manifest = describe_splits(splits) if manifest is None else manifest
+    before = read_manifest(folder)
     if before == manifest:
         return False
     for name in PARTS:
@@ -42,7 +44,21 @@ def write_manifest(splits: Splits, folder: Path) -> bool:
     aside = folder / ".manifest.json"
     aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     os.replace(aside, path)  # last: it vouches for the arrays
-    return before is not None
+    return before is not None and not same_samples(before, manifest)
+
+
+def content(manifest: Mapping[str, Any]) -> dict[str, str | int | None]:
+    """Which samples a manifest says are used for what, by field: without paths, because data may be moved."""
+    found = {f"data.{name}": manifest[name] for name in ("images", "refused", "classes", "labels") if name in manifest}
+    found |= {f"data.{name}": (manifest.get(name) or {}).get("sha256") for name in ("index", "unlabelled_index")}
+    parts = {name: f"{part['count']} images, sha256 {part['sha256'][:12]}" for name, part in manifest["parts"].items()}
+    return found | {f"splits.{name}": part for name, part in parts.items()}
+
+
+def same_samples(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two manifests are of the same data and split; a field that an earlier version did not write is equal."""
+    was, is_now = content(before), content(now)
+    return all(is_now[field] == value for field, value in was.items() if field in is_now)
 
 
 def refuse_other_unlabelled(splits: Splits, folder: Path) -> None:
@@ -57,8 +73,8 @@ def refuse_other_unlabelled(splits: Splits, folder: Path) -> None:
     Raises:
         ValueError: naming both.
     """
-    before, now = _read(folder / "manifest.json"), _describe_unlabelled(splits)
-    if not isinstance(before, dict) or "unlabelled_index" not in before or before["unlabelled_index"] == now:
+    before, now = read_manifest(folder), _describe_unlabelled(splits)
+    if before is None or "unlabelled_index" not in before or before["unlabelled_index"] == now:
         return
     began = before["unlabelled_index"]
     if began is None or now is None or began["sha256"] != now["sha256"]:
@@ -82,12 +98,14 @@ def _describe_index(images: ImageSet) -> dict[str, str] | None:
     return {"folder": str(images.folder), "root": str(images.root), "sha256": images.fingerprint}
 
 
-def _describe(splits: Splits) -> dict[str, Any]:
+def describe_splits(splits: Splits) -> dict[str, Any]:
+    """The manifest: counts and hashes of the parts, and of the data they are parts of."""
     images = splits.images
     return {
         "images": len(images),
         "refused": len(images.refused),
         "classes": len(images.classes),
+        "labels": _hash(images.labels) if not isinstance(images, IndexedImages | JoinedImages) else None,
         "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
         "unlabelled_index": _describe_unlabelled(splits),
         "parts": {name: _part(getattr(splits, name), f"{name}.npy") for name in PARTS},
@@ -95,14 +113,20 @@ def _describe(splits: Splits) -> dict[str, Any]:
 
 
 def _part(ids: np.ndarray, file: str) -> dict[str, Any]:
+    return {"file": file, "count": len(ids), "sha256": _hash(ids)}
+
+
+def _hash(numbers: np.ndarray) -> str:
     digest = hashlib.sha256()
-    for start in range(0, len(ids), _CHUNK):
-        digest.update(ids[start : start + _CHUNK].astype("<i8").tobytes())
-    return {"file": file, "count": len(ids), "sha256": digest.hexdigest()}
+    for start in range(0, len(numbers), _CHUNK):
+        digest.update(numbers[start : start + _CHUNK].astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
-def _read(path: Path) -> Any:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest that `write_manifest` left in a folder; None where there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else None
