@@ -118,7 +118,7 @@ def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_pa
 def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
     """What srun sets for each task, without Slurm itself."""
     config, output = make_config(tmp_path, "flat"), tmp_path / "out"
-    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "MASTER_PORT": str(free_port())}
+    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(
             command("python", config, output),

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import RunConfig
+from mpl_scale.config.needs import MONITORS, needed_packages
 from mpl_scale.data import Quarantine, Splits, check_batches
+from mpl_scale.engine.graph import first_line
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
     ControlFiles,
@@ -32,8 +34,9 @@ from mpl_scale.monitor import (
     versions,
     write_summary,
 )
+from mpl_scale.packages import require_packages
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.agree import check_same_on_all_ranks, value_on_main
+from mpl_scale.trainer.agree import check_same_on_all_ranks, do_together, is_agreed, value_on_main
 from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.input import (
     check_models,
@@ -90,6 +93,7 @@ def train(
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
     resolved = resolve(run, world=int(os.environ.get("WORLD_SIZE", "1")), device=device.type)
+    require_packages(needed_packages(run, engine=resolved.engine))
     batches = resolved.batches
     check_names(run)
     if resolved.engine == "deepspeed":
@@ -116,7 +120,8 @@ def train(
     except CheckpointError:  # the same on every rank
         raise
     except ValueError as error:
-        error.add_note(f"rank {dist.get_rank()}")
+        if dist.get_world_size() > 1 and not is_agreed(error):
+            error.add_note(f"rank {dist.get_rank()}")
         raise
     finally:
         if owns_group:
@@ -206,7 +211,7 @@ def _make_trainer(
         (options.output / "config.json").write_text(json.dumps(run.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.global_step
         writers.metrics = MetricsWriter(options.output / "metrics.jsonl", resume_step=resume_step)
-        writers.monitor = _deepspeed_monitor(run)
+    do_together(mesh, partial(_open_monitor, run, writers, mesh))
     return trainer
 
 
@@ -252,11 +257,16 @@ def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, An
     return found if found.get("config_hash") == fingerprint else None
 
 
-def _deepspeed_monitor(run: RunConfig) -> Any:
-    """DeepSpeed's own writers for the tensorboard, csv_monitor, wandb and comet sections, if one is enabled."""
-    sections = ("tensorboard", "csv_monitor", "wandb", "comet")
-    if not any(run.deepspeed.get(section, {}).get("enabled", False) for section in sections):
-        return None
+def _open_monitor(run: RunConfig, writers: Writers, mesh: Mesh) -> None:
+    """Rank 0: DeepSpeed's own writers for the tensorboard, csv_monitor, wandb and comet sections, if one is enabled."""
+    enabled = [name for name in MONITORS if run.deepspeed.get(name, {}).get("enabled", False)]
+    if not enabled or not mesh.is_main:
+        return
     from mpl_scale.engine.deepspeed_setup import monitor_master  # imports deepspeed: 4 s and more
 
-    return monitor_master(run.deepspeed)
+    try:
+        writers.monitor = monitor_master(run.deepspeed)
+    except Exception as error:  # of any service's library: no account, no network, a version too old
+        raise ValueError(
+            f"{', '.join(enabled)} cannot be opened: {first_line(error)}; mend that, or set enabled to false"
+        ) from error
