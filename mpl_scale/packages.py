@@ -45,7 +45,7 @@ PACKAGES = {
         Package("PIL", "pillow", "pillow"),
         Package("shtab", "shtab", "shtab"),
         Package("sklearn", "scikit-learn", "scikit-learn", "digits"),
-        Package("tensorboard", "tensorboard", "tensorboard", "plots"),
+        Package("tensorboard", "tensorboard", "tensorboard", "monitors"),
         Package("timm", "timm", "timm"),
         Package("torch", "torch", "torch"),
         Package("wandb", "wandb", "wandb", "monitors"),

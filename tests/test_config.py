@@ -43,7 +43,10 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
         (["train_micro_batch_size_per_gpu=7"], r"40 != train_micro_batch_size_per_gpu 7 x .*_steps 2 x data"),
         (["train_batch_size=0"], r"train_batch_size = 0: must be at least 1"),
         (["gradient_accumulation_steps=3"], r"40 != train_micro_batch_size_per_gpu 6 x .*_steps 3 x"),
-        (["mpl_scale.parallel.width=3"], r"width = 3 does not divide the 2 ranks; .*mpl-scale plan --ds_config .*--gpus 2"),
+        (
+            ["mpl_scale.parallel.width=3"],
+            r"width = 3 does not divide the 2 ranks; .*mpl-scale plan --ds_config .*--gpus 2",
+        ),
         (
             ["mpl_scale.parallel.width=2", "mpl_scale.model.image_size=1"],
             r"parallel.width = 2 ranks for mpl_scale.model.image_size = 1 columns",

@@ -39,7 +39,7 @@ def test_a_setting_whose_package_is_missing_is_one_line(
         raw["mpl_scale"]["model"] |= {"num_classes": 2}
         raw["mpl_scale"]["data"] = {"source": "two_moons"}
         for network in ("teacher", "student"):
-            raw["mpl_scale"]["model"][network] = {"name": "mlp"}
+            raw["mpl_scale"]["model"][network] = {"name": "two_moons_mlp"}
     command = ["train", "--ds_config", write(tmp_path, raw), "--output", str(tmp_path / "out"), "--set", setting]
     assert main(command) == 2
     lines = capfd.readouterr().err.splitlines()
