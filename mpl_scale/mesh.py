@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpl_scale.rendezvous import meet, refuse_batch_step
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -45,9 +47,13 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     """Under plain `srun`, set the variables that torchrun and deepspeed set; theirs win where RANK is set.
 
     MASTER_ADDR is the job's first host and MASTER_PORT follows from the job id, unless the batch script exports them.
+
+    Raises:
+        ValueError: in the script of a job of several tasks, which srun has not started.
     """
     if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_NTASKS" not in environment:
         return
+    refuse_batch_step(environment)
     environment["RANK"] = environment["SLURM_PROCID"]
     environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
     environment["WORLD_SIZE"] = environment["SLURM_NTASKS"]
@@ -96,7 +102,11 @@ def _shown_one_gpu(environment: Mapping[str, str]) -> bool:
 
 
 def start_process_group(device: torch.device, *, timeout_seconds: float) -> None:
-    """Join the ranks: NCCL for GPUs (gloo beside it for host values), gloo for CPUs; one process needs no launcher."""
+    """Join the ranks: NCCL for GPUs (gloo beside it for host values), gloo for CPUs; one process needs no launcher.
+
+    Raises:
+        RanksMissing: some have not come within timeout_seconds.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -107,7 +117,9 @@ def start_process_group(device: torch.device, *, timeout_seconds: float) -> None
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise ValueError(f"{', '.join(missing)} not set; start with deepspeed, torchrun, srun, or plain python")
-    dist.init_process_group(backend, timeout=timeout)
+    store = meet(os.environ, timeout_seconds=timeout_seconds)
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     if device.type == "cuda":
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, (os.uname().nodename, str(torch.cuda.get_device_properties(device).uuid)))

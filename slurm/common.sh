@@ -10,8 +10,9 @@
 #     MPL_SCALE_SRUN_OPTIONS      further options of srun, parted by blanks
 #     MPL_SCALE_MAX_RESTARTS      restarts in a row without a newer checkpoint after which a job gives up; default 3
 #
-# The ranks end with: 0 done, or stopped with the state saved; 2 bad input, which a restart would not mend; 75 the
-# watchdog found a hang; anything else is a crash. All but bad input go back into the queue.
+# The ranks end with: 0 done, or stopped with the state saved; 2 bad input, which a restart would not mend; 75 ranks did
+# not join, or the watchdog found a hang; 128 + N signal N ended them before their first step, or a second one at once;
+# anything else is a crash. All but bad input go back into the queue.
 
 readonly BAD_INPUT=2
 readonly HANG=75
@@ -207,7 +208,8 @@ run_job() {
             say "the input is bad (see above): not requeued"
             return "$status"
             ;;
-        "$HANG") say "the watchdog ended a hang (see $output/stacks): back into the queue" ;;
+        "$HANG") say "ranks did not join, or the watchdog ended a hang (see above, and $output/stacks): back into the queue" ;;
+        130 | 138 | 143) say "ended by a signal before it could save (status $status): back into the queue" ;;
         *) say "crashed with status $status: back into the queue" ;;
     esac
     requeue "$status"

@@ -43,7 +43,10 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
         (["train_micro_batch_size_per_gpu=7"], r"40 != train_micro_batch_size_per_gpu 7 x .*_steps 2 x data"),
         (["train_batch_size=0"], r"train_batch_size = 0: must be at least 1"),
         (["gradient_accumulation_steps=3"], r"40 != train_micro_batch_size_per_gpu 6 x .*_steps 3 x"),
-        (["mpl_scale.parallel.width=3"], r"width = 3 does not divide the 2 ranks"),
+        (
+            ["mpl_scale.parallel.width=3"],
+            r"width = 3 does not divide the 2 ranks; .*mpl-scale plan --ds_config .*--gpus 2",
+        ),
         (
             ["mpl_scale.parallel.width=2", "mpl_scale.model.image_size=1"],
             r"parallel.width = 2 ranks for mpl_scale.model.image_size = 1 columns",
@@ -181,3 +184,29 @@ def test_all_shipped_configs_load() -> None:
     assert paths
     for path in paths:
         load_config(path)
+
+
+@pytest.mark.parametrize("name", ["l2", "b6_wide"])
+@pytest.mark.parametrize("world", [1, 8])
+def test_a_config_for_other_ranks_names_the_file_for_these(name: str, world: int) -> None:
+    folder = DIGITS.parent
+    run = load_config(folder / f"{name}.json")
+    with pytest.raises(ValueError, match=r"mpl_scale.parallel.width = 16 does not divide the") as caught:
+        check(run, world=world, cuda=True)
+    other = folder / f"{name}_{world}gpu.json"
+    assert str(caught.value).endswith(f"; {other} can run on {world} rank{'s' if world > 1 else ''}")
+    check(load_config(other), world=world, cuda=True)
+
+
+def test_another_experiment_is_not_named_as_the_file_for_these_ranks(tmp_path: Path) -> None:
+    base = tiny()
+    base["mpl_scale"]["parallel"] = {"width": 4}
+    path = write(tmp_path, base, "a.json")
+    layout = {"parallel": {"width": 1}}
+    write(tmp_path, {"include": "a.json", "mpl_scale": {**layout, "method": {"name": "uda"}}}, "a_uda.json")
+    write(tmp_path, {"include": "a.json", "mpl_scale": {"parallel": {"width": 8}}}, "a_wider.json")
+    with pytest.raises(ValueError, match="looks for a layout"):
+        check(load_config(path), world=1, cuda=False)
+    write(tmp_path, {"include": "a.json", "mpl_scale": layout}, "a_whole.json")
+    with pytest.raises(ValueError, match=r"; [^ ]*a_whole.json can run on 1 rank$"):
+        check(load_config(path), world=1, cuda=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -72,6 +73,16 @@ def finish(arguments: list[str]) -> None:
 
 def kill_after(arguments: list[str], output: Path, line: str, number: signal.Signals) -> int:
     """Start in a session of its own, wait until the metrics hold `line`, signal every process, return the status."""
+    process = start_and_wait(arguments, output, line)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)  # the launcher passes it on to the ranks
+    return process.wait(timeout=SECONDS)
+
+
+def start_and_wait(arguments: list[str], output: Path, line: str) -> subprocess.Popen[bytes]:
+    """Start in a session of its own, and wait until the metrics hold `line`."""
     with (output.parent / "log").open("w") as log:
         process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log, start_new_session=True)
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + SECONDS
@@ -79,11 +90,7 @@ def kill_after(arguments: list[str], output: Path, line: str, number: signal.Sig
         assert process.poll() is None, (output.parent / "log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)  # the launcher passes it on to the ranks
-    return process.wait(timeout=SECONDS)
+    return process
 
 
 def train_here(config: str, output: str) -> Any:
@@ -104,6 +111,29 @@ def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path:
     assert summary(output)["engine"] == "deepspeed"
 
 
+@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
+    """As a terminal sends it, to the launcher and to each rank. The launchers may print tracebacks of their own."""
+    config, output = make_config(tmp_path, "flat", steps=100_000), tmp_path / "out"
+    process = start_and_wait(command(launcher, config, output), output, '"step": 8')
+    os.killpg(process.pid, signal.SIGINT)
+    status = process.wait(timeout=SECONDS)
+    log, deadline = tmp_path / "log", time.monotonic() + SECONDS
+    while "stopped as asked after step" not in log.read_text():  # deepspeed's runner does not wait for its ranks
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    said = log.read_text()
+    assert said.count("mpl-scale: stopping after this step; press Ctrl-C again to end at once") == 1, said
+    step = re.search(r"stopped as asked after step (\d+) of", said)
+    assert step is not None
+    saved = [path.name for path in (output / "checkpoints").glob("step_*")]
+    assert any(int(name[5:13]) == 4 + int(step[1]) for name in saved), saved  # after 4 of teacher_warmup
+    assert "mpl_scale/" not in said.replace(str(output), ""), said  # no stack of ours
+    if launcher == "python":
+        assert status == 0
+        assert "Traceback" not in said
+
+
 def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_path: Path) -> None:
     """The global batch, the pseudo labels and the dropout masks do not depend on the number of ranks."""
     config = make_config(tmp_path, "flat")
@@ -119,7 +149,7 @@ def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_pa
 def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
     """What srun sets for each task, without Slurm itself."""
     config, output = make_config(tmp_path, "flat"), tmp_path / "out"
-    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "MASTER_PORT": str(free_port())}
+    job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(
             command("python", config, output),

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from mpl_scale.cli.command import Command, add_config_options, load, positive
 from mpl_scale.cli.jobs import emulated_bf16, refuse_misfits
 from mpl_scale.config import RunConfig
+from mpl_scale.config.needs import needed_packages
+from mpl_scale.packages import missing_packages
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
 
@@ -77,6 +79,7 @@ def report(
         f"{world} ranks = data {resolved.batches.data_ranks} x width {run.mpl.parallel.width}; on {resolved.device}:",
         *resolved.table(),
         *(f"warning: {warning}" for warning in resolved.warnings),
+        *(f"warning: {line}" for line in missing_packages(needed_packages(run, engine=resolved.engine))),
         *_networks(run, plans["train"]),
         *(_memory(job, plans[job.name]) for job in jobs),
         COUNTED,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mpl_scale.cli.check import CHECK
@@ -19,46 +21,47 @@ from mpl_scale.cli.select import SELECT
 from mpl_scale.cli.split import SPLIT
 from mpl_scale.cli.sweep import SWEEP
 from mpl_scale.cli.train import TRAIN
+from mpl_scale.packages import find_package
+from mpl_scale.rendezvous import RanksMissing
 
 COMMANDS = (TRAIN, PLAN, CHECK, SPLIT, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT, REPORT, SWEEP, COMPLETION)
-
-PACKAGES = {
-    "nvidia": ("nvidia-dali (DALI)", "nvidia-dali-cuda130"),
-    "deepspeed": ("deepspeed", "deepspeed"),
-    "timm": ("timm", "timm"),
-    "torch": ("torch", "torch"),
-    "sklearn": ("scikit-learn", "scikit-learn"),
-    "PIL": ("pillow", "pillow"),
-    "shtab": ("shtab", "shtab"),
-    "google_crc32c": ("google-crc32c", "google-crc32c"),
-}
-"""Of modules that may be missing: the name for people, and pip's."""
-
-
-def _missing(module: str) -> str:
-    name, wheel = PACKAGES[module]
-    return f"{name} is not installed: make install, or pip install {wheel}"
+BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0 done or stopped with its state saved, 1 unequal, 2 bad input."""
+    """Run a command; returns the exit status: 0 done or stopped with its state saved, 1 unequal, 2 bad input.
+
+    75: ranks were missing; 130: Ctrl-C.
+    """
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # for the second, while threads end
+        print("\nmpl-scale: interrupted", file=sys.stderr, flush=True)
+        return 128 + signal.SIGINT
+    except RanksMissing as error:
+        return _refused(error, str(error), RanksMissing.status, debug=options.debug)
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if options.debug or package not in PACKAGES:
+        name = error.name or ""
+        if name.startswith("mpl_scale"):
             raise
-        print(f"mpl-scale: error: {_missing(package)}", file=sys.stderr, flush=True)
-        return 2
+        package = find_package(name)
+        line = f"{error}; install it, --debug shows what imports it" if package is None else package.missing()
+        return _refused(error, line, BAD_INPUT, debug=options.debug)
     except (ValueError, OSError) as error:
-        if options.debug:
-            raise
-        where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-        if rank == "0" or where:  # what every rank finds wrong is said once
-            print(f"mpl-scale: error{where}: {error}", file=sys.stderr, flush=True)
-        return 2
+        return _refused(error, str(error), BAD_INPUT, debug=options.debug)
+    return status
+
+
+def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
+    """Say it: what every rank finds wrong once, what one rank finds wrong with its number. Returns the status."""
+    where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    if rank == "0" or where:
+        if debug:
+            traceback.print_exception(error)
+        print(f"mpl-scale: error{where}: {line}", file=sys.stderr, flush=True)
     return status
 
 

@@ -18,6 +18,7 @@ from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.spatial import Differences, compare_split, split_table
+from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 TOLERANCE = 1e-8
 """Of the largest relative difference: float64 roundings of 1e-16, enlarged by a deep net's many batch norms."""
@@ -60,8 +61,9 @@ def _on_local_ranks(options: argparse.Namespace) -> Differences:
             for rank in range(options.width)
         ]
         try:
-            for rank in ranks:
-                rank.start()
+            with deaf_to_interrupts():
+                for rank in ranks:
+                    rank.start()
             while not ours.poll(0.2):
                 if any(rank.exitcode for rank in ranks):
                     raise ValueError("--verify: a rank failed; its traceback is above")
@@ -75,6 +77,7 @@ def _on_local_ranks(options: argparse.Namespace) -> Differences:
 
 
 def _rank(rank: int, store: str, options: argparse.Namespace, answer: Connection) -> None:
+    end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.width))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.width)
     found = compare_split(

@@ -27,6 +27,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     stop = StopRequest().install()
+    try:
+        return _train(options, stop)
+    finally:
+        stop.close()
+
+
+def _train(options: argparse.Namespace, stop: StopRequest) -> int:
     run = load(options)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_effect
+from mpl_scale.config.layouts import advise
 from mpl_scale.config.load import RunConfig
 
 Engine = Literal["flat", "deepspeed"]
@@ -50,6 +51,30 @@ def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
     Raises:
         ValueError: names the fields, the values and the fix.
     """
+    try:
+        return _check(config, world=world, cuda=cuda)
+    except _WrongWorld as error:
+        advice = advise(config, world=world, fits=lambda other: _fits(other, world=world, cuda=cuda))
+        raise ValueError("; ".join(filter(None, (str(error), advice or error.otherwise)))) from None
+
+
+class _WrongWorld(ValueError):
+    """The configuration is for another number of ranks. otherwise: advice where no file beside it is for this one."""
+
+    def __init__(self, message: str, *, otherwise: str = "") -> None:
+        super().__init__(message)
+        self.otherwise = otherwise
+
+
+def _fits(config: RunConfig, *, world: int, cuda: bool) -> bool:
+    try:
+        _check(config, world=world, cuda=cuda)
+    except ValueError:
+        return False
+    return True
+
+
+def _check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
     _check_parallel(config, world=world, cuda=cuda)
     _check_method(config)
     _check_data(config)
@@ -90,8 +115,10 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
     parallel, stage = config.mpl.parallel, zero_stage(config)
     for name, size in (("width", parallel.width), ("shard_size", parallel.shard_size or 1)):
         if world % size:
-            raise ValueError(
-                f"mpl_scale.parallel.{name} = {size} does not divide the {world} ranks; use a divisor of {world}"
+            other = f"; use a divisor of {world}" if world > 1 else ""
+            raise _WrongWorld(
+                f"mpl_scale.parallel.{name} = {size} does not divide the {world} rank{'s' if world > 1 else ''}{other}",
+                otherwise=f"mpl-scale plan --ds_config {config.path} --gpus {world} looks for a layout",
             )
     if parallel.width > config.mpl.model.image_size:
         raise ValueError(
@@ -198,7 +225,7 @@ def _batches(config: RunConfig, *, world: int) -> Batches:
     if micro is None:
         micro = total // (parts * ranks)
     if micro * parts * ranks != total:
-        raise ValueError(
+        raise _WrongWorld(
             f"batch equation broken: train_batch_size {total} != train_micro_batch_size_per_gpu {micro} x "
             f"gradient_accumulation_steps {parts} x data ranks {ranks} (= {world} ranks / width "
             f"{config.mpl.parallel.width}); use train_batch_size {max(micro, 1) * parts * ranks} or another number of "

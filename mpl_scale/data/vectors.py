@@ -18,6 +18,7 @@ from mpl_scale.data.registry import SOURCES
 from mpl_scale.data.resident import ResidentImages, WholeSamples
 from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.data.transfer import to_device
+from mpl_scale.packages import require_packages
 from mpl_scale.philox import uniform_numpy
 
 LENGTHS: dict[str, int] = {}
@@ -86,13 +87,9 @@ def register_vectors(name: str, *, length: int, classes: int) -> Callable[[MakeV
 @register_vectors("two_moons", length=2, classes=2)
 def two_moons() -> tuple[np.ndarray, np.ndarray]:
     """2,000 points in two clusters (section 3.1); their noise, 0.1, is open in the paper."""
-    try:
-        from sklearn.datasets import make_moons
-    except ImportError as error:
-        raise ValueError(
-            "mpl_scale.data.source = 'two_moons' is drawn by scikit-learn, which is not installed; "
-            "pip install mpl-scale[digits]"
-        ) from error
+    require_packages([("mpl_scale.data.source = 'two_moons'", "sklearn")])
+    from sklearn.datasets import make_moons
+
     points, labels = make_moons(2000, noise=0.1, random_state=0)
     return points.astype(np.float32), labels.astype(np.int64)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mpl_scale.packages import require_packages
 from mpl_scale.planner.search import Plan
 
 Swept = Mapping[int, tuple[Plan | None, Plan | None]]
@@ -65,10 +66,9 @@ def plot(found: Swept, path: Path, *, title: str) -> None:
     """
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"--plot {path}: name a .png or .svg file")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError(f"--plot {path} needs matplotlib: pip install 'mpl_scale[plots]'") from None
+    require_packages([(f"--plot {path}", "matplotlib")])
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mpl_scale.packages import require_packages
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -68,13 +70,7 @@ class Plot:
 
 def require_matplotlib() -> None:
     """ValueError that says how to install it, where it is not there."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "mpl-scale report draws with matplotlib, which is not installed: pip install matplotlib (or this "
-            "package with its extra 'plots')"
-        ) from error
+    require_packages([("mpl-scale report", "matplotlib")])
 
 
 @dataclass(frozen=True)

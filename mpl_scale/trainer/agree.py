@@ -64,7 +64,7 @@ def value_on_main(mesh: Mesh, work: Callable[[], R]) -> R:
 
     found = on_main(mesh, attempt)
     if isinstance(found, ValueError):
-        raise found
+        raise _agreed(found)
     return found
 
 
@@ -80,4 +80,14 @@ def do_together(mesh: Mesh, work: Callable[[], None]) -> None:
 
     found = together(mesh, attempt, lambda errors: next((error for error in errors if error is not None), None))
     if found is not None:
-        raise found
+        raise _agreed(found)
+
+
+def _agreed(error: ValueError) -> ValueError:
+    error.agreed = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_agreed(error: ValueError) -> bool:
+    """Whether all ranks raise this error, so that one of them says it for all."""
+    return getattr(error, "agreed", False)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ import torch.distributed as dist
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import RunConfig
+from mpl_scale.config.needs import MONITORS, needed_packages
 from mpl_scale.data import Splits, check_batches
-from mpl_scale.mesh import adopt_slurm_environment, build_mesh, choose_device, start_process_group
+from mpl_scale.engine.graph import first_line
+from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
     DONE_NAME,
     SUMMARY_NAME,
@@ -29,8 +32,9 @@ from mpl_scale.monitor import (
     versions,
     write_summary,
 )
+from mpl_scale.packages import require_packages
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.agree import check_same_on_all_ranks
+from mpl_scale.trainer.agree import check_same_on_all_ranks, do_together, is_agreed
 from mpl_scale.trainer.components import Options, Prepared, build_trainer
 from mpl_scale.trainer.input import (
     check_models,
@@ -73,6 +77,7 @@ def train(
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)
     resolved = resolve(run, world=int(os.environ.get("WORLD_SIZE", "1")), device=device.type)
+    require_packages(needed_packages(run, engine=resolved.engine))
     batches = resolved.batches
     check_names(run)
     if resolved.engine == "deepspeed":
@@ -99,7 +104,8 @@ def train(
     except CheckpointError:  # the same on every rank
         raise
     except ValueError as error:
-        error.add_note(f"rank {dist.get_rank()}")
+        if dist.get_world_size() > 1 and not is_agreed(error):
+            error.add_note(f"rank {dist.get_rank()}")
         raise
     finally:
         if owns_group:
@@ -172,7 +178,7 @@ def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
         (output / "config.json").write_text(json.dumps(config.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.record.global_step
         writers.metrics = MetricsWriter(output / "metrics.jsonl", resume_step=resume_step)
-        writers.monitor = _deepspeed_monitor(config)
+    do_together(trainer.mesh, partial(_open_monitor, config, writers, trainer.mesh))
     return None
 
 
@@ -214,11 +220,16 @@ def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, An
     return found if found.get("config_hash") == fingerprint else None
 
 
-def _deepspeed_monitor(run: RunConfig) -> Any:
-    """DeepSpeed's own writers for the tensorboard, csv_monitor, wandb and comet sections, if one is enabled."""
-    sections = ("tensorboard", "csv_monitor", "wandb", "comet")
-    if not any(run.deepspeed.get(section, {}).get("enabled", False) for section in sections):
-        return None
+def _open_monitor(run: RunConfig, writers: Writers, mesh: Mesh) -> None:
+    """Rank 0: DeepSpeed's own writers for the tensorboard, csv_monitor, wandb and comet sections, if one is enabled."""
+    enabled = [name for name in MONITORS if run.deepspeed.get(name, {}).get("enabled", False)]
+    if not enabled or not mesh.is_main:
+        return
     from mpl_scale.engine.deepspeed_setup import monitor_master  # imports deepspeed: 4 s and more
 
-    return monitor_master(run.deepspeed)
+    try:
+        writers.monitor = monitor_master(run.deepspeed)
+    except Exception as error:  # of any service's library: no account, no network, a version too old
+        raise ValueError(
+            f"{', '.join(enabled)} cannot be opened: {first_line(error)}; mend that, or set enabled to false"
+        ) from error

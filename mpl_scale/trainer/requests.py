@@ -23,11 +23,13 @@ class Requests:
     every: int
 
     def agreed(self, run: PhaseRun) -> Request:
-        """The most that any rank is asked for. On GPUs only now and then, because the answer waits for the device."""
-        if self.mesh.device.type == "cuda" and run.step % self.every:
+        """The most that any rank is asked for. On GPUs only now and then, because their answer waits for the device."""
+        stop = self.stop_requested()  # at every step: it learns from this that there is something to save
+        together = self.mesh.world_group is not None
+        if together and self.mesh.device.type == "cuda" and run.step % self.every:
             return Request.NONE
-        own = Request.STOP if self.stop_requested() else self.control() if self.control is not None else Request.NONE
-        if self.mesh.world_group is None:
+        own = Request.STOP if stop else self.control() if self.control is not None else Request.NONE
+        if not together:
             return own
         asked = torch.tensor(float(own), device=self.mesh.device)
         dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=self.mesh.world_group)

@@ -14,6 +14,7 @@ import numpy as np
 
 from mpl_scale.data.formats.folder import read_folder
 from mpl_scale.data.registry import ImageFiles, data_folder, register_source
+from mpl_scale.packages import require_packages
 
 COUNT = 1797
 GREY_LEVELS = 16  # the data set's values run from 0 to 16
@@ -58,14 +59,9 @@ def _write(root: Path) -> None:
 
 
 def _write_files(folder: Path) -> None:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ValueError(
-            "mpl_scale.data.source = 'digits' writes its files from scikit-learn, which is not installed; "
-            "pip install mpl-scale[digits], or set source to folder"
-        ) from error
+    require_packages([("mpl_scale.data.source = 'digits', whose files scikit-learn has,", "sklearn")])
     from PIL import Image
+    from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
     grey = np.round(pixels.reshape(-1, 8, 8) * 255 / GREY_LEVELS).astype(np.uint8)

@@ -25,6 +25,7 @@ from mpl_scale.config.names import require_known
 from mpl_scale.data.index.format import ENTRY, FORMATS, MOST_CLASSES, Refusal, Scan, ScanOptions, Shard
 from mpl_scale.data.index.reader import IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import PartFiles, write_index
+from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 Report = Callable[[int, int, int], None]
 """Called after each shard: shards done, shards in all, images found so far."""
@@ -177,16 +178,22 @@ def _scanned(tasks: Sequence[_Task], workers: int) -> Iterator[int]:
     # is started that runs nothing, imports this module once (torch and DALI come with it), and is forked per worker.
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context)
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), mp_context=context, initializer=end_with_parent)
+    ended = False
     try:
-        for future in as_completed([pool.submit(_scan, task) for task in tasks]):
+        with deaf_to_interrupts():
+            futures = [pool.submit(_scan, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
+        ended = True
     except BrokenProcessPool as error:
         raise ValueError(
             "a process of --workers was killed (out of memory?); run the same command again, with fewer: shards that "
             "are done are not read again"
         ) from error
     finally:
+        for process in [] if ended else list((pool._processes or {}).values()):
+            process.terminate()  # a shard may take minutes, and what is left of it is scanned again
         pool.shutdown(cancel_futures=True)
 
 
