@@ -128,12 +128,11 @@ def means(parts: Sequence[StepMetrics]) -> dict[str, torch.Tensor]:
 
 def gradient_dots(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor], network: Network) -> torch.Tensor:
     """[<u, v>, <u, u>, <v, v>] of two gradients held as shards: float64 [3], one all-reduce of three numbers."""
-    dots = torch.stack([sum_products(u, v), sum_products(u, u), sum_products(v, v)])
+    products = []
+    for one, other in zip(u, v, strict=True):
+        a, b = one.double(), other.double()  # [shard]
+        products.append(torch.stack([torch.dot(a, b), torch.dot(a, a), torch.dot(b, b)]))
+    dots = torch.stack(products).sum(0)  # [3]
     if network.dot_group is not None:
         dist.all_reduce(dots, group=network.dot_group)
     return dots
-
-
-def sum_products(u: Sequence[torch.Tensor], v: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Sum of elementwise products over lists of 1-D tensors, accumulated in float64; []."""
-    return torch.stack([torch.dot(a.double(), b.double()) for a, b in zip(u, v, strict=True)]).sum()
