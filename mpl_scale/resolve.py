@@ -144,7 +144,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "TF32": why_tf32,
             "algorithms": CONFIGURED,
         },
-        warnings=(*_warnings(device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
+        warnings=(*_warnings(run.mpl, device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
     )
 
 
@@ -217,10 +217,19 @@ def _teacher(run: RunConfig, batches: Batches) -> tuple[bool, str]:
     return deferred, f"auto: {batches.micro_batches} micro-batch{'es' if batches.micro_batches > 1 else ''}"
 
 
-def _warnings(device: str, *, bf16: bool) -> tuple[str, ...]:
+def _warnings(config: Config, device: str, *, bf16: bool) -> tuple[str, ...]:
+    """What works, but not as one may think."""
     from mpl_scale.device import emulates_bf16
+    from mpl_scale.models.weights import classifier_warning
 
-    if not bf16 or not emulates_bf16(device):
-        return ()
-    units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if device == "cpu" else "GPU has no bf16 units"
-    return (f"bf16.enabled = true, but this {units}: bf16 is emulated, many times slower than fp32; set it to false",)
+    found = [
+        classifier_warning(getattr(config.model, name), config.model, field=f"mpl_scale.model.{name}")
+        for name in ("teacher", "student")
+    ]
+    if bf16 and emulates_bf16(device):
+        cpu = device == "cpu"
+        units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if cpu else "GPU has no bf16 units"
+        found.append(
+            f"bf16.enabled = true, but this {units}: bf16 is emulated, many times slower than fp32; set it to false"
+        )
+    return tuple(line for line in found if line is not None)

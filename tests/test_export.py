@@ -74,7 +74,7 @@ def assert_same_logits(ours: torch.nn.Module, other: torch.nn.Module, tolerance:
 
 MODELS = [
     {"name": "resnet10t"},  # torch's eps of batch norm, ours is 1e-3
-    {"name": "test_efficientnet", "kwargs": {"in_chans": 3}, "dropout": 0.2, "drop_path": 0.1},
+    {"name": "test_efficientnet", "kwargs": {"act_layer": "relu"}, "dropout": 0.2, "drop_path": 0.1},
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_effect
 from mpl_scale.config.load import RunConfig
+from mpl_scale.config.model_kwargs import refuse_kwargs
 
 Engine = Literal["flat", "deepspeed"]
 FED_BACK = ("mpl", "reduced_mpl")
@@ -50,6 +51,7 @@ def check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
     Raises:
         ValueError: names the fields, the values and the fix.
     """
+    refuse_kwargs(config.mpl.model)
     _check_parallel(config, world=world, cuda=cuda)
     _check_method(config)
     _check_data(config)

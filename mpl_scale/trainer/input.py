@@ -21,7 +21,7 @@ from mpl_scale.data.samples.joined import with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.models import build_model
-from mpl_scale.models.weights import check_weights
+from mpl_scale.models.weights import check_weights, replaced_classifier
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
@@ -107,6 +107,8 @@ def check_models(run: RunConfig) -> None:
         field = f"mpl_scale.model.{name}"
         section = getattr(config.model, name)
         check_weights(section, config.model, field=field)
+        if name == "teacher":
+            _check_teaching(run)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
         shape = (1, *(input_shape(config) if sees_images else (config.model.num_classes,)))
@@ -121,6 +123,19 @@ def check_models(run: RunConfig) -> None:
             raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
         _check_split(model, run, field=field, name=section.name)
         recomputed(model, config.parallel)
+
+
+def _check_teaching(run: RunConfig) -> None:
+    """A teacher that is not trained in this run has its classifier."""
+    config = run.mpl
+    needed = config.method.name in ("pseudo_label", "noisy_student") and not config.phases.teacher_warmup.steps
+    field = "mpl_scale.model.teacher"
+    if needed and replaced_classifier(config.model.teacher, config.model, field=field):
+        raise ValueError(
+            f"{field}.weights = {config.model.teacher.weights} leaves the teacher a new classifier, and method "
+            f"{config.method.name} does not train it; set mpl_scale.phases.teacher_warmup.steps, or give weights of "
+            f"{config.model.num_classes} classes"
+        )
 
 
 def _called(shape: tuple[int, ...]) -> str:
