@@ -7,6 +7,7 @@ alternatives, and for scoring.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mpl_scale.models.kernels import Mode
 
 CONFIGURED = "as configured"
+CONVERGED = 5.0
+"""Times that batch norm's averages must be renewed, in units of 1 / (1 - bn_decay) steps."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +220,19 @@ def _teacher(run: RunConfig, batches: Batches) -> tuple[bool, str]:
     return deferred, f"auto: {batches.micro_batches} micro-batch{'es' if batches.micro_batches > 1 else ''}"
 
 
+def _short_average(config: Config) -> str | None:
+    """Statistics start at mean 0 and variance 1: after 5 / (1 - decay) steps e^-5, 0.7%, of that is left."""
+    steps, decay = config.phases.train.steps, config.model.bn_decay
+    if decay == 1.0 or round(steps * (1.0 - decay), 6) >= CONVERGED:  # 1: statistics are not averaged at all
+        return None
+    fitting = max(0.0, math.floor(1000 * (1.0 - CONVERGED / steps)) / 1000)
+    return (
+        f"mpl_scale.model.bn_decay = {decay:g} averages over more steps than phases.train.steps = {steps}: evaluation "
+        f"would use statistics that have not converged; set bn_decay = {fitting:g} or train for "
+        f"{math.ceil(CONVERGED / (1.0 - decay))} steps"
+    )
+
+
 def _warnings(config: Config, device: str, *, bf16: bool) -> tuple[str, ...]:
     """What works, but not as one may think."""
     from mpl_scale.device import emulates_bf16
@@ -226,6 +242,7 @@ def _warnings(config: Config, device: str, *, bf16: bool) -> tuple[str, ...]:
         classifier_warning(getattr(config.model, name), config.model, field=f"mpl_scale.model.{name}")
         for name in ("teacher", "student")
     ]
+    found.append(_short_average(config))
     if bf16 and emulates_bf16(device):
         cpu = device == "cpu"
         units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if cpu else "GPU has no bf16 units"

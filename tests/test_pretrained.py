@@ -24,6 +24,7 @@ from tests.configs import tiny, write
 def run_with(folder: Path, *overrides: str, **student: Any) -> RunConfig:
     raw = tiny()
     raw["mpl_scale"]["model"]["student"] |= student
+    raw["mpl_scale"]["model"]["bn_decay"] = 0.2  # of runs as short as these
     return load_config(write(folder, raw), overrides=overrides)
 
 
