@@ -185,6 +185,15 @@ def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn()
     assert {"supervised", "mpl (trial_011): student", "mpl (final_011): student"} < set(shown)
 
 
+def test_rows_of_unequal_steps_are_flagged() -> None:
+    runs = [trial("a", **{STEPS: 120}), trial("b", mpl_scale__method__name="uda", **{STEPS: 60})]
+    said = "These rows were trained for unequal numbers of steps</strong> (all phases): 60 steps: uda; 120 steps: mpl."
+    for shown, expected in ((runs, True), (runs[:1], False)):
+        material = Material()
+        add_runs(material, shown)
+        assert (said in make_page(material, [], title="runs")) == expected
+
+
 def test_a_label_says_what_differs() -> None:
     runs = [
         trial("a", mpl_scale__method__feedback__rule="none"),
