@@ -5,7 +5,7 @@ And what it is told on the way: files that ask it to save or to stop.
 
 from mpl_scale.monitor.control import ControlFiles, Request
 from mpl_scale.monitor.heartbeat import Heartbeat
-from mpl_scale.monitor.metrics import RESERVED, TRAINED, MetricsWriter, part_of, read_metrics
+from mpl_scale.monitor.metrics import MetricsWriter, read_metrics
 from mpl_scale.monitor.progress import Progress
 from mpl_scale.monitor.summary import (
     command,
@@ -20,8 +20,6 @@ from mpl_scale.monitor.table import format_table
 from mpl_scale.monitor.writers import EventMonitor, Writers
 
 __all__ = [
-    "RESERVED",
-    "TRAINED",
     "ControlFiles",
     "EventMonitor",
     "Heartbeat",
@@ -34,7 +32,6 @@ __all__ = [
     "cost_lines",
     "format_table",
     "mark_done",
-    "part_of",
     "processor",
     "read_metrics",
     "versions",

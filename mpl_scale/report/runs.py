@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.monitor import RESERVED, part_of, read_metrics
+from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
 from mpl_scale.report.material import Curve, Group, Material, Origin, Outcome, Training
 
 SEED = "mpl_scale.seed"

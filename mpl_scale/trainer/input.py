@@ -5,6 +5,7 @@ All of it is checked before the ranks join, and raises ValueError with the field
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights, replaced_classifier
+from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
@@ -89,6 +91,8 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
     if write_manifest(splits, output / "splits"):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
+    names = json.dumps([str(name) for name in images.classes])  # in the order of labels, for mpl-scale export
+    replace_text(output / "splits" / "classes.json", f"{names}\n")
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")

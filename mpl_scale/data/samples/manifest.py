@@ -16,14 +16,11 @@ from mpl_scale.data.samples.joined import JoinedImages
 from mpl_scale.data.samples.splits import Splits
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
-CLASSES_NAME = "classes.json"
 _CHUNK = 1 << 20  # ids hashed at once
 
 
 def write_manifest(splits: Splits, folder: Path) -> bool:
-    """Write `manifest.json`, `classes.json` (names, in the order of labels) and one .npy of ids per part.
-
-    Returns whether another split's manifest was there before.
+    """Write `manifest.json` and one .npy of ids per part; returns whether another split's manifest was there before.
 
     Nothing is written where the same one is there already: a restart costs the hashes.
 
@@ -33,11 +30,6 @@ def write_manifest(splits: Splits, folder: Path) -> bool:
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "manifest.json"
-    names, classes = [str(name) for name in splits.images.classes], folder / CLASSES_NAME
-    if _read(classes) != names:
-        aside = folder / f".{CLASSES_NAME}"
-        aside.write_text(json.dumps(names) + "\n", encoding="utf-8")
-        os.replace(aside, classes)
     manifest = _describe(splits)
     before = _read(path)
     if before == manifest:
