@@ -91,11 +91,11 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
     if write_manifest(splits, output / "splits"):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
-    names = json.dumps([str(name) for name in images.classes])  # in the order of labels, for mpl-scale export
-    replace_text(output / "splits" / "classes.json", f"{names}\n")
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
+    names = json.dumps([str(name) for name in images.classes])  # in the order of labels, for mpl-scale export
+    replace_text(output / "splits" / "classes.json", f"{names}\n")
     return notes
 
 
