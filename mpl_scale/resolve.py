@@ -7,6 +7,7 @@ alternatives, and for scoring.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from mpl_scale.models.kernels import Mode
 
 CONFIGURED = "as configured"
+CONVERGED = 5.0
+"""Times that batch norm's averages must be renewed, in units of 1 / (1 - bn_decay) steps."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "TF32": why_tf32,
             "algorithms": CONFIGURED,
         },
-        warnings=(*_warnings(device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
+        warnings=(*_warnings(run.mpl, device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
     )
 
 
@@ -215,10 +218,33 @@ def _teacher(run: RunConfig, batches: Batches) -> tuple[bool, str]:
     return deferred, f"auto: {batches.micro_batches} micro-batch{'es' if batches.micro_batches > 1 else ''}"
 
 
-def _warnings(device: str, *, bf16: bool) -> tuple[str, ...]:
-    from mpl_scale.device import emulates_bf16
+def _short_average(config: Config) -> str | None:
+    """Statistics start at mean 0 and variance 1: after 5 / (1 - decay) steps e^-5, 0.7%, of that is left."""
+    steps, decay = config.phases.train.steps, config.model.bn_decay
+    if decay == 1.0 or round(steps * (1.0 - decay), 6) >= CONVERGED:  # 1: statistics are not averaged at all
+        return None
+    fitting = max(0.0, math.floor(1000 * (1.0 - CONVERGED / steps)) / 1000)
+    return (
+        f"mpl_scale.model.bn_decay = {decay:g} averages over more steps than phases.train.steps = {steps}: evaluation "
+        f"would use statistics that have not converged; set bn_decay = {fitting:g} or train for "
+        f"{math.ceil(CONVERGED / (1.0 - decay))} steps"
+    )
 
-    if not bf16 or not emulates_bf16(device):
-        return ()
-    units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if device == "cpu" else "GPU has no bf16 units"
-    return (f"bf16.enabled = true, but this {units}: bf16 is emulated, many times slower than fp32; set it to false",)
+
+def _warnings(config: Config, device: str, *, bf16: bool) -> tuple[str, ...]:
+    """What works, but not as one may think."""
+    from mpl_scale.device import emulates_bf16
+    from mpl_scale.models.weights import classifier_warning
+
+    found = [
+        classifier_warning(getattr(config.model, name), config.model, field=f"mpl_scale.model.{name}")
+        for name in ("teacher", "student")
+    ]
+    found.append(_short_average(config))
+    if bf16 and emulates_bf16(device):
+        cpu = device == "cpu"
+        units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if cpu else "GPU has no bf16 units"
+        found.append(
+            f"bf16.enabled = true, but this {units}: bf16 is emulated, many times slower than fp32; set it to false"
+        )
+    return tuple(line for line in found if line is not None)

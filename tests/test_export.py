@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mpl_scale.cli.main import main
 from mpl_scale.config import Config, load_config
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
+from mpl_scale.models.registry import MODELS as MODELS_BY_NAME
 from mpl_scale.models.weights import load_weights, plain_model
 from mpl_scale.trainer.prepare import Options, train
 from tests.configs import tiny, write
@@ -37,9 +39,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def checkpoint_of(folder: Path, **network: Any) -> tuple[Path, Config]:
-    """A checkpoint whose student has statistics of its own, as a run writes it."""
+def checkpoint_of(
+    folder: Path, *, long: bool = False, imports: tuple[str, ...] = (), **network: Any
+) -> tuple[Path, Config]:
+    """A checkpoint whose student has statistics of its own, as a run writes it; long: from a millionth to a hundred."""
     raw = tiny()
+    raw["mpl_scale"]["imports"] = list(imports)
     raw["mpl_scale"]["model"]["student"] = network
     raw["mpl_scale"]["model"]["image_size"] = 32
     run = load_config(write(folder, raw))
@@ -48,9 +53,9 @@ def checkpoint_of(folder: Path, **network: Any) -> tuple[Path, Config]:
     buffers = dict(module.named_buffers())
     for name, buffer in buffers.items():
         if name.endswith("running_mean"):
-            buffer.normal_(std=0.1)
+            buffer.normal_(std=3.0 if long else 0.1)
         elif name.endswith("running_var"):
-            buffer.uniform_(0.001, 1.5)
+            buffer.copy_(10 ** buffer.uniform_(-6.0, 2.0)) if long else buffer.uniform_(0.001, 1.5)
     mesh = build_mesh(device=torch.device("cpu"))
     entries = replicated_entries("student/master", {k: p.detach() for k, p in module.named_parameters()}, mesh=mesh)
     entries += replicated_entries("student/buffer", buffers, mesh=mesh)
@@ -74,17 +79,22 @@ def assert_same_logits(ours: torch.nn.Module, other: torch.nn.Module, tolerance:
 
 MODELS = [
     {"name": "resnet10t"},  # torch's eps of batch norm, ours is 1e-3
-    {"name": "test_efficientnet", "kwargs": {"in_chans": 3}, "dropout": 0.2, "drop_path": 0.1},
+    {"name": "test_efficientnet", "kwargs": {"act_layer": "relu"}, "dropout": 0.2, "drop_path": 0.1},
 ]
 
 
+@pytest.mark.parametrize("long", [False, True])
 @pytest.mark.parametrize("network", MODELS, ids=lambda network: str(network["name"]))
-def test_timm_gives_the_logits_of_the_run(tmp_path: Path, network: dict[str, Any]) -> None:
-    checkpoint, config = checkpoint_of(tmp_path, **network)
+def test_timm_gives_the_logits_of_the_run(tmp_path: Path, network: dict[str, Any], long: bool) -> None:
+    checkpoint, config = checkpoint_of(tmp_path, long=long, **network)
+    (tmp_path / "splits").mkdir()
+    names = [f"the digit {number}" for number in range(10)]
+    (tmp_path / "splits" / "classes.json").write_text(json.dumps(names))
     out = tmp_path / "out"
     assert main(["export", str(tmp_path), "--output", str(out)]) == 0
     content = json.loads((out / "config.json").read_text())
     assert content["architecture"] == network["name"]
+    assert content["batch_norm"] == {"eps": 1e-3, "momentum": pytest.approx(1.0 - config.model.bn_decay)}
     ours = built(config, checkpoint)
     file = str(out / "model.safetensors")
     assert_same_logits(
@@ -92,6 +102,7 @@ def test_timm_gives_the_logits_of_the_run(tmp_path: Path, network: dict[str, Any
     )
     hub = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert_same_logits(ours, hub)
+    assert list(hub.pretrained_cfg["label_names"]) == names
     seen = timm.data.resolve_model_data_config(hub)
     assert tuple(seen["input_size"]) == (3, 32, 32)
     assert (tuple(seen["mean"]), tuple(seen["std"])) == (config.data.mean, config.data.std)
@@ -136,6 +147,20 @@ def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
         for key in trained:  # at a rate of 0 one step leaves them bit for bit
             assert torch.equal(found[key], first[name][key]), key
     assert checkpoint_config(second).model.student.weights == str(tmp_path / "student")
+
+
+def test_export_imports_the_modules_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has not seen the model yet, as `mpl-scale export` is."""
+    code = (
+        "from mpl_scale.models.registry import MODELS, register_model\nfrom mpl_scale.models.small import DigitsCNN\n"
+    )
+    (tmp_path / "export_my_parts.py").write_text(code + "register_model('export_my_cnn')(DigitsCNN)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    checkpoint, _ = checkpoint_of(tmp_path, imports=("export_my_parts",), name="export_my_cnn")
+    del MODELS_BY_NAME["export_my_cnn"]
+    monkeypatch.delitem(sys.modules, "export_my_parts")
+    export(checkpoint, tmp_path / "out", network="student")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architecture"] == "export_my_cnn"
 
 
 def test_weights_of_another_model_are_one_error_before_training(tmp_path: Path) -> None:

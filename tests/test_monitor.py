@@ -22,10 +22,11 @@ from mpl_scale.monitor import (
     write_summary,
 )
 from mpl_scale.monitor.pace import Pace, format_seconds
+from mpl_scale.trainer.prepare import SHOWN
 
 
 def write_steps(path: Path, steps: range, *, resume_step: int | None) -> None:
-    writer = MetricsWriter(path, resume_step=resume_step)
+    writer = MetricsWriter(path, resume_step=resume_step, clock=lambda: 5.0)
     for step in steps:
         phase, start = ("warmup", 0) if step <= 5 else ("train", 5)
         writer.write({"loss": 1 / step}, phase=phase, step=step - start, global_step=step)
@@ -47,13 +48,14 @@ def test_a_new_run_starts_an_empty_file_and_resuming_without_one_works(tmp_path:
     write_steps(path, range(3, 5), resume_step=2)
     assert [line["global_step"] for line in read_metrics(path)] == [3, 4]
     write_steps(path, range(1, 2), resume_step=None)
-    assert list(read_metrics(path)) == [{"global_step": 1, "phase": "warmup", "step": 1, "loss": 1.0}]
+    line = {"global_step": 1, "phase": "warmup", "step": 1, "part": "test", "wall": 5.0, "loss": 1.0}
+    assert list(read_metrics(path)) == [line]
     assert list(read_metrics(tmp_path / "absent.jsonl")) == []
 
 
 def test_each_line_is_strict_json_on_disk_at_once(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    writer = MetricsWriter(path, resume_step=None)
+    writer = MetricsWriter(path, resume_step=None, clock=lambda: 1764000000.1234)
     values = {"h": float("nan"), "loss": float("inf"), "accuracy": 0.5}
     writer.write(values, phase="train", step=1, global_step=1)
 
@@ -61,7 +63,8 @@ def test_each_line_is_strict_json_on_disk_at_once(tmp_path: Path) -> None:
         raise AssertionError(f"{name} is not JSON")
 
     line = json.loads(path.read_text(), parse_constant=no_constant)
-    assert line == {"global_step": 1, "phase": "train", "step": 1, "h": None, "loss": None, "accuracy": 0.5}
+    own = {"global_step": 1, "phase": "train", "step": 1, "part": "test", "wall": 1764000000.123}
+    assert line == {**own, "h": None, "loss": None, "accuracy": 0.5}
     with pytest.raises(ValueError, match="global_step 0 comes after 1"):
         writer.write({}, phase="train", step=0, global_step=0)
     with pytest.raises(ValueError, match=r"\['step'\] name the line's own fields"):
@@ -108,7 +111,7 @@ def test_a_bar_on_a_terminal_and_nothing_when_off() -> None:
     progress.note("saved step 6")
     progress.close()
     last = stream.getvalue().replace("\r", "\n").rstrip().splitlines()[-1]
-    assert re.search(r"^train: +60%.* 6/10, loss 1.5 h 0.25 \d+ img/s eta 0s", last)
+    assert re.search(r"^train 6/10 eta 0s \d+ img/s loss 1.5 h 0.25 \|", last)
     assert "saved step 6\n" in stream.getvalue()
 
     silent = Terminal()
@@ -118,6 +121,35 @@ def test_a_bar_on_a_terminal_and_nothing_when_off() -> None:
     progress.note("saved step 4")
     progress.close()
     assert silent.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize(
+    ("phase", "losses"),
+    [
+        ("train", {"student_loss": 1.23456, "teacher_supervised_loss": 0.0123456, "h": -1.5e-5, "cosine": 0.123}),
+        ("teacher_warmup", {"teacher_supervised_loss": 0.123456, "teacher_uda_loss": 2.34567}),
+    ],
+)
+def test_a_bar_keeps_speed_and_two_losses_whatever_was_evaluated(
+    monkeypatch: pytest.MonkeyPatch, columns: int, phase: str, losses: dict[str, float]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    seconds, stream = iter([0.0, 10.0, 20.0, 620.0]), io.StringIO()
+    progress = Progress("bar", show=SHOWN, stream=stream, clock=lambda: next(seconds))
+    progress.start(phase, total=300_000, done=0, images_per_step=512)
+    for step in (100, 200):
+        progress.report(losses, step=step)
+    top1 = {f"test/{name}_top1": 93.21 for name in ("student", "teacher", "ema")}
+    progress.report({**top1, "test/student_loss": 9.0}, step=200)  # after ten minutes of evaluation
+    progress.close()
+    last = stream.getvalue().replace("\r", "\n").rstrip().splitlines()[-1]
+    assert len(last) <= columns
+    first, second = ("student 1.23", "teacher 0.0123") if phase == "train" else ("teacher 0.123", "teacher_uda 2.35")
+    assert last.startswith(f"{phase} 200/300000 eta ")
+    assert f" 5120 img/s {first} {second}" in last
+    assert "9" not in last.partition(second)[2].replace("93.2", "")
+    assert ("student_top1 93.2" in last) == (columns == 120)
 
 
 def test_pace_before_anything_is_measured() -> None:
@@ -150,17 +182,29 @@ def test_writers_reach_every_place(tmp_path: Path) -> None:
     stream, monitor, disabled = io.StringIO(), Monitor(enabled=True), Monitor(enabled=False)
     progress = Progress("lines", show=("loss",), stream=stream)
     progress.start("train", total=10, done=0, images_per_step=8)
-    writers = Writers(MetricsWriter(tmp_path / "metrics.jsonl", resume_step=None), progress, monitor)
+    metrics = MetricsWriter(tmp_path / "metrics.jsonl", resume_step=None, clock=lambda: 5.0)
+    writers = Writers(metrics, progress, monitor)
     for target in (writers, Writers(monitor=disabled), Writers()):
-        target.write({"loss": 0.5, "h": 2.0}, phase="train", step=3, global_step=8)
+        target.write({"loss": 0.5, "images_per_second": 2.0}, phase="train", step=3, global_step=8)
+        target.write({"loss": 0.7}, phase="train", step=3, global_step=8)
         target.note("a line")
         target.close()
     assert list(read_metrics(tmp_path / "metrics.jsonl")) == [
-        {"global_step": 8, "phase": "train", "step": 3, "loss": 0.5, "h": 2.0}
+        {
+            "global_step": 8,
+            "phase": "train",
+            "step": 3,
+            "part": "train",
+            "wall": 5.0,
+            "loss": 0.5,
+            "images_per_second": 2.0,
+        },
+        {"global_step": 8, "phase": "train", "step": 3, "part": "test", "wall": 5.0, "loss": 0.7},
     ]
     assert stream.getvalue().startswith("[train 3/10] loss 0.5 ")
+    assert "0.7" not in stream.getvalue()  # not among what is shown: the test loss is not the training loss
     assert stream.getvalue().endswith("\na line\n")
-    assert monitor.events == [("train/loss", 0.5, 8), ("train/h", 2.0, 8)]
+    assert monitor.events == [("train/loss", 0.5, 8), ("train/images_per_second", 2.0, 8), ("test/loss", 0.7, 8)]
     assert disabled.events == []
 
 

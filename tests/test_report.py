@@ -22,7 +22,7 @@ from mpl_scale.report.drawing import DARK, LIGHT, render
 from mpl_scale.report.figures import FIGURES
 from mpl_scale.report.material import Curve, Material
 from mpl_scale.report.page import make_page
-from mpl_scale.report.runs import EVALUATION, STEPS, TRAINED, Run, add_runs, differing
+from mpl_scale.report.runs import EVALUATION, STEPS, Run, add_runs, differing
 from mpl_scale.trainer.prepare import Options, train
 from tests.configs import DIGITS, tiny, write
 
@@ -142,8 +142,8 @@ def test_a_training_loss_is_not_an_evaluation_s(runs: Path) -> None:
     lines = [json.loads(line) for line in (runs / "mpl/seed_0/metrics.jsonl").read_text().splitlines()]
     group = read([runs / "mpl" / "seed_0"]).groups[0]
     for name, chosen in (
-        ("student_loss", [line for line in lines if TRAINED in line]),
-        (f"{EVALUATION}student_loss", [line for line in lines if TRAINED not in line and "student_loss" in line]),
+        ("student_loss", [line for line in lines if line["part"] == "train"]),
+        (f"{EVALUATION}student_loss", [line for line in lines if line["part"] == "test" and "student_loss" in line]),
     ):
         curve = group.curves[name]
         key = name.removeprefix(EVALUATION)
@@ -159,7 +159,7 @@ def trial(folder: str, *, seed: int = 0, **settings: Any) -> Run:
     """A run that ended with its learning rate as its accuracy; curves of a step."""
     given = {"mpl_scale.seed": seed, "mpl_scale.method.name": "mpl", "mpl_scale.data.labelled_per_class": 4, STEPS: 1}
     given |= {name.replace("__", "."): value for name, value in settings.items()}
-    metrics = [{"global_step": 1, "phase": "train", "step": 1, "student_accuracy": 0.5, TRAINED: 9.0}]
+    metrics = [{"global_step": 1, "phase": "train", "step": 1, "student_accuracy": 0.5, "part": "train"}]
     top1 = given.get("mpl_scale.optim.student.lr", 0.0)
     return Run(Path(folder), given, {"results": {"student": {"top1": top1}}, "steps": 1}, metrics, {})
 
@@ -183,6 +183,15 @@ def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn()
     shown = figure.alt.removeprefix("Training accuracy over steps of ").split(", ")
     assert len(shown) == 4
     assert {"supervised", "mpl (trial_011): student", "mpl (final_011): student"} < set(shown)
+
+
+def test_rows_of_unequal_steps_are_flagged() -> None:
+    runs = [trial("a", **{STEPS: 120}), trial("b", mpl_scale__method__name="uda", **{STEPS: 60})]
+    said = "These rows were trained for unequal numbers of steps</strong> (all phases): 60 steps: uda; 120 steps: mpl."
+    for shown, expected in ((runs, True), (runs[:1], False)):
+        material = Material()
+        add_runs(material, shown)
+        assert (said in make_page(material, [], title="runs")) == expected
 
 
 def test_a_label_says_what_differs() -> None:

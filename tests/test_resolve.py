@@ -181,3 +181,20 @@ def test_check_leaves_this_processs_flags_alone(tmp_path: Path) -> None:
     report(loaded(tmp_path, deterministic=True), world=1, cuda=True)
     assert (torch.backends.cudnn.benchmark, os.environ.get("CUBLAS_WORKSPACE_CONFIG")) == before
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_average_longer_than_the_run_is_announced_with_a_decay_that_fits(tmp_path: Path) -> None:
+    raw = tiny()
+    raw["mpl_scale"]["phases"]["train"]["steps"] = 120
+    path = write(tmp_path, raw)
+
+    def warnings(decay: float) -> tuple[str, ...]:
+        run = load_config(path, overrides=[f"mpl_scale.model.bn_decay={decay}"])
+        return resolve(run, world=1, device="cpu").warnings
+
+    (line,) = warnings(0.99)
+    assert "mpl_scale.model.bn_decay = 0.99" in line
+    assert "phases.train.steps = 120" in line
+    assert "set bn_decay = 0.958 or train for 500 steps" in line
+    assert warnings(0.958) == ()
+    assert warnings(0.9) == ()

@@ -44,7 +44,7 @@ def final_state(output: Path) -> dict[str, torch.Tensor]:
 def lines(output: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without the timings."""
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait_share")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("wall", "images_per_second", "data_wait_share")} for row in rows]
 
 
 def make_config(tmp_path: Path, engine: str, stage: int) -> str:

@@ -24,7 +24,17 @@ from mpl_scale.trainer.prepare import Options, train
 from tests.configs import tiny, write
 from tests.ranks import pool
 
-EVERY_LINE = {"global_step", "phase", "step", "images_per_second", "data_wait_share", "student_lr", "student_loss"}
+EVERY_LINE = {
+    "global_step",
+    "phase",
+    "step",
+    "part",
+    "wall",
+    "images_per_second",
+    "data_wait_share",
+    "student_lr",
+    "student_loss",
+}
 MPL_LINE = EVERY_LINE | {
     "cosine",
     "h",
@@ -185,7 +195,7 @@ def test_deepspeeds_monitor_sections_are_honoured(tmp_path: Path) -> None:
     config = config_with(tmp_path, csv_monitor=section)
     pool(2).run(run, config, str(tmp_path / "out"), ())
     written = {path.name for path in (tmp_path / "csv" / "digits").iterdir()}
-    assert {"train_student_loss.csv", "train_h.csv", "finetune_finetuned_top1.csv"} <= written
+    assert {"train_student_loss.csv", "train_h.csv", "test_student_loss.csv", "test_finetuned_top1.csv"} <= written
 
 
 def evaluate(config: str) -> dict[str, float]:

@@ -20,6 +20,7 @@ from mpl_scale.checkpoint.folders import replace_text, sync
 from mpl_scale.checkpoint.format import CheckpointError, read_index
 from mpl_scale.checkpoint.reader import read_prefix
 from mpl_scale.config.former import without_former_fields
+from mpl_scale.config.load import import_modules
 from mpl_scale.config.schema import Config, NetworkConfig
 from mpl_scale.models.weights import FILE_NAME, to_plain
 
@@ -34,10 +35,11 @@ def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
     Raises CheckpointError where the checkpoint is damaged, has no such network or not the configuration of a run.
     """
     config = checkpoint_config(checkpoint)
+    import_modules(config.imports)
     section: NetworkConfig = getattr(config.model, NETWORKS[network])
     weights = read_network(checkpoint, network)
     plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
-    content = _hub_config(config, section)
+    content = _hub_config(config, section, labels=class_names(checkpoint))
     output.mkdir(parents=True, exist_ok=True)
     draft = output / f"{FILE_NAME}.tmp"
     save_file(plain, draft, metadata={"format": "pt"})
@@ -66,8 +68,21 @@ def read_network(checkpoint: Path, network: str) -> dict[str, torch.Tensor]:
     return parameters | (read_prefix(checkpoint, f"{network}/buffer") if has_buffers else {})
 
 
-def _hub_config(config: Config, section: NetworkConfig) -> dict[str, Any]:
-    """config.json as timm's models on the Hugging Face hub have it."""
+def class_names(checkpoint: Path) -> list[str] | None:
+    """The classes' names in the order of labels, as the run wrote them beside its checkpoints; None: it did not."""
+    try:
+        names = json.loads((checkpoint.absolute().parents[1] / "splits" / "classes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, IndexError):
+        return None
+    return names if isinstance(names, list) else None
+
+
+def _hub_config(config: Config, section: NetworkConfig, *, labels: list[str] | None) -> dict[str, Any]:
+    """config.json as timm's models on the Hugging Face hub have it, and what else describes the network.
+
+    batch_norm: eps and momentum of the run, for those who train on. timm's layers have an eps of their own, whose
+    difference is in the variances (weights.py).
+    """
     evaluation, data, size = config.data.evaluation, config.data, config.model.image_size
     content: dict[str, Any] = {
         "architecture": section.name,
@@ -83,7 +98,10 @@ def _hub_config(config: Config, section: NetworkConfig) -> dict[str, Any]:
             "num_classes": config.model.num_classes,
             "custom_load": False,
         },
+        "batch_norm": {"eps": config.model.bn_eps, "momentum": 1.0 - config.model.bn_decay},
     }
+    if labels is not None and len(labels) == config.model.num_classes:
+        content["label_names"] = labels
     if section.kwargs:
         content["model_args"] = section.kwargs
     return content

@@ -8,6 +8,7 @@ from typing import Literal
 from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_effect
 from mpl_scale.config.layouts import advise
 from mpl_scale.config.load import RunConfig
+from mpl_scale.config.model_kwargs import refuse_kwargs
 
 Engine = Literal["flat", "deepspeed"]
 FED_BACK = ("mpl", "reduced_mpl")
@@ -75,6 +76,7 @@ def _fits(config: RunConfig, *, world: int, cuda: bool) -> bool:
 
 
 def _check(config: RunConfig, *, world: int, cuda: bool) -> Batches:
+    refuse_kwargs(config.mpl.model)
     _check_parallel(config, world=world, cuda=cuda)
     _check_method(config)
     _check_data(config)

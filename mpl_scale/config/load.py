@@ -74,20 +74,20 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         mpl = Config.model_validate_json(json.dumps(section))
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_error(error)}") from None
-    for module in mpl.imports:
-        _import(module)
+    import_modules(mpl.imports)
     return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed)
 
 
-def _import(module: str) -> None:
-    """Run a module of the user's, which registers what the config then names."""
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # whatever its code raises
-        raise ValueError(
-            f"{SECTION}.imports = {module!r}: {type(error).__name__}: {error}; it must be a module that Python finds "
-            "(PYTHONPATH, or installed) and that imports without an error"
-        ) from error
+def import_modules(modules: Sequence[str]) -> None:
+    """Run the user's modules (`imports`), which register what the config then names. ValueError: one cannot be."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # whatever its code raises
+            raise ValueError(
+                f"{SECTION}.imports = {module!r}: {type(error).__name__}: {error}; it must be a module that Python "
+                "finds (PYTHONPATH, or installed) and that imports without an error"
+            ) from error
 
 
 def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:

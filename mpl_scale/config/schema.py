@@ -51,11 +51,18 @@ class NetworkConfig(Section):
         "default", description="default: the model's own; uniform: U(-init_range, init_range) everywhere (3.1)."
     )
     init_range: Positive = 0.1
-    kwargs: dict[str, Any] = Field(default_factory=dict, description="Passed to the model's builder.")
+    kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Passed to the model's builder, but for what other settings do."
+    )
     weights: str | None = Field(
         None,
         description="Start from this model.safetensors, or the folder that holds it: of mpl-scale export, or any with "
         "the model's own keys.",
+    )
+    new_classifier: bool | Literal["auto"] = Field(
+        "auto",
+        description="Whether the classifier keeps its initial values where `weights` are loaded. auto: where their "
+        "number of classes is another, with a warning; false refuses such weights.",
     )
 
 

@@ -39,23 +39,20 @@ def build_model(
         kernels: how batch norm with its activation is computed (kernels.py).
     """
     builder = find_builder(network.name, field=f"{field}.name")
-    kwargs = dict(network.kwargs)
+    more = {}
     takes_drop_path = network.name not in MODELS or "drop_path_rate" in inspect.signature(builder).parameters
     if network.drop_path and takes_drop_path:
-        kwargs["drop_path_rate"] = network.drop_path
+        more["drop_path_rate"] = network.drop_path
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        try:
-            model = builder(num_classes=shared.num_classes, **kwargs)
-        except TypeError as error:
-            raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {error}") from error
+        model = call_builder(network, shared, field=field, **more)
         _initialise(model, network)
     passes = Passes()
     model.passes = passes  # type: ignore[assignment]
     model = convert(model, passes=passes, group=group, kernels=kernels)
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
-            layer.momentum, layer.eps = 1.0 - shared.bn_decay, shared.bn_eps
+            _set_statistics(layer, shared)
     if network.dropout:
         _add_dropout(model, network.dropout, passes, field=field)
     if network.drop_path and not any(isinstance(layer, DropPath) for layer in model.modules()):
@@ -63,16 +60,35 @@ def build_model(
     return model.train()
 
 
+def call_builder(network: NetworkConfig, shared: ModelConfig, *, field: str, **more: Any) -> nn.Module:
+    """What the model's builder gives, as it is. more: arguments beside `network.kwargs`. ValueError: it has no such."""
+    kwargs = {**network.kwargs, **more}
+    try:
+        return find_builder(network.name, field=f"{field}.name")(num_classes=shared.num_classes, **kwargs)
+    except TypeError as error:
+        raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {error}") from error
+
+
+@torch.no_grad()
+def _set_statistics(layer: BatchNorm, shared: ModelConfig) -> None:
+    """Our decay and eps. A builder may load trained weights: the difference of eps then goes into their variance, so
+    that the layer gives the same (weights.py). A new layer's variance of 1 stays."""
+    variance = layer.running_var
+    if not variance.is_meta and not variance.eq(1).all():
+        variance.copy_(variance.double() + (layer.eps - shared.bn_eps))
+    layer.momentum, layer.eps = 1.0 - shared.bn_decay, shared.bn_eps
+
+
 def _initialise(model: nn.Module, network: NetworkConfig) -> None:
     if network.init == "uniform":
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -network.init_range, network.init_range)
     elif network.init == "zero_classifier":
-        for parameter in _classifier(model)[1].parameters():
+        for parameter in find_classifier(model)[1].parameters():
             nn.init.zeros_(parameter)
 
 
-def _classifier(model: nn.Module) -> tuple[str, nn.Module]:
+def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
     """The name and the module of the last linear layer: timm's get_classifier, or `classifier`."""
     find: Any = getattr(model, "get_classifier", None)
     head = find() if find else model.get_submodule("classifier")
@@ -80,7 +96,7 @@ def _classifier(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def _add_dropout(model: nn.Module, rate: float, passes: Passes, *, field: str) -> None:
-    name, head = _classifier(model)
+    name, head = find_classifier(model)
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{field}.dropout = {rate}: the classifier is a {type(head).__name__}, not a Linear; set 0")
     parent, _, leaf = name.rpartition(".")

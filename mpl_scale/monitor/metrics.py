@@ -1,9 +1,10 @@
 """metrics.jsonl: one JSON object per line, in the order of training, continued exactly where a resumed run continues.
 
-    {"global_step": 130, "phase": "train", "step": 120, "student_loss": 1.25, "h": null}
+    {"global_step": 130, "phase": "train", "step": 120, "part": "train", "wall": 1764000000.0, "student_loss": 1.25}
 
-`global_step` counts steps over all phases and never decreases; `step` counts within the phase. JSON has no NaN and no
-infinity: such a value is written as null.
+`part` tells what was measured: a training step (train) or an evaluation (test), whose `student_loss` is another value.
+`wall` is the time, in seconds since 1970. `global_step` counts steps over all phases and never decreases; `step` counts
+within the phase. JSON has no NaN and no infinity: such a value is written as null.
 """
 
 from __future__ import annotations
@@ -11,25 +12,38 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpl_scale.monitor.atomic import replace_text
 
-RESERVED = ("global_step", "phase", "step")
+RESERVED = ("global_step", "phase", "step", "part", "wall")
+"""The line's own fields."""
+TRAINED = "images_per_second"
+"""A metric that only lines of training have."""
+
+
+def part_of(values: Mapping[str, Any]) -> str:
+    """train or test: of a line, or of what is to be one. Files of former versions have no `part`."""
+    return str(values.get("part", "train" if TRAINED in values else "test"))
 
 
 class MetricsWriter:
     """Appends lines; each is handed to the operating system at once, so a killed run loses none."""
 
-    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, resume_step: int | None, clock: Callable[[], float] = time.time
+    ) -> None:
         """Open the file at path; its folder is made.
 
         Args:
             resume_step: global step of the checkpoint a run resumes from: later lines, which will be written again,
                 and a half-written last line are dropped. None: a new run, which starts an empty file.
+            clock: seconds since 1970.
         """
+        self._clock = clock
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._open(resume_step)
@@ -54,7 +68,8 @@ class MetricsWriter:
             )
         if taken := [name for name in RESERVED if name in values]:
             raise ValueError(f"{self.path}: {taken} name the line's own fields; rename these metrics")
-        line = {"global_step": global_step, "phase": phase, "step": step, **values}
+        own = {"part": part_of(values), "wall": round(self._clock(), 3)}
+        line = {"global_step": global_step, "phase": phase, "step": step, **own, **values}
         self._file.write(json.dumps({name: _finite(value) for name, value in line.items()}) + "\n")
         self._file.flush()
         self._last = global_step

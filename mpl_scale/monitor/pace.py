@@ -22,9 +22,15 @@ class Pace:
     def report(self, step: int) -> None:
         """Say that `step` steps of the phase are done now.
 
-        The average starts at the first report: compilation and warm-up before it are not the pace.
+        The average starts at the first report: compilation and warm-up before it are not the pace. A step that is
+        reported again, after its evaluation, leaves the pace as it is: what passed since is no training.
         """
-        self._previous, self._current = self._current, (step, self._clock())
+        now = self._clock()
+        if self._first is not None and step == self._current[0]:
+            pause = now - self._current[1]
+            self._previous, self._current = (self._previous[0], self._previous[1] + pause), (step, now)
+            return
+        self._previous, self._current = self._current, (step, now)
         if self._first is None:
             self._first = self._current
 

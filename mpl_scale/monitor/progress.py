@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +15,16 @@ from tqdm import tqdm
 from mpl_scale.monitor.pace import Pace, format_seconds
 
 Mode = Literal["auto", "bar", "lines", "off"]
-_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt}{postfix}"  # without tqdm's own times: its clock jumps when the host's is set
+LEAST_BAR = 12
+"""Columns: where fewer are left, words stand alone."""
 
 
 class Progress:
     """One bar, or one line per report, for each phase.
 
-    A line reads `[train 120/1000] student_loss 1.234 h 0.012 5103 img/s eta 1m20s`.
+    A line reads `[train 120/1000] student_loss 1.234 h 0.012 5103 img/s eta 1m20s`. A bar has the speed and the losses
+    first, with short names, and of the rest what the terminal has room for:
+    `train 120/1000 eta 1m20s 5103 img/s student 1.23 teacher 0.98 |####      |`.
     """
 
     def __init__(
@@ -50,8 +55,13 @@ class Progress:
         self._shown: dict[str, float] = {}
         self._pace = Pace(total=total, done=done, clock=self._clock)
         if self._mode == "bar":
+            columns = _columns(self._stream)
             self._bar = tqdm(
-                total=total, initial=done, desc=phase, bar_format=_BAR, file=self._stream, dynamic_ncols=True
+                total=total,
+                initial=done,
+                file=self._stream,
+                ncols=columns,
+                bar_format=self._bar_format(done, columns),
             )
 
     def report(self, values: Mapping[str, float], *, step: int) -> None:
@@ -64,10 +74,21 @@ class Progress:
         if self._bar is None:
             self._write(" ".join([f"[{self._phase} {step}/{self._pace.total}]", *_words(new), *self._speed_words()]))
             return
-        shown = {name: self._shown[name] for name in self._show if name in self._shown}
-        self._bar.set_postfix_str(" ".join([*_words(shown), *self._speed_words()]), refresh=False)
+        self._bar.ncols = _columns(self._stream)
+        self._bar.bar_format = self._bar_format(step, self._bar.ncols)
         self._bar.update(step - self._bar.n)
         self._bar.refresh()
+
+    def _bar_format(self, step: int, columns: int) -> str:
+        """What of a bar fits, for tqdm. Its own times are not in it: its clock jumps when the host's is set."""
+        losses_first = sorted(self._show, key=lambda name: name.startswith("test/") or not name.endswith("loss"))
+        shown = {_short(name): self._shown[name] for name in losses_first if name in self._shown}
+        text = f"{self._phase} {step}/{self._pace.total}"
+        for word in (*reversed(self._speed_words()), *_words(shown, digits=3)):
+            if len(text) + 1 + len(word) > columns:
+                break
+            text += f" {word}"
+        return f"{text} |{{bar}}|" if columns - len(text) >= LEAST_BAR else text
 
     def note(self, line: str) -> None:
         """Print a line of its own, above the bar if there is one; in every mode but off."""
@@ -96,6 +117,21 @@ class Progress:
         return words
 
 
-def _words(values: Mapping[str, float]) -> list[str]:
-    """name value, with four significant digits."""
-    return [f"{name} {value:.4g}" if math.isfinite(value) else f"{name} {value}" for name, value in values.items()]
+def _columns(stream: TextIO) -> int:
+    """Of the terminal, now."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # no terminal, no descriptor
+        return shutil.get_terminal_size().columns
+
+
+def _short(name: str) -> str:
+    """A loss by whose it is, for a bar."""
+    return name.removeprefix("test/").removesuffix("_loss").removesuffix("_supervised")
+
+
+def _words(values: Mapping[str, float], *, digits: int = 4) -> list[str]:
+    """name value, with that many significant digits."""
+    return [
+        f"{name} {value:.{digits}g}" if math.isfinite(value) else f"{name} {value}" for name, value in values.items()
+    ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from mpl_scale.monitor.metrics import MetricsWriter
+from mpl_scale.monitor.metrics import MetricsWriter, part_of
 from mpl_scale.monitor.progress import Progress
 
 
@@ -28,13 +28,19 @@ class Writers:
     monitor: EventMonitor | None = None
 
     def write(self, values: Mapping[str, float], *, phase: str, step: int, global_step: int) -> None:
-        """Write host scalars of a step of the phase; the monitor gets them as {phase}/{name} at global_step."""
+        """Write host scalars of a step of the phase.
+
+        The monitor gets them at global_step as {phase}/{name}, those of an evaluation as test/{name}, which the
+        progress shows too: both have a student_loss.
+        """
+        tested = part_of(values) == "test"
         if self.metrics is not None:
             self.metrics.write(values, phase=phase, step=step, global_step=global_step)
         if self.progress is not None:
-            self.progress.report(values, step=step)
+            self.progress.report({f"test/{name}": values[name] for name in values} if tested else values, step=step)
         if self.monitor is not None and self.monitor.enabled:
-            self.monitor.write_events([(f"{phase}/{name}", value, global_step) for name, value in values.items()])
+            place = "test" if tested else phase
+            self.monitor.write_events([(f"{place}/{name}", value, global_step) for name, value in values.items()])
 
     def go_back(self, *, global_step: int) -> None:
         """What follows a step will be written again; the monitor is not told."""

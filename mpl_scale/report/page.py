@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mpl_scale.report.material import NETWORKS, Material, group_names, mean_and_deviation, top1_of
-from mpl_scale.report.runs import differing
+from mpl_scale.report.runs import STEPS, differing
 
 FIELDS_AS_ROWS = 6
 """Up to that many configurations stand side by side in the table of differences; more stand one below the other."""
@@ -121,7 +121,8 @@ def _results(material: Material) -> str:
             ]
             for labels, method, cells in rows
         ]
-        parts.append(f"<h3>{html.escape(source)}</h3>\n{table(columns, lines, numbers=columns[1:])}")
+        flag = _unequal_steps(material) if source == "runs" else ""
+        parts.append(f"<h3>{html.escape(source)}</h3>\n{table(columns, lines, numbers=columns[1:])}{flag}")
     for source, by_method in material.by_setting().items():
         settings = list(dict.fromkeys(setting for cells in by_method.values() for setting in cells))
         lines = [
@@ -133,6 +134,18 @@ def _results(material: Material) -> str:
         parts.append(f"<h3>{html.escape(source)}, up to {count} seeds</h3>\n{shown}")
     note = "Top-1 accuracy on the test images, percent: mean and, over two runs or more, sample standard deviation."
     return f'<p class="soft">{note}</p>\n' + "\n".join(parts) if parts else ""
+
+
+def _unequal_steps(material: Material) -> str:
+    """Which configurations trained for how many steps, where these differ."""
+    by_steps: dict[int, list[str]] = {}
+    for group, name in zip(material.groups, group_names(material.groups), strict=True):
+        by_steps.setdefault(int(group.settings.get(STEPS, 0)), []).append(name)
+    if len(by_steps) < 2:
+        return ""
+    listed = "; ".join(f"{steps} steps: {', '.join(names)}" for steps, names in sorted(by_steps.items()))
+    heading = "<strong>These rows were trained for unequal numbers of steps</strong> (all phases)"
+    return f"\n<p>{heading}: {html.escape(listed)}.</p>"
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.monitor import read_metrics
+from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
 from mpl_scale.report.material import Curve, Group, Material, Origin, Outcome, Training
 
 SEED = "mpl_scale.seed"
@@ -22,8 +22,8 @@ DEPTH = 4
 """Levels below a given folder at which runs are looked for."""
 LONGEST = 60
 """Characters of a label; where all that differs does not fit, the folder's name stands for it."""
-TRAINED, EVALUATION = "images_per_second", "evaluation/"
-"""A metric that only lines of training have, and what the others' names get in front."""
+EVALUATION = "evaluation/"
+"""What the names of metrics of an evaluation get in front."""
 CURVES_OF_TRAINING = {"student": "student_accuracy", "teacher": "teacher_accuracy"}
 
 
@@ -218,9 +218,9 @@ def _curves(group: Sequence[Run]) -> dict[str, Curve]:
     for run in group:
         points: dict[str, dict[float, float]] = {}
         for row in run.metrics:
-            mark = "" if TRAINED in row else EVALUATION
+            mark = "" if part_of(row) == "train" else EVALUATION
             for name, value in row.items():
-                if name not in ("global_step", "phase", "step") and value is not None:
+                if name not in RESERVED and value is not None:
                     points.setdefault(f"{mark}{name}", {})[row["global_step"]] = value
         for name, values in points.items():
             found.setdefault(name, []).append(values)

@@ -5,6 +5,7 @@ All of it is checked before the ranks join, and raises ValueError with the field
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,8 @@ from mpl_scale.data.samples.joined import with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.models import build_model
-from mpl_scale.models.weights import check_weights
+from mpl_scale.models.weights import check_weights, replaced_classifier
+from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
@@ -97,6 +99,8 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
+    names = json.dumps([str(name) for name in images.classes])  # in the order of labels, for mpl-scale export
+    replace_text(output / "splits" / "classes.json", f"{names}\n")
     return notes
 
 
@@ -112,6 +116,8 @@ def check_models(run: RunConfig) -> None:
         field = f"mpl_scale.model.{name}"
         section = getattr(config.model, name)
         check_weights(section, config.model, field=field)
+        if name == "teacher":
+            _check_teaching(run)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
         shape = (1, *(input_shape(config) if sees_images else (config.model.num_classes,)))
@@ -126,6 +132,19 @@ def check_models(run: RunConfig) -> None:
             raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
         _check_split(model, run, field=field, name=section.name)
         recomputed(model, config.parallel)
+
+
+def _check_teaching(run: RunConfig) -> None:
+    """A teacher that is not trained in this run has its classifier."""
+    config = run.mpl
+    needed = config.method.name in ("pseudo_label", "noisy_student") and not config.phases.teacher_warmup.steps
+    field = "mpl_scale.model.teacher"
+    if needed and replaced_classifier(config.model.teacher, config.model, field=field):
+        raise ValueError(
+            f"{field}.weights = {config.model.teacher.weights} leaves the teacher a new classifier, and method "
+            f"{config.method.name} does not train it; set mpl_scale.phases.teacher_warmup.steps, or give weights of "
+            f"{config.model.num_classes} classes"
+        )
 
 
 def _called(shape: tuple[int, ...]) -> str:

@@ -54,10 +54,11 @@ SHOWN = (
     "teacher_supervised_loss",
     "cosine",
     "h",
-    "student_top1",
-    "teacher_top1",
-    "ema_top1",
-    "finetuned_top1",
+    "test/student_top1",
+    "test/teacher_top1",
+    "test/ema_top1",
+    "test/finetuned_top1",
+    "teacher_uda_loss",
 )
 """Metrics of the progress line."""
 LOCK_PATIENCE = 300.0

@@ -91,7 +91,7 @@ class Jobs:
         output = self.output(name)
         assert (output / "DONE").exists(), self.log(name).read_text()
         rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-        timings = ("images_per_second", "data_wait_share")
+        timings = ("wall", "images_per_second", "data_wait_share")
         folder = find(output / "checkpoints")[0]
         return {
             "results": json.loads((output / "summary.json").read_text())["results"],
