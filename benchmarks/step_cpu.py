@@ -24,13 +24,14 @@ import torch
 
 from benchmarks.report import provenance, write
 from mpl_scale.config.presets import apply_preset
-from mpl_scale.config.schema import MethodConfig, ModelConfig, NetworkConfig, OptimConfig
+from mpl_scale.config.schema import MethodConfig, ModelConfig, NetworkConfig, OptimConfig, ParallelConfig
 from mpl_scale.engine import build_network
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.models.kernels import Mode, fastest
+from mpl_scale.models.kernels import Mode
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
+from mpl_scale.resolve import choose_kernels
 from mpl_scale.types import Batch
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -165,7 +166,8 @@ def _network(state: Mapping[str, torch.Tensor], config: Config) -> Network:
         bn_decay=1 - config.bn_momentum,
         bn_eps=config.bn_eps,
     )
-    kernels: Mode = fastest(torch.device("cpu")) if config.compiled is None else ("eager", "compiled")[config.compiled]
+    chosen: Mode = choose_kernels(ParallelConfig(), "cpu")[0]
+    kernels: Mode = chosen if config.compiled is None else ("eager", "compiled")[config.compiled]
     model = build_model(section, shared, field="step_cpu", seed=0, kernels=kernels)
     try:
         model.load_state_dict(state)
