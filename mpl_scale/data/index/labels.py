@@ -57,7 +57,8 @@ def count_from_zero(scan: Scan, shard: Shard, *, first: int, classes: Sequence[s
     last = first + (MOST_CLASSES if classes is None else len(classes)) - 1
     outside = usable & ((labels < first) | (labels > last))
     for row in np.flatnonzero(outside).tolist():
-        reason = f"label {int(labels[row])} is outside {first} to {last}"
+        where = f"below {first}, the first class" if labels[row] < first else f"above {last}, the last class"
+        reason = f"label {int(labels[row])} is {where}"
         scan.refusals.append(Refusal(shard.name, int(scan.entries["offset"][row]), reason, row, label=True))
         for name in ("label", "height", "width"):
             scan.entries[name][row] = 0
@@ -86,10 +87,10 @@ class LabelCensus:
             self.ranges[part] = min(low, found[0]), max(high, found[1])
         self._present[part].update(np.unique(labels).tolist())
 
-    def add_fault(self, what: str) -> None:
-        """A label that cannot be used."""
+    def add_fault(self, what: str, *, first: bool) -> None:
+        """A label that cannot be used; first: of its kind."""
         self.faults += 1
-        if len(self.examples) < 3:
+        if first and len(self.examples) < 3:
             self.examples.append(what)
 
     def finding(self, *, named: int | None, assumed: bool) -> dict[str, Any]:
@@ -187,4 +188,4 @@ def range_hint(meta: Mapping[str, Any]) -> str:
     if found is None:
         return ""
     low, high, first = found
-    return f", or mpl_scale.data.label_offset: the files hold labels {low} to {high}, and {first} counts as the first class"
+    return f", or mpl_scale.data.label_offset: the files hold labels {low} to {high}, and {first} is the first class"

@@ -143,7 +143,7 @@ def write_index(
 def _write_arrays(
     folder: Path, parts: Sequence[PartFiles], shards: Sequence[Shard], census: LabelCensus
 ) -> tuple[np.ndarray, Counter[str], int, dict[int, str], list[str]]:
-    """Refused ids int64 [R], refusals by kind, the highest label, names by label, the first reasons."""
+    """Refused ids int64 [R], refusals by kind, the highest label, names by label, a reason of each kind."""
     count = sum(len(part.read().entries) for part in parts)
     arrays = {name: _create(folder / f"{name}.npy", dtype=dtype, count=count) for name, dtype in ARRAYS.items()}
     named = any(part.names.exists() for part in parts)
@@ -169,14 +169,15 @@ def _write_arrays(
                 if sample is not None:
                     refused.append(sample)
                     usable[refusal.entry] = False
+                kind, said = kind_of(refusal.reason), f"{refusal.file}: {refusal.reason}"
                 line = {"file": refusal.file, "offset": refusal.offset, "sample": sample, "reason": refusal.reason}
                 if refusal.label:
                     line["kind"] = "label"
-                    census.add_fault(f"{refusal.file}: {refusal.reason}")
+                    census.add_fault(said, first=kind not in reasons)
                 lines.write(json.dumps(line) + "\n")
-                reasons[kind_of(refusal.reason)] += 1
-                if len(first) < 5:
-                    first.append(f"{refusal.file}: {refusal.reason}")
+                if kind not in reasons and len(first) < 5:
+                    first.append(said)
+                reasons[kind] += 1
             class_names = {int(label): text for label, text in part.about["class_names"].items()} | class_names
             highest = max(highest, int(part.entries["label"].max(initial=0)))
             census.add(shards[number].part, part.about["labels"], part.entries["label"][usable])
