@@ -268,8 +268,8 @@ def test_values_of_a_feature_are_counted() -> None:
     found = read_example(
         example(a=feature(3, numbers, numbers), b=feature(1, b"x", b"y"), c=feature(2, bytes(8)), d=feature(3, b""))
     )
-    assert (found["a"].count, found["a"].integer) == (6, 1)
-    assert (found["b"].count, found["b"].kind) == (2, "bytes")
+    assert (found["a"].values, found["a"].integer) == (6, 1)
+    assert (found["b"].values, found["b"].kind) == (2, "bytes")
     assert (found["c"].integer, found["c"].kind) == (None, "floats")
     assert found["d"].kind is None
 

@@ -18,13 +18,13 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 class Feature(NamedTuple):
     """The first value of a feature: of bytes where they lie in the record; an integer as it is; a float is passed over.
 
-    kind: of the values, for messages; None where there is none. count: how many values there are; of floats, 1.
+    kind: of the values, for messages; None where there is none. values: how many there are; of floats, 1.
     """
 
     span: tuple[int, int] | None = None  # offset and length, bytes
     integer: int | None = None
     kind: Literal["bytes", "floats", "integers"] | None = None
-    count: int = 0
+    values: int = 0
 
 
 def read_example(record: bytes) -> dict[str, Feature]:
@@ -56,13 +56,13 @@ def _feature(record: bytes, start: int, end: int) -> Feature:
             if inner != 1:
                 continue
             if number == 1 and inner_kind == _BYTES:
-                found = Feature(found.span or (first, last - first), kind="bytes", count=found.count + 1)
+                found = Feature(found.span or (first, last - first), kind="bytes", values=found.values + 1)
             elif number == 2:
-                found = Feature(kind="floats", count=1)
+                found = Feature(kind="floats", values=1)
             elif number == 3 and inner_kind in (_VARINT, _BYTES) and last > first:  # plain or packed
                 integer = _signed(_varint(record, first, last)[0]) if found.integer is None else found.integer
                 ends = len(record[first:last].translate(None, _CONTINUED))  # the last byte of each number
-                found = Feature(integer=integer, kind="integers", count=found.count + ends)
+                found = Feature(integer=integer, kind="integers", values=found.values + ends)
     return found
 
 

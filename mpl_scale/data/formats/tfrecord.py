@@ -111,8 +111,8 @@ def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
         image = features.get("image/encoded")
         if image is None or image.span is None:
             raise MalformedShard(f"the example has no image/encoded{_others(features)}")
-        if image.count > 1:
-            raise MalformedShard(f"{image.count} images in image/encoded, where one is expected")
+        if image.values > 1:
+            raise MalformedShard(f"{image.values} images in image/encoded, where one is expected")
         label = _label(features)
         start, length = image.span
         encoded = record[start : start + length]
@@ -134,8 +134,8 @@ def _label(features: Mapping[str, Feature]) -> int:
         raise MalformedShard(f"the example has no image/class/label{_others(features)}")
     if label.integer is None:
         raise BadLabel(f"image/class/label holds {label.kind}, not a whole number")
-    if label.count > 1:
-        raise BadLabel(f"{label.count} labels in image/class/label: an image with several labels cannot be used")
+    if label.values > 1:
+        raise BadLabel(f"{label.values} labels in image/class/label: an image with several labels cannot be used")
     return label.integer
 
 
