@@ -152,7 +152,7 @@ def _spoil_meta(folder: Path, **changes: object) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no meta": (lambda f: (f / "meta.json").unlink(), "is no index"),
     "not JSON": (lambda f: (f / "meta.json").write_text("{"), "is no index"),
-    "version": (lambda f: _spoil_meta(f, version=99), "version 99, not mpl_scale.index 1"),
+    "version": (lambda f: _spoil_meta(f, version=99), "version 99, not mpl_scale.index 2"),
     "array cut": (
         lambda f: (f / "label.npy").write_bytes((f / "label.npy").read_bytes()[:-8]),
         "label.npy' is damaged",

@@ -93,9 +93,13 @@ class DataConfig(Section):
         "id, for methods reduced_mpl and noisy_student.",
     )
     label_offset: int | None = Field(
-        None, description="The first class's label in the files; null: the format's custom (tfrecord 1, others 0)."
+        None,
+        description="The first class's label in the files; null: the format's custom (tfrecord 1; webdataset, arrays "
+        "0), or what `index` was built with.",
     )
-    check_data: bool = Field(True, description="Whether TFRecord data are compared with their checksum when indexed.")
+    check_data: bool | None = Field(
+        None, description="Whether TFRecord data are compared with their checksum when indexed; null: yes."
+    )
     split: str = Field(
         "stratified",
         description="Registered: stratified, test_files (the source's own test part), and those of C.1: cifar10_4k, "

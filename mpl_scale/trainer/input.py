@@ -16,6 +16,8 @@ from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data import Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
+from mpl_scale.data.index.labels import range_hint
+from mpl_scale.data.index.reader import VERSION, IndexedImages
 from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.joined import with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
@@ -71,9 +73,10 @@ def load_splits(run: RunConfig) -> Splits:
     config, data = run.mpl, run.mpl.data
     images = load_images(data)
     if len(images.classes) != config.model.num_classes:
+        hint = range_hint(images.meta) if isinstance(images, IndexedImages) else ""
         raise ValueError(
             f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
-            f"classes; set {len(images.classes)}"
+            f"classes; set {len(images.classes)}{hint}"
         )
     splits = make_splits(images, config=data, seed=config.seed)
     if data.unlabelled_index is not None:
@@ -89,6 +92,8 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
     if write_manifest(splits, output / "splits"):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
+    if isinstance(images, IndexedImages) and images.meta["version"] < VERSION:
+        notes.append(f"index '{images.folder}' is of an earlier version, which does not check labels; build it again")
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")

@@ -46,6 +46,9 @@ class FolderTree:
     """The same, for an index: each class folder is a shard of named files."""
 
     layout: Layout = "file"
+    first_label: int | None = None
+    checksums = False
+    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         return [Shard(folder.name, label=label) for label, folder in enumerate(_class_folders(root))]

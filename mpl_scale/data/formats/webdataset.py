@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -16,6 +17,8 @@ from typing import BinaryIO
 from mpl_scale.data.encoded.probe import UnreadableImage, probe_at
 from mpl_scale.data.formats.tar import Member, read_members
 from mpl_scale.data.index.format import (
+    CLASSES_FILE,
+    BadLabel,
     Layout,
     MalformedShard,
     Scan,
@@ -36,6 +39,9 @@ class WebDataset:
     """Tar files."""
 
     layout: Layout = "encoded"
+    first_label: int | None = 0
+    checksums = False
+    sidecars = (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         return find_shards(root, r".*\.tar", what=".tar file")
@@ -47,7 +53,7 @@ class WebDataset:
         builder = ScanBuilder(shard.name)
         with open(root / shard.name, "rb") as file:
             for _, members in groupby(_whole(file, builder), key=lambda member: _split(member.name)[0]):
-                _add(builder, file, list(members), first=options.label_offset or 0)
+                _add(builder, file, list(members))
         return builder.scan()
 
 
@@ -70,7 +76,7 @@ def _split(name: str) -> tuple[str, str]:
     return folder + slash + stem, ending.lower()
 
 
-def _add(builder: ScanBuilder, file: BinaryIO, members: list[Member], *, first: int) -> None:
+def _add(builder: ScanBuilder, file: BinaryIO, members: list[Member]) -> None:
     by_ending = {_split(member.name)[1]: member for member in members}
     image = next((by_ending[ending] for ending in _IMAGES if ending in by_ending), None)
     if image is None:
@@ -78,12 +84,12 @@ def _add(builder: ScanBuilder, file: BinaryIO, members: list[Member], *, first: 
             builder.refuse(by_ending["cls"].offset, f"member '{by_ending['cls'].name[:200]}' has no image beside it")
         return
     try:
-        label = _label(file, by_ending) - first
-        if not 0 <= label < 1 << 31:
-            raise MalformedShard(f"label {label + first} is below label_offset = {first}, or huge")
+        if len(by_ending) < len(members):
+            raise BadLabel("two members of one name: which image the label belongs to is unknown")
+        label = _label(file, by_ending)
         size = probe_at(file.fileno(), offset=image.offset, length=image.length)
     except (MalformedShard, UnreadableImage) as error:
-        builder.refuse_sample(image.offset, image.length, str(error))
+        builder.refuse_sample(image.offset, image.length, error)
         return
     builder.add(image.offset, image.length, label=label, size=size)
 
@@ -96,13 +102,13 @@ def _label(file: BinaryIO, by_ending: dict[str, Member]) -> int:
         raise MalformedShard(f"a label of {member.length} bytes")
     text = os.pread(file.fileno(), member.length, member.offset).decode("utf-8", errors="replace").strip()
     if member is by_ending.get("cls"):
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise MalformedShard(f"the label {text[:20]!r} is no number")
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            raise BadLabel(f"the label {text[:20]!r} is no number")
         return int(text)
     try:
         label = json.loads(text)["label"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedShard("the .json member has no whole number 'label'") from error
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise MalformedShard("the .json member has no whole number 'label'")
+    if type(label) is not int or abs(label) >= 10**18:
+        raise BadLabel(f"the .json member has {json.dumps(label)[:20]} as 'label', not a whole number")
     return label

@@ -23,6 +23,7 @@ Layout = Literal["file", "encoded", "rows", "planes"]
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 MOST_CLASSES = 1 << 20
 """Without a list of names, labels from here on are taken for damage."""
+CLASSES_FILE = "classes.txt"
 _TEST = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
 
 
@@ -32,6 +33,10 @@ class MalformedShard(ValueError):
     def __init__(self, reason: str, *, offset: int = 0) -> None:
         super().__init__(reason)
         self.offset = offset
+
+
+class BadLabel(MalformedShard):
+    """Why a label cannot be used. Never skipped as an unreadable image is: a wrong label means others may be wrong."""
 
 
 class Shard(NamedTuple):
@@ -47,21 +52,26 @@ class Shard(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What was not taken. entry: its row in the shard's entries, or None where it has none."""
+    """What was not taken.
+
+    entry: its row in the shard's entries, or None where it has none. label: the label is at fault, not the image.
+    """
 
     file: str
     offset: int | None
     reason: str
     entry: int | None = None
+    label: bool = False
 
 
 @dataclass
 class Scan:
     """What one shard holds.
 
-    entries: ENTRY [n], in the shard's order. A refused one keeps its row, with label 0 and size 0 x 0.
+    entries: ENTRY [n], in the shard's order, with labels as they stand in the files; build.py then counts them from 0.
+        A refused one keeps its row, with label 0 and size 0 x 0.
     names: layout "file": the samples' file names, encoded, one behind another; name_ends: int64 [n], where each ends.
-    class_names: names that the shard itself gives for some labels.
+    class_names: names that the shard itself gives for some labels, as they stand in the files.
     """
 
     entries: np.ndarray
@@ -70,13 +80,19 @@ class Scan:
     name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: dict[int, str] = field(default_factory=dict)
 
+    @classmethod
+    def lost(cls, shard: Shard, error: MalformedShard) -> Scan:
+        """Nothing of the shard can be used."""
+        reason = f"the whole shard is lost: {error}"
+        return cls(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, reason, label=isinstance(error, BadLabel))])
+
 
 @dataclass(frozen=True)
 class ScanOptions:
     """Settings that change what a scan finds; part of an index's identity."""
 
     label_offset: int | None = None
-    """What the first class is called in the files; None: the format's own custom."""
+    """The first class's label in the files; None: the format's custom."""
     check_data: bool = True
     """Whether checksums of the data are computed, where the format has any."""
 
@@ -86,6 +102,18 @@ class Format(Protocol):
 
     @property
     def layout(self) -> Layout: ...
+
+    @property
+    def first_label(self) -> int | None:
+        """The first class's label where `label_offset` is not set; None: labels are the format's, it has no effect."""
+
+    @property
+    def checksums(self) -> bool:
+        """Whether `check_data` has an effect."""
+
+    @property
+    def sidecars(self) -> Sequence[str]:
+        """Files beside the shards that labels or names are read from, present or not, relative to the root."""
 
     def shards(self, root: Path) -> Sequence[Shard]:
         """All shards, in order. Raises ValueError where the folder holds none, with the fix."""
@@ -124,12 +152,13 @@ class ScanBuilder:
         self.class_names: dict[int, str] = {}
 
     def add(self, offset: int, length: int, *, label: int, size: tuple[int, int]) -> None:
-        """A sample; size is its height and width, pixels."""
+        """A sample; label: as it stands in the file; size: its height and width, pixels."""
         self._rows.append((offset, length, label, *size))
 
-    def refuse_sample(self, offset: int, length: int, reason: str) -> None:
+    def refuse_sample(self, offset: int, length: int, reason: str | ValueError) -> None:
         """A sample that keeps its place in the order, but cannot be used."""
-        self._refusals.append(Refusal(self._file, offset, reason, len(self._rows)))
+        label = isinstance(reason, BadLabel)
+        self._refusals.append(Refusal(self._file, offset, str(reason), len(self._rows), label))
         self._rows.append((offset, length, 0, 0, 0))
 
     def refuse(self, offset: int, reason: str) -> None:
@@ -168,7 +197,7 @@ def classes_file(root: Path) -> list[str] | None:
     Raises:
         ValueError: it cannot be read as text, or holds fewer than two names.
     """
-    path = root / "classes.txt"
+    path = root / CLASSES_FILE
     if not path.exists():
         return None
     try:
