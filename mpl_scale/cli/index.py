@@ -42,6 +42,7 @@ def _run(options: argparse.Namespace) -> int:
     root = options.root.expanduser().resolve()
     if not options.force and current(output, source=options.source, root=root, options=scan):
         print(f"'{output}' is up to date; --force builds it again")
+        _print_contents(output)
         return 0
     progress, start = IndexProgress(), time.monotonic()
     workers = options.workers or os.cpu_count() or 1
@@ -56,7 +57,16 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{built.refused:,} refused, listed in {output / 'refused.jsonl'}:")
         for reason, count in built.reasons.most_common():
             print(f"  {count:>8,}  {reason}")
+    _print_contents(output)
     return 0
+
+
+def _print_contents(output: Path) -> None:
+    """The parts, the formats, and what is not used."""
+    from mpl_scale.data.index.reader import IndexedImages
+
+    for line in IndexedImages(output).contents():
+        print(line)
 
 
 INDEX = Command(

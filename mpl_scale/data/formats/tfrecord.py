@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import probe
 from mpl_scale.data.formats.example import read_example
 from mpl_scale.data.index.format import (
     Layout,
@@ -25,9 +26,9 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     classes_file,
-    find_shards,
     register_format,
 )
+from mpl_scale.data.index.parts import find_shards
 
 _HEADER = struct.Struct("<QI")
 _NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
@@ -108,7 +109,7 @@ def _add(builder: ScanBuilder, offset: int, record: bytes, *, first: int) -> Non
             raise MalformedShard(f"label {label.integer} is below label_offset = {first}, or huge")
         start, length = image.span
         encoded = record[start : start + length]
-        size = probe(encoded, encoded)
+        header = probe(encoded)
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(offset, len(record), str(error))
         return
@@ -116,7 +117,7 @@ def _add(builder: ScanBuilder, offset: int, record: bytes, *, first: int) -> Non
     if text is not None and text.span is not None and label.integer - first not in builder.class_names:
         begin, count = text.span
         builder.class_names[label.integer - first] = record[begin : begin + min(count, 200)].decode(errors="replace")
-    builder.add(offset + start, length, label=label.integer - first, size=size)
+    builder.add(offset + start, length, label=label.integer - first, header=header)
 
 
 def _refuse_gaps(root: Path, names: Sequence[str]) -> None:

@@ -228,7 +228,10 @@ def current(folder: Path, *, source: str, root: Path, options: ScanOptions) -> b
     """Whether the folder holds an up-to-date index of just that."""
     try:
         meta = read_meta(folder)
-        IndexedImages(folder)
+        if meta["source"] != source:
+            return False
+        indexed = [(shard.name, shard.part) for shard in IndexedImages(folder).shards]
+        found = [(shard.name, shard.part) for shard in FORMATS[source].shards(root)]
     except ValueError:
         return False
-    return meta["source"] == source and meta["root"] == str(root) and meta["options"] == asdict(options)
+    return (meta["root"], meta["options"], indexed) == (str(root), asdict(options), found)

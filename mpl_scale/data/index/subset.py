@@ -73,6 +73,7 @@ def write_subset(
         "refused": 0,
         "refusals": 0,
         "reasons": {},
+        "census": {},
         "sha256": hashes,
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.format import FORMATS, Refusal, Scan, Shard, named_classes
+from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
 
 
@@ -48,6 +50,7 @@ class PartFiles:
             "unpacked": self.pixels.exists(),
             "refusals": scan.refusals,
             "class_names": scan.class_names,
+            "census": scan.census.to_json(),
         }
         aside = self.about.with_suffix(".writing")
         aside.write_text(json.dumps(about), encoding="utf-8")
@@ -92,9 +95,11 @@ def write_index(
         shutil.rmtree(folder)
         raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
     classes = FORMATS[source].classes(root) or named_classes(class_names, highest=highest)
+    census = left_over(root, shards, layout=FORMATS[source].layout)
     described = []
     for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         about = part.read().about
+        census.update(Census.from_json(about["census"]))
         if about["unpacked"]:
             part.pixels.rename(folder / pixels_name(number))
         described.append([shard.name, shard.part, about["bytes"], about["mtime_ns"], about["unpacked"]])
@@ -109,6 +114,7 @@ def write_index(
         "refused": len(refused),
         "refusals": sum(reasons.values()),
         "reasons": dict(reasons),
+        "census": census.to_json(),
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         "shards": described,
     }
