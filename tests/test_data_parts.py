@@ -192,6 +192,8 @@ def test_folders_named_after_parts_hold_class_folders(tmp_path: Path) -> None:
         assert make_splits(images, config=config, seed=0).test.tolist() == [12, 13, 14, 15]
         stratified = make_splits(images, config=config.model_copy(update={"split": "stratified"}), seed=0)
         assert max(stratified.test.max(), stratified.unlabelled.max()) < 12
+    notes = record_splits(stratified, tmp_path / "run")
+    assert notes[-1].startswith("the data set's own test part, 4 images, is not used; mpl_scale.data.split = test_fi")
     put(root / "bus" / "0.png")  # then train is a class, as of COCO, and the note says so
     images = load_images(config)
     assert images.classes == ("bus", "train", "val")
@@ -218,6 +220,12 @@ def test_dots_in_keys_lose_nothing(tmp_path: Path) -> None:
         "not used: 6 (3 .txt, 1 .json, 1 .png, 1 without an ending): a.json, a.txt, a.depth.png, b.2.txt, d.txt, "
         "noending",
     ]
+
+
+def test_a_folder_of_compressed_shards_only_says_so(tmp_path: Path) -> None:
+    put(tmp_path / "data" / "train-000.tar.xz", b"x")
+    with pytest.raises(ValueError, match=r"holds no \.tar file; decompress its shards, such as 'train-000\.tar\.xz'"):
+        indexed(tmp_path / "data")
 
 
 @pytest.mark.parametrize("ending", [".tar.gz", ".tgz"])

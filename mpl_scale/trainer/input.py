@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -100,6 +101,13 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
     for part in (images.first, images.second) if isinstance(images, JoinedImages) else (images,):
         if isinstance(part, IndexedImages | ImageFiles):
             notes += part.contents()
+    first = images.first if isinstance(images, JoinedImages) else images
+    own = first.ids_of("test") if isinstance(first, IndexedImages | ImageFiles) else splits.test
+    if len(own) and not np.isin(splits.test[:1], own).all():
+        notes.append(
+            f"the data set's own test part, {len(own):,} images, is not used; mpl_scale.data.split = test_files "
+            "evaluates on it"
+        )
     return notes
 
 

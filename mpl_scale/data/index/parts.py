@@ -102,7 +102,9 @@ def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
         if re.fullmatch(pattern, name) and (root / (path := _join(folder.name, name))).is_file()
     ]
     if not found:
-        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; name the folder of the shards")
+        packed = [path for path in left_over(root, [], layout="encoded").names if path.lower().endswith(_COMPRESSED)]
+        fix = f"decompress its shards, such as '{packed[0]}'" if packed else "name the folder of the shards"
+        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; {fix}")
     return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
 
 
