@@ -67,7 +67,7 @@ def jpeg(random: np.random.Generator) -> bytes:
         segment(0xED, b"Photoshop 3.0\0" + bytes(40)),
         segment(0xE1, b"Exif\0\0"),
         b"\xff" * int(random.integers(1, 6)),  # padding before a marker
-        b"\0\0\0",  # bytes that belong to no segment
+        segment(0xFE, b"x") + b"\0\0\0",  # bytes that belong to no segment
     ]
     for _ in range(int(random.integers(0, 4))):
         content = content[:2] + extras[random.integers(len(extras))] + content[2:]

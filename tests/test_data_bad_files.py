@@ -238,6 +238,23 @@ def test_a_list_without_good_images_is_named() -> None:
     loader.close()
 
 
+def test_a_list_of_images_that_are_bad_in_parts_is_named() -> None:
+    """All four decode at the top; of their lower part, which the view shows, none does."""
+    files = [BAD["cut_after_thumbnail.jpg"][0]()] * 4
+    part = {"crop_starts": np.array([[70, 0]], np.int32), "crop_shapes": np.full((1, 2), 16, np.int32)}
+    ids = np.arange(4)
+    pipeline = DecodePipeline(
+        iter([[Rows(ids[:1], np.zeros((1, 0)), ids)]]),
+        images=ImagesInMemory(files),
+        view=View(16, 0, tuple(part), lambda *_: part),
+        capacity=1,
+        device=CPU,
+    )
+    with pytest.raises(ValueError, match=r"of a list of 4: 4 unreadable .*: image 0: DALI cannot .*; image 3: DALI"):
+        pipeline.next()
+    pipeline.close()
+
+
 def test_a_restarted_run_lists_no_file_twice(tmp_path: Path) -> None:
     path, told = tmp_path / "out" / "quarantine.jsonl", []
     for bad in ((3, 7), (3, 7, 13)):

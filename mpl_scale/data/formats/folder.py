@@ -46,9 +46,9 @@ def read_folder(root: Path | None) -> ImageFiles:
     """
     folders = _folders(root)
     assert root is not None  # _folders has refused it
-    scans = [_scan(root, shard) for shard in folders]
+    named, scans = zip(*(_scan(root, shard) for shard in folders), strict=True)
     counts = [len(scan.entries) for scan in scans]
-    names = [f"{root}/{shard.name}/{name}" for shard in folders for name in _image_names(root / shard.name)]
+    paths = [f"{root}/{shard.name}/{name}" for shard, names in zip(folders, named, strict=True) for name in names]
     entries = np.concatenate([scan.entries for scan in scans])
     firsts = np.cumsum(counts) - counts
     reasons = {
@@ -62,7 +62,7 @@ def read_folder(root: Path | None) -> ImageFiles:
         census.update(scan.census)
     tests = np.repeat([shard.part == "test" for shard in folders], counts)
     return ImageFiles(
-        np.array(names),
+        np.array(paths),
         entries["label"].copy(),
         np.stack([entries["height"], entries["width"]], axis=1),
         tuple(_class_names(root)),
@@ -88,16 +88,18 @@ class FolderTree:
         return _class_names(root)
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
-        return _scan(root, shard)
+        return _scan(root, shard)[1]
 
 
-def _scan(root: Path, shard: Shard) -> Scan:
-    folder = root / shard.name
-    names = [os.fsencode(name) for name in _image_names(folder)]
+def _scan(root: Path, shard: Shard) -> tuple[list[str], Scan]:
+    """The image files of one folder, sorted, and what was found in them."""
+    here = next(walk(root, shard.name))
+    images = [name for name in here.files if _is_image(name)]
+    names = [os.fsencode(name) for name in images]
     entries = np.zeros(len(names), ENTRY)
     refusals, census = [], Census()
     for row, name in enumerate(names):
-        path = os.path.join(os.fsencode(folder), name)
+        path = os.path.join(os.fsencode(root / shard.name), name)
         try:
             header = probe_file(path)
             entries["height"][row], entries["width"][row] = header.stored
@@ -106,14 +108,13 @@ def _scan(root: Path, shard: Shard) -> Scan:
             census.kinds[header.label] += 1
         except (UnreadableImage, OSError) as error:
             refusals.append(Refusal(f"{shard.name}/{os.fsdecode(name)}", None, str(error), row))
-    here = next(walk(root, shard.name))
     for other in here.files:
         if not _is_image(other):
             census.leave_out(f"{shard.name}/{other}")
     for other in here.loops:
         census.leave_out(f"{shard.name}/{other}", "links to a folder above")
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
+    return images, Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
 
 
 def _folders(root: Path | None) -> list[Shard]:
@@ -133,14 +134,14 @@ def _folders(root: Path | None) -> list[Shard]:
         )
     shards: list[Shard] = []
     for folder in _class_folders(root):
-        below = [inner.name for inner in walk(root, folder)]
-        if not any(_image_names(root / name) for name in below):
+        below = list(walk(root, folder))
+        if not any(_is_image(name) for inner in below for name in inner.files):
             raise ValueError(
                 f"class folder '{root / folder}' holds no {', '.join(SUFFIXES)} file; add images or remove it"
             )
         label = labels[folder.rpartition("/")[2]]
         part = part_of(folder.partition("/")[0]) if "/" in folder else "train"
-        shards += [Shard(name, part, label) for name in below]
+        shards += [Shard(inner.name, part, label) for inner in below]
     return sorted(shards, key=lambda shard: shard.part == "test")
 
 
@@ -160,10 +161,5 @@ def _visible_folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _image_names(folder: Path) -> list[str]:
-    """The image files in a folder, sorted."""
-    return sorted(name for name in os.listdir(folder) if _is_image(name) and not (folder / name).is_dir())
-
-
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES)
