@@ -148,7 +148,7 @@ def test_damaged_records_of_a_tfrecord(tmp_path: Path) -> None:
     assert "the rest of the shard is lost: it ends inside a record of" in refused[2]
     assert [line.rpartition(": ")[2] for line in refused[3:]] == [
         "a field leaves its message",
-        "neither a PNG nor a JPEG file",
+        "neither a PNG nor a JPEG file, nor another that is read",
         "the example has no image/encoded",
     ]
     lost = {0, *range(12, 24), 35}
@@ -216,7 +216,7 @@ def test_hostile_and_damaged_members_of_a_tar(tmp_path: Path) -> None:
         "no .cls or .json member beside the image",
         "the label 'three' is no number",
         "the .json member has no whole number 'label'",
-        "neither a PNG nor a JPEG file",
+        "a gif file that PIL cannot open",
         "member 'alone.cls' has no image beside it",
         "the rest of the shard is lost: it ends inside the member 'a/0005.png'",
     ):

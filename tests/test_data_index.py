@@ -22,7 +22,7 @@ from benchmarks.index_scale import measure
 from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images
-from mpl_scale.data.encoded.probe import UnreadableImage
+from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.descriptors import Descriptors
 from mpl_scale.data.index.format import FORMATS

@@ -44,6 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     reason = "" if options.force else why_not_current(output, source=options.source, root=root, options=scan)
     if reason is None:
         print(f"'{output}' is up to date; --force builds it again")
+        _print_contents(output)
         refuse_bad_labels(IndexedImages(output), built=False)
         return 0
     if reason:
@@ -61,8 +62,17 @@ def _run(options: argparse.Namespace) -> int:
         print(f"{built.refused:,} refused, listed in {output / 'refused.jsonl'}:")
         for kind, count in built.reasons.most_common():
             print(f"  {count:>8,}  {kind}")
+    _print_contents(output)
     refuse_bad_labels(IndexedImages(output), built=False)
     return 0
+
+
+def _print_contents(output: Path) -> None:
+    """The parts, the formats, and what is not used."""
+    from mpl_scale.data.index.reader import IndexedImages
+
+    for line in IndexedImages(output).contents():
+        print(line)
 
 
 INDEX = Command(

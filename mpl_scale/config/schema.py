@@ -135,7 +135,9 @@ class DataConfig(Section):
     max_bad_fraction: Share = Field(
         0.01, description="Of the images indexed, or drawn so far: more unreadable ones than that end the run."
     )
-    max_pixels: Count = Field(50_000_000, description="Larger images are bad: a small file may unpack to gigabytes.")
+    max_pixels: Count = Field(
+        50_000_000, le=1 << 31, description="Larger images are bad: a small file may unpack to gigabytes."
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     threads: Count = Field(1, description="DALI's CPU threads per rank.")

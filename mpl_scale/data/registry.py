@@ -14,10 +14,11 @@ import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.encoded.probe import UnreadableImage, probe, unreadable_error
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import unreadable_error
 from mpl_scale.data.index.build import open_or_build
 from mpl_scale.data.index.descriptors import read_file
-from mpl_scale.data.index.format import FORMATS, ScanOptions
+from mpl_scale.data.index.format import FORMATS, Part, ScanOptions
 from mpl_scale.data.index.labels import first_label, label_problem, refuse_unused, set_offset
 from mpl_scale.data.index.progress import IndexProgress
 from mpl_scale.data.index.reader import VERSION, IndexedImages, rebuild
@@ -72,6 +73,8 @@ class ImageFiles:
     sizes: np.ndarray  # int32 [N, 2]
     classes: tuple[str, ...]
     reasons: Mapping[int, str] = field(default_factory=dict)  # of the refused ones, by id
+    tests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # ids of the data set's own test part
+    notes: tuple[str, ...] = ()  # what people should know about the files
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -87,13 +90,23 @@ class ImageFiles:
         return len(self.reasons)
 
     def read(self, sample: int) -> np.ndarray:
-        """The whole file, if it passes the probe."""
+        """The whole file."""
         try:
             encoded = read_file(str(self.paths[sample]))
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror}") from error
-        probe(encoded, encoded)
         return np.frombuffer(encoded, np.uint8)
+
+    def contents(self) -> list[str]:
+        """For people: images by part and by format, and what was seen and is not used."""
+        return list(self.notes)
+
+    def ids_of(self, part: Part) -> np.ndarray:
+        """The samples of the data set's own parts, int64, sorted."""
+        if part == "test":
+            return self.tests
+        ids = np.arange(len(self), dtype=np.int64)
+        return np.setdiff1d(ids, self.tests) if part == "train" else ids[:0]
 
     def name(self, sample: int) -> str:
         """Path of the file."""

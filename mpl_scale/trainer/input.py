@@ -8,18 +8,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
-from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.labels import range_hint
 from mpl_scale.data.index.reader import VERSION, IndexedImages
 from mpl_scale.data.resident_parts import decide, refuse_view
-from mpl_scale.data.samples.joined import with_unlabelled
+from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.models import build_model
@@ -97,6 +98,20 @@ def record_splits(splits: Splits, output: Path) -> list[str]:
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
+    notes.append(
+        f"data: {len(splits.labelled):,} labelled, {len(splits.unlabelled):,} unlabelled and {len(splits.test):,} "
+        f"evaluation images, {len(splits.held_out):,} held out"
+    )
+    for part in (images.first, images.second) if isinstance(images, JoinedImages) else (images,):
+        if isinstance(part, IndexedImages | ImageFiles):
+            notes += part.contents()
+    first = images.first if isinstance(images, JoinedImages) else images
+    own = first.ids_of("test") if isinstance(first, IndexedImages | ImageFiles) else splits.test
+    if len(own) and not np.isin(splits.test[:1], own).all():
+        notes.append(
+            f"the data set's own test part, {len(own):,} images, is not used; mpl_scale.data.split = test_files "
+            "evaluates on it"
+        )
     return notes
 
 

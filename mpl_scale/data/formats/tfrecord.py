@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import google_crc32c
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import probe
 from mpl_scale.data.formats.example import Feature, read_example
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
@@ -27,9 +28,9 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     classes_file,
-    find_shards,
     register_format,
 )
+from mpl_scale.data.index.parts import find_shards
 
 _HEADER = struct.Struct("<QI")
 _NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
@@ -116,7 +117,7 @@ def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
         label = _label(features)
         start, length = image.span
         encoded = record[start : start + length]
-        size = probe(encoded, encoded)
+        header = probe(encoded)
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(offset, len(record), error)
         return
@@ -124,7 +125,7 @@ def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
     if text is not None and text.span is not None and label not in builder.class_names:
         begin, count = text.span
         builder.class_names[label] = record[begin : begin + min(count, 200)].decode(errors="replace")
-    builder.add(offset + start, length, label=label, size=size)
+    builder.add(offset + start, length, label=label, header=header)
 
 
 def _label(features: Mapping[str, Feature]) -> int:

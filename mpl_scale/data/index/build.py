@@ -237,7 +237,13 @@ def why_not_current(folder: Path, *, source: str, root: Path, options: ScanOptio
             return f"it was built with {name} {meta[name]}, not {asked}"
     if meta["version"] != VERSION:
         return f"it is of version {meta['version']}, which does not check labels"
-    shards = {shard.name for shard in FORMATS[source].shards(root)}
-    for name in sorted(shards.symmetric_difference(shard.name for shard in found.shards)):
-        return f"shard '{name}' is {'new' if name in shards else 'no longer read'}"
+    indexed = {shard.name: shard.part for shard in found.shards}
+    now = {shard.name: shard.part for shard in FORMATS[source].shards(root)}
+    for name in sorted(indexed.keys() | now.keys()):
+        if name not in now:
+            return f"shard '{name}' is no longer read"
+        if name not in indexed:
+            return f"shard '{name}' is new"
+        if indexed[name] != now[name]:
+            return f"shard '{name}' was taken for part {indexed[name]}, not {now[name]}"
     return None

@@ -6,7 +6,6 @@ another. A sample's id is its place in that order, so it does not depend on who 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +14,17 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from mpl_scale.config.names import Registry
+from mpl_scale.data.encoded.header import Header
+from mpl_scale.data.index.census import Census
 
 Part = Literal["train", "extra", "test"]
 Layout = Literal["file", "encoded", "rows", "planes"]
-"""How a sample is stored: a file of its own in the shard's folder; a PNG or JPEG file inside the shard; raw RGB pixels
+"""How a sample is stored: a file of its own in the shard's folder; an image file inside the shard; raw RGB pixels
 [H, W, 3]; raw RGB planes [3, H, W]."""
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 MOST_CLASSES = 1 << 20
 """Without a list of names, labels from here on are taken for damage."""
 CLASSES_FILE = "classes.txt"
-_TEST = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
 
 
 class MalformedShard(ValueError):
@@ -72,6 +72,7 @@ class Scan:
         A refused one keeps its row, with label 0 and size 0 x 0.
     names: layout "file": the samples' file names, encoded, one behind another; name_ends: int64 [n], where each ends.
     class_names: names that the shard itself gives for some labels, as they stand in the files.
+    census: the images by file format, and what the shard holds and is not used.
     """
 
     entries: np.ndarray
@@ -79,6 +80,7 @@ class Scan:
     names: bytes = b""
     name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: dict[int, str] = field(default_factory=dict)
+    census: Census = field(default_factory=Census)
 
     @classmethod
     def lost(cls, shard: Shard, error: MalformedShard) -> Scan:
@@ -150,10 +152,12 @@ class ScanBuilder:
         self._rows: list[tuple[int, int, int, int, int]] = []
         self._refusals: list[Refusal] = []
         self.class_names: dict[int, str] = {}
+        self.census = Census()
 
-    def add(self, offset: int, length: int, *, label: int, size: tuple[int, int]) -> None:
-        """A sample; label: as it stands in the file; size: its height and width, pixels."""
-        self._rows.append((offset, length, label, *size))
+    def add(self, offset: int, length: int, *, label: int, header: Header) -> None:
+        """A sample; label: as it stands in the file; header: what its image says of itself."""
+        self._rows.append((offset, length, label, *header.stored))
+        self.census.kinds[header.label] += 1
 
     def refuse_sample(self, offset: int, length: int, reason: str | ValueError) -> None:
         """A sample that keeps its place in the order, but cannot be used."""
@@ -167,28 +171,7 @@ class ScanBuilder:
 
     def scan(self) -> Scan:
         """The complete scan."""
-        return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names)
-
-
-def part_of(name: str) -> Part:
-    """The part a shard's name speaks of: "test" where val, valid, validation or test stands in it as a word."""
-    return "test" if _TEST.search(name.lower()) else "train"
-
-
-def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
-    """The files below `root`, at any depth, whose name the regular expression matches; sorted by part, then name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [
-        Shard(path.relative_to(root).as_posix(), part_of(path.relative_to(root).as_posix()))
-        for path in sorted(root.rglob("*"))
-        if re.fullmatch(pattern, path.name) and not path.name.startswith(".") and path.is_file()
-    ]
-    if not found:
-        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; name the folder of the shards")
-    return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
+        return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names, census=self.census)
 
 
 def classes_file(root: Path) -> list[str] | None:

@@ -26,14 +26,17 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from mpl_scale.data.encoded.probe import UnreadableImage, ppm, probe
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import ppm
 from mpl_scale.data.index import sidecars
+from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
 from mpl_scale.data.index.format import Layout, Part
+from mpl_scale.data.index.parts import parts_line
 
 FORMAT, VERSION = "mpl_scale.index", 2
 READ_VERSIONS = (1, 2)
-"""Version 1 records neither sidecars nor a finding about the labels."""
+"""Version 1 records no sidecars, no finding about the labels and no census."""
 ARRAYS: dict[str, np.dtype] = {
     "shard": np.dtype("<u4"),
     "offset": np.dtype("<i8"),
@@ -118,6 +121,12 @@ class IndexedImages:
                 found[where if entry["offset"] is None else f"{where}, byte {entry['offset']}"] = str(entry["reason"])
         return found
 
+    def contents(self) -> list[str]:
+        """For people: images by part and by format, and what was seen and is not used."""
+        ends = np.searchsorted(self._shard, np.arange(len(self.shards) + 1, dtype=self._shard.dtype))
+        counts = [(shard.name, shard.part, int(n)) for shard, n in zip(self.shards, np.diff(ends), strict=True)]
+        return parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines()
+
     @property
     def fingerprint(self) -> str:
         """Stands for every sample's place, label and size."""
@@ -154,8 +163,6 @@ class IndexedImages:
         if self._layout in _RAW:
             height, width = (int(side) for side in self.sizes[sample])
             content = ppm(_RAW[self._layout](content, height, width), height=height, width=width)
-        else:
-            probe(content, content)
         return np.frombuffer(content, np.uint8)
 
     def name(self, sample: int) -> str:

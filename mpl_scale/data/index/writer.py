@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.format import FORMATS, Refusal, Scan, ScanOptions, Shard, named_classes
 from mpl_scale.data.index.labels import LabelCensus, first_label, set_offset
+from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
 
 
@@ -55,6 +57,7 @@ class PartFiles:
             "refusals": scan.refusals,
             "class_names": scan.class_names,
             "labels": labels,
+            "census": scan.census.to_json(),
         }
         aside = self.about.with_suffix(".writing")
         aside.write_text(json.dumps(about), encoding="utf-8")
@@ -98,10 +101,10 @@ def write_index(
     count = sum(len(part.read().entries) for part in parts)
     source, root, options = identity["source"], Path(identity["root"]), ScanOptions(**identity["options"])
     adjustable = FORMATS[source].first_label is not None
-    census = LabelCensus(first_label(source, options), adjustable=adjustable)
-    refused, reasons, highest, class_names, first = _write_arrays(folder, parts, shards, census)
+    label_census = LabelCensus(first_label(source, options), adjustable=adjustable)
+    refused, reasons, highest, class_names, first = _write_arrays(folder, parts, shards, label_census)
     classes = FORMATS[source].classes(root)
-    labels = census.finding(
+    labels = label_census.finding(
         named=None if classes is None else len(classes), assumed=adjustable and options.label_offset is None
     )
     if count == len(refused):
@@ -112,9 +115,11 @@ def write_index(
             first.append(set_offset(labels["offset"]))
         raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
     classes = classes or named_classes(class_names, highest=highest)
+    census = left_over(root, shards, layout=FORMATS[source].layout, sidecars=FORMATS[source].sidecars)
     described = []
     for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         about = part.read().about
+        census.update(Census.from_json(about["census"]))
         if about["unpacked"]:
             part.pixels.rename(folder / pixels_name(number))
         described.append([shard.name, shard.part, about["bytes"], about["mtime_ns"], about["unpacked"]])
@@ -130,6 +135,7 @@ def write_index(
         "refusals": sum(reasons.values()),
         "reasons": dict(reasons),
         "labels": labels,
+        "census": census.to_json(),
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         "shards": described,
     }
