@@ -175,6 +175,8 @@ def _jpeg(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
         elif marker == _APP1 and body[: len(_EXIF)] == _EXIF:
             if turn is not None:
                 raise UnreadableImage("several EXIF blocks: DALI 2.x may end the process at them")
+            if len(body) < len(_EXIF) + 8:
+                raise UnreadableImage("an empty EXIF block: DALI 2.x refuses it")
             turn = _orientation(bytes(body[len(_EXIF) :]))
         elif marker == _SCAN:
             if size is None:
