@@ -61,6 +61,12 @@ def _exif(orientation: int) -> bytes:
     return exif.tobytes()
 
 
+def _two_exif_blocks() -> bytes:
+    """PIL takes the first orientation; DALI 2.x may end the process."""
+    whole = _jpeg(exif=_exif(8))
+    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(_exif(4)) + 2) + _exif(4) + whole[2:]
+
+
 def _thumbnail_then_cut() -> bytes:
     """Cut in its pixels, but with an end marker among the last 4 kB: that of the thumbnail in its metadata."""
     whole = _jpeg(quality=60)
@@ -88,6 +94,7 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "sixteen_bits.png": _sixteen_bits,
     "gif_in_truth.jpg": lambda: encoded(_image("P"), "GIF"),
     "arithmetic.jpg": lambda: _put(_jpeg(), _frame(_jpeg()), b"\xff\xc9"),  # what it makes of Huffman codes
+    "two_exif_blocks.jpg": lambda: _two_exif_blocks(),
     "lossless.webp": lambda: encoded(_image(), "WEBP", lossless=True),
     "lossy.webp": lambda: encoded(_image(), "WEBP"),
     "turned.webp": lambda: encoded(_image(), "WEBP", exif=_exif(6)),

@@ -124,7 +124,7 @@ def _png(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
         raise UnreadableImage(f"a PNG file of colour type {colour} with {depth} bits is not defined")
     if ended and not inside:
         return Header("png", height, width)
-    position, kind, pixels, sideways = len(_PNG_MAGIC), b"", False, False
+    position, kind, pixels, turned, sideways = len(_PNG_MAGIC), b"", False, False, False
     while kind != b"IEND":
         if position + 12 > len(encoded):
             raise UnreadableImage("a PNG file whose chunks end before its end marker") if ended else _truncated()
@@ -135,6 +135,9 @@ def _png(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
         if inside and zlib.crc32(encoded[position + 4 : stop]) != struct.unpack_from(">I", encoded, stop)[0]:
             raise UnreadableImage(f"a PNG chunk {kind!r} with a wrong checksum")
         if kind == b"eXIf":
+            if turned:
+                raise UnreadableImage("several EXIF blocks: DALI 2.x may end the process at them")
+            turned = True
             sideways = _orientation(bytes(encoded[position + 8 : stop])) in _SIDEWAYS
         pixels |= kind == b"IDAT"
         position = stop + 4
@@ -169,7 +172,11 @@ def _jpeg(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
             _check_huffman(bytes(body))
         elif marker == _QUANTISATION and not body:
             raise UnreadableImage("an empty JPEG quantisation table")
-        elif marker == _APP1 and turn is None and body[: len(_EXIF)] == _EXIF:
+        elif marker == _APP1 and body[: len(_EXIF)] == _EXIF:
+            if turn is not None:
+                raise UnreadableImage("several EXIF blocks: DALI 2.x may end the process at them")
+            if len(body) < len(_EXIF) + 8:
+                raise UnreadableImage("an empty EXIF block: DALI 2.x refuses it")
             turn = _orientation(bytes(body[len(_EXIF) :]))
         elif marker == _SCAN:
             if size is None:
