@@ -61,6 +61,12 @@ def _exif(orientation: int) -> bytes:
     return exif.tobytes()
 
 
+def _two_exif_blocks() -> bytes:
+    """PIL takes the first orientation; DALI 2.x may end the process."""
+    whole = _jpeg(exif=_exif(8))
+    return whole[:2] + b"\xff\xe1" + struct.pack(">H", len(_exif(4)) + 2) + _exif(4) + whole[2:]
+
+
 def _thumbnail_then_cut() -> bytes:
     """Cut in its pixels, but with an end marker among the last 4 kB: that of the thumbnail in its metadata."""
     whole = _jpeg(quality=60)
@@ -86,6 +92,21 @@ GOOD: dict[str, Callable[[], bytes]] = {
     "alpha.png": lambda: _png("RGBA"),
     "one_bit.png": lambda: _png("1"),
     "sixteen_bits.png": _sixteen_bits,
+    "gif_in_truth.jpg": lambda: encoded(_image("P"), "GIF"),
+    "arithmetic.jpg": lambda: _put(_jpeg(), _frame(_jpeg()), b"\xff\xc9"),  # what it makes of Huffman codes
+    "two_exif_blocks.jpg": lambda: _two_exif_blocks(),
+    "lossless.webp": lambda: encoded(_image(), "WEBP", lossless=True),
+    "lossy.webp": lambda: encoded(_image(), "WEBP"),
+    "turned.webp": lambda: encoded(_image(), "WEBP", exif=_exif(6)),
+    "plain.bmp": lambda: encoded(_image(), "BMP"),
+    "palette.bmp": lambda: encoded(_image("P"), "BMP"),
+    "packed.tiff": lambda: encoded(_image(), "TIFF", compression="tiff_lzw"),
+    "cmyk.tiff": lambda: encoded(_image("CMYK"), "TIFF"),
+    "grey.pgm": lambda: encoded(_image("L"), "PPM"),
+    "animated.gif": lambda: encoded(_image(), "GIF", save_all=True, append_images=[_image("L").convert("RGB")]),
+    "long_garbage_after_end.jpg": lambda: _jpeg() + b"\x93garbage" * 1000,
+    "garbage_after_end.png": lambda: _png() + b"\x93garbage" * 1000,
+    "garbage_between_segments.jpg": lambda: _jpeg()[:20] + b"\0\0\0" + _jpeg()[20:],
     "one_pixel.png": lambda: encoded(photograph(0, 1, 1)),
     "one_pixel.jpg": lambda: encoded(photograph(0, 1, 1), "JPEG"),
     "one_row.jpg": lambda: encoded(photograph(0, 300, 1), "JPEG"),
@@ -95,13 +116,13 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty.jpg": (lambda: b"", "the file is empty"),
     "two_bytes.jpg": (lambda: b"\xff\xd8", "neither a PNG nor a JPEG"),
     "page.jpg": (lambda: b"<!DOCTYPE html><html><body>404 Not Found</body></html>", "neither a PNG nor a JPEG"),
-    "gif_in_truth.jpg": (lambda: encoded(_image("P"), "GIF"), "neither a PNG nor a JPEG"),
-    "webp_in_truth.jpg": (lambda: encoded(_image(), "WEBP"), "neither a PNG nor a JPEG"),
+    "gif_cut.jpg": (lambda: encoded(_image("P"), "GIF")[:900], "a gif file that PIL cannot decode"),
+    "webp_cut.jpg": (lambda: encoded(_image(), "WEBP")[:-300], "a webp file that PIL cannot"),
+    "float.tiff": (lambda: encoded(_image("F"), "TIFF"), "numbers without a known range"),
     "cut.jpg": (lambda: _jpeg()[: len(_jpeg()) // 2], "truncated"),
     "cut_in_header.jpg": (lambda: _jpeg()[:100], "truncated"),
     "header_only.jpg": (lambda: _jpeg()[: _jpeg().index(b"\xff\xda")] + b"\xff\xd9", "without pixels"),
     "cut_after_thumbnail.jpg": (_thumbnail_then_cut, "DALI cannot decode it"),
-    "arithmetic.jpg": (lambda: _put(_jpeg(), _frame(_jpeg()), b"\xff\xc9"), "not supported"),
     "lossless.jpg": (lambda: _put(_jpeg(), _frame(_jpeg()), b"\xff\xc3"), "not supported"),
     "no_rows.jpg": (lambda: _put(_jpeg(), _frame(_jpeg()) + 5, b"\0\0\0\0"), "0 x 0 pixels"),
     "twelve_bits.jpg": (lambda: _put(_jpeg(), _frame(_jpeg()) + 4, b"\x0c"), ""),

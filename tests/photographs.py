@@ -13,7 +13,7 @@ import numpy as np
 import sklearn.datasets
 from PIL import Image
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.header import UnreadableImage
 
 _FOLDERS = (
     Path(sklearn.datasets.__file__).parent / "images",
@@ -54,7 +54,6 @@ class ImagesInMemory:
         file = self.files[sample]
         if isinstance(file, UnreadableImage):
             raise file
-        probe(file, file)
         return np.frombuffer(file, np.uint8)
 
     def name(self, sample: int) -> str:

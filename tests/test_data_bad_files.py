@@ -20,7 +20,7 @@ from mpl_scale.data import Splits, TrainLoader, evaluation_batches
 from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import View, weak_view
-from mpl_scale.data.encoded.probe import UnreadableImage, probe
+from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
 from tests.bad_files import BAD, GOOD, NO_FILE
@@ -47,7 +47,6 @@ class Folder(ImagesInMemory):
                 content = file.read()
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror}") from error
-        probe(content, content)
         return np.frombuffer(content, np.uint8)
 
     def name(self, sample: int) -> str:
@@ -239,6 +238,23 @@ def test_a_list_without_good_images_is_named() -> None:
     loader.close()
 
 
+def test_a_list_of_images_that_are_bad_in_parts_is_named() -> None:
+    """All four decode at the top; of their lower part, which the view shows, none does."""
+    files = [BAD["cut_after_thumbnail.jpg"][0]()] * 4
+    part = {"crop_starts": np.array([[70, 0]], np.int32), "crop_shapes": np.full((1, 2), 16, np.int32)}
+    ids = np.arange(4)
+    pipeline = DecodePipeline(
+        iter([[Rows(ids[:1], np.zeros((1, 0)), ids)]]),
+        images=ImagesInMemory(files),
+        view=View(16, 0, tuple(part), lambda *_: part),
+        capacity=1,
+        device=CPU,
+    )
+    with pytest.raises(ValueError, match=r"of a list of 4: 4 unreadable .*: image 0: DALI cannot .*; image 3: DALI"):
+        pipeline.next()
+    pipeline.close()
+
+
 def test_a_restarted_run_lists_no_file_twice(tmp_path: Path) -> None:
     path, told = tmp_path / "out" / "quarantine.jsonl", []
     for bad in ((3, 7), (3, 7, 13)):
@@ -266,7 +282,9 @@ def test_bombs_are_not_unpacked() -> None:
         max_pixels=10_000,
     )
     assert pipeline.next().samples.tolist() == [1, 1]
-    assert quarantine.bad == {0: "100 x 200 pixels are more than mpl_scale.data.max_pixels"}
+    assert quarantine.bad == {
+        0: "100 x 200 pixels are more than mpl_scale.data.max_pixels = 10000, which may be raised"
+    }
 
 
 def test_evaluation_counts_readable_images_only() -> None:

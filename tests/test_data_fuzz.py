@@ -20,7 +20,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mpl_scale.data.encoded.probe import UnreadableImage, ppm, probe, probe_file
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import ppm, probe, probe_file
 from mpl_scale.data.formats.cifar import read_batch
 from mpl_scale.data.formats.example import read_example
 from mpl_scale.data.formats.matfile import read_arrays
@@ -77,7 +78,7 @@ def mats(content: bytes) -> None:
 
 
 def headers(content: bytes) -> None:
-    height, width = probe(content, content)
+    height, width = probe(content).stored
     assert height * width > 0
     assert type(height) is type(width) is int
 
@@ -90,7 +91,7 @@ def header_files(content: bytes) -> None:
             found = probe_file(file.name)
         except UnreadableImage:
             return
-        assert found == probe(content, content)
+        assert found.stored == probe(content).stored
 
 
 def npy(content: bytes) -> None:

@@ -22,7 +22,7 @@ from benchmarks.index_scale import measure
 from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images
-from mpl_scale.data.encoded.probe import UnreadableImage
+from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.descriptors import Descriptors
 from mpl_scale.data.index.format import FORMATS
@@ -152,7 +152,7 @@ def _spoil_meta(folder: Path, **changes: object) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no meta": (lambda f: (f / "meta.json").unlink(), "is no index"),
     "not JSON": (lambda f: (f / "meta.json").write_text("{"), "is no index"),
-    "version": (lambda f: _spoil_meta(f, version=99), "version 99, not mpl_scale.index 1"),
+    "version": (lambda f: _spoil_meta(f, version=99), "version 99, not mpl_scale.index 2"),
     "array cut": (
         lambda f: (f / "label.npy").write_bytes((f / "label.npy").read_bytes()[:-8]),
         "label.npy' is damaged",
@@ -191,7 +191,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, capfd: pytest.CaptureFixture
 
 def test_the_command_builds_lists_and_skips(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     mini.write_webdataset(tmp_path / "data")
-    bad = mini.tar_of([("1.png", b"GIF"), ("1.cls", b"0"), ("2.png", mini.files()[2][:-9]), ("2.cls", b"1")])
+    bad = mini.tar_of([("1.png", b"GIF"), ("1.cls", b"0"), ("2.png", mini.files()[2][:-200]), ("2.cls", b"1")])
     (tmp_path / "data" / "train-000003.tar").write_bytes(bad)
     command = ["index", str(tmp_path / "data"), "--source", "webdataset", "--workers", "2"]
     assert main(command) == 0

@@ -219,14 +219,21 @@ def test_refused_files_of_a_folder_are_counted_and_left_out(tmp_path: Path) -> N
     config = DataConfig(source="folder", root=str(root), max_bad_fraction=0.02)
     images = load_images(config)
     assert len(images) == 120
-    assert list(images.refusals(5).values()) == ["the file is empty", "neither a PNG nor a JPEG file"]
+    assert list(images.refusals(5).values()) == [
+        "the file is empty",
+        "neither a PNG nor a JPEG file, nor another that is read",
+    ]
     found = make_splits(images, config=config, seed=0)
     assert len(found.test) + len(found.unlabelled) == 118
     used = {images.name(sample) for sample in np.concatenate([found.test, found.unlabelled])}
     assert not used & {str(victim) for victim in victims}
     for again in range(2):
         notes = record_splits(found, tmp_path / "run")
-        assert len(notes) == 1, again
+        assert notes[1:] == [
+            f"data: 8 labelled, {len(found.unlabelled)} unlabelled and 40 evaluation images, 0 held out",
+            "the data set's own parts, images: train 120 (class*)",
+            "images by format: 118 png",
+        ], again
         assert notes[0].startswith("2 of 120 images are left out, unreadable: ")
         assert str(victims[0]) in notes[0]
     assert (tmp_path / "run" / "splits" / "manifest.json").exists()

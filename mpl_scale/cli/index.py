@@ -28,10 +28,11 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     output = options.output or options.root.with_name(f"{options.root.name}.index")
     # DALI and torch come with the data package: seconds
-    from mpl_scale.data.index.build import build_index, current
+    from mpl_scale.data.index.build import build_index, why_not_current
     from mpl_scale.data.index.format import ScanOptions
     from mpl_scale.data.index.progress import IndexProgress
     from mpl_scale.data.index.reader import IndexedImages, verify
+    from mpl_scale.data.registry import refuse_bad_labels
 
     if options.verify:
         verify(output)
@@ -40,9 +41,14 @@ def _run(options: argparse.Namespace) -> int:
         return 0
     scan = ScanOptions(label_offset=options.label_offset, check_data=not options.skip_data_crc)
     root = options.root.expanduser().resolve()
-    if not options.force and current(output, source=options.source, root=root, options=scan):
+    reason = "" if options.force else why_not_current(output, source=options.source, root=root, options=scan)
+    if reason is None:
         print(f"'{output}' is up to date; --force builds it again")
+        _print_contents(output)
+        refuse_bad_labels(IndexedImages(output), built=False)
         return 0
+    if reason:
+        print(f"'{output}' is stale, building it again: {reason}")
     progress, start = IndexProgress(), time.monotonic()
     workers = options.workers or os.cpu_count() or 1
     try:
@@ -54,9 +60,19 @@ def _run(options: argparse.Namespace) -> int:
     print(f"{built.images:,} images of {built.shards:,} shards{again} in {seconds:.1f} s: {output}")
     if built.refused:
         print(f"{built.refused:,} refused, listed in {output / 'refused.jsonl'}:")
-        for reason, count in built.reasons.most_common():
-            print(f"  {count:>8,}  {reason}")
+        for kind, count in built.reasons.most_common():
+            print(f"  {count:>8,}  {kind}")
+    _print_contents(output)
+    refuse_bad_labels(IndexedImages(output), built=False)
     return 0
+
+
+def _print_contents(output: Path) -> None:
+    """The parts, the formats, and what is not used."""
+    from mpl_scale.data.index.reader import IndexedImages
+
+    for line in IndexedImages(output).contents():
+        print(line)
 
 
 INDEX = Command(

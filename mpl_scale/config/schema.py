@@ -100,9 +100,13 @@ class DataConfig(Section):
         "id, for methods reduced_mpl and noisy_student.",
     )
     label_offset: int | None = Field(
-        None, description="The first class's label in the files; null: the format's custom (tfrecord 1, others 0)."
+        None,
+        description="The first class's label in the files; null: the format's custom (tfrecord 1; webdataset, arrays "
+        "0), or what `index` was built with.",
     )
-    check_data: bool = Field(True, description="Whether TFRecord data are compared with their checksum when indexed.")
+    check_data: bool | None = Field(
+        None, description="Whether TFRecord data are compared with their checksum when indexed; null: yes."
+    )
     split: str = Field(
         "stratified",
         description="Registered: stratified, test_files (the source's own test part), and those of C.1: cifar10_4k, "
@@ -138,7 +142,9 @@ class DataConfig(Section):
     max_bad_fraction: Share = Field(
         0.01, description="Of the images indexed, or drawn so far: more unreadable ones than that end the run."
     )
-    max_pixels: Count = Field(50_000_000, description="Larger images are bad: a small file may unpack to gigabytes.")
+    max_pixels: Count = Field(
+        50_000_000, le=1 << 31, description="Larger images are bad: a small file may unpack to gigabytes."
+    )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     threads: Count = Field(1, description="DALI's CPU threads per rank.")

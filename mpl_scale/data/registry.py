@@ -14,12 +14,14 @@ import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.encoded.probe import UnreadableImage, probe, unreadable_error
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import unreadable_error
 from mpl_scale.data.index.build import open_or_build
 from mpl_scale.data.index.descriptors import read_file
-from mpl_scale.data.index.format import FORMATS, ScanOptions
+from mpl_scale.data.index.format import FORMATS, Part, ScanOptions
+from mpl_scale.data.index.labels import first_label, label_problem, refuse_unused, set_offset
 from mpl_scale.data.index.progress import IndexProgress
-from mpl_scale.data.index.reader import VERSION, IndexedImages
+from mpl_scale.data.index.reader import VERSION, IndexedImages, rebuild
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 28
@@ -71,6 +73,8 @@ class ImageFiles:
     sizes: np.ndarray  # int32 [N, 2]
     classes: tuple[str, ...]
     reasons: Mapping[int, str] = field(default_factory=dict)  # of the refused ones, by id
+    tests: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # ids of the data set's own test part
+    notes: tuple[str, ...] = ()  # what people should know about the files
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -86,13 +90,23 @@ class ImageFiles:
         return len(self.reasons)
 
     def read(self, sample: int) -> np.ndarray:
-        """The whole file, if it passes the probe."""
+        """The whole file."""
         try:
             encoded = read_file(str(self.paths[sample]))
         except OSError as error:
             raise UnreadableImage(f"cannot be read: {error.strerror}") from error
-        probe(encoded, encoded)
         return np.frombuffer(encoded, np.uint8)
+
+    def contents(self) -> list[str]:
+        """For people: images by part and by format, and what was seen and is not used."""
+        return list(self.notes)
+
+    def ids_of(self, part: Part) -> np.ndarray:
+        """The samples of the data set's own parts, int64, sorted."""
+        if part == "test":
+            return self.tests
+        ids = np.arange(len(self), dtype=np.int64)
+        return np.setdiff1d(ids, self.tests) if part == "train" else ids[:0]
 
     def name(self, sample: int) -> str:
         """Path of the file."""
@@ -121,19 +135,36 @@ def load_images(config: DataConfig) -> ImageSet:
             `max_bad_fraction`; each says how to mend it.
     """
     require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
+    options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data is not False)
+    refuse_unused(config.source, options)
     root = None if config.root is None else Path(config.root).expanduser()
     if config.index is not None:
         images: ImageSet = _indexed(config, Path(config.index).expanduser(), root)
     elif config.source in SOURCES:
         images = SOURCES[config.source](root)
     else:
-        images = _cached(config, root)
+        images = _cached(config, root, options)
+    if not isinstance(images, IndexedImages):
+        _refuse_outside(images, config.source)
+    else:
+        refuse_bad_labels(images, built=config.index is not None)
     if images.bad > config.max_bad_fraction * max(1, len(images)):
         raise ValueError(
             f"{images.bad} of {len(images)} images are more than mpl_scale.data.max_bad_fraction = "
             f"{config.max_bad_fraction:g}: {unreadable_error(images.refusals(6), count=images.bad)}"
         )
     return images
+
+
+def _refuse_outside(images: ImageSet, source: str) -> None:
+    """ValueError where a label is no class; an index has been checked when it was built."""
+    outside = np.flatnonzero((images.labels < 0) | (images.labels >= len(images.classes)))
+    if len(outside):
+        first = int(outside[0])
+        raise ValueError(
+            f"mpl_scale.data.source = '{source}': {len(outside)} label(s) are outside 0 to {len(images.classes) - 1}, "
+            f"the first one {int(images.labels[first])} of {images.name(first)}; count the classes from 0"
+        )
 
 
 def data_folder() -> Path:
@@ -148,16 +179,57 @@ def _indexed(config: DataConfig, folder: Path, root: Path | None) -> IndexedImag
             f"mpl_scale.data.index = '{folder}' was built from source {images.source}, not mpl_scale.data.source = "
             f"'{config.source}'; set '{images.source}'"
         )
+    options = ScanOptions(**images.meta["options"])
+    built_with = first_label(images.source, options)
+    if config.label_offset not in (None, built_with):
+        raise ValueError(
+            f"mpl_scale.data.label_offset = {config.label_offset}, but mpl_scale.data.index = '{folder}' was built "
+            f"with {built_with}; leave it out, or {rebuild(images.meta, folder, label_offset=config.label_offset)}"
+        )
+    if config.check_data not in (None, options.check_data):
+        how = "without --skip_data_crc" if config.check_data else "with --skip_data_crc"
+        raise ValueError(
+            f"mpl_scale.data.check_data = {str(config.check_data).lower()}, but mpl_scale.data.index = '{folder}' was "
+            f"built with {str(options.check_data).lower()}; leave it out, or build the index again {how}"
+        )
     return images
 
 
-def _cached(config: DataConfig, root: Path | None) -> IndexedImages:
+def refuse_bad_labels(images: IndexedImages, *, built: bool) -> None:
+    """Refuse an index whose labels cannot be right; `max_bad_fraction` is for images.
+
+    Args:
+        images: the index.
+        built: whether it is `mpl_scale.data.index`, which does not obey `mpl_scale.data.label_offset`.
+
+    Raises:
+        ValueError: with the label_offset that would mend it, where one would.
+    """
+    problem = label_problem(images.meta)
+    if problem is None:
+        return
+
+    def use(offset: int) -> str:
+        return rebuild(images.meta, images.folder, label_offset=offset) if built else set_offset(offset)
+
+    fixes = []
+    if problem.offset is not None:
+        fixes.append(use(problem.offset))
+    if problem.confirm is not None:
+        fixes.append(f"{use(problem.confirm)} if they are right")
+    if not fixes and images.meta["version"] < VERSION:
+        fixes.append(rebuild(images.meta, images.folder))
+    if not fixes:
+        fixes.append(f"correct them; each is listed in '{images.folder / 'refused.jsonl'}'")
+    raise ValueError(f"labels of '{images.root}': {problem.what}; {'; or '.join(fixes)}")
+
+
+def _cached(config: DataConfig, root: Path | None, options: ScanOptions) -> IndexedImages:
     """The index of this data set with these options, built the first time."""
     if root is None:
         raise ValueError(f"mpl_scale.data.root = null; source {config.source} needs the folder that holds its files")
     if not root.is_dir():
         raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
-    options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data)
     names = [shard.name for shard in FORMATS[config.source].shards(root)]  # one more or less is another data set
     size = sum((root / name).stat().st_size for name in names)
     key = json.dumps([VERSION, config.source, str(root.resolve()), asdict(options), names])

@@ -212,7 +212,7 @@ class ResidentImages:
         for candidate in candidates(sample, pool):
             if candidate not in self.bad:
                 return candidate
-        raise no_substitute(self.images, pool, self.quarantine)
+        raise no_substitute(self.images, sample, pool, quarantine=self.quarantine)
 
 
 class _Planned(NamedTuple):

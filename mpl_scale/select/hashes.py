@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mpl_scale.data.encoded.probe import UnreadableImage
+from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.reader import IndexedImages
 
 _ROWS = 1 << 16  # images hashed between writes

@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config import RunConfig
 from mpl_scale.config.names import require_known
-from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
+from mpl_scale.data.index.labels import range_hint
+from mpl_scale.data.index.reader import VERSION, IndexedImages
 from mpl_scale.data.resident_parts import decide, refuse_view
-from mpl_scale.data.samples.joined import with_unlabelled
+from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.models import build_model
@@ -75,9 +78,10 @@ def load_splits(run: RunConfig) -> Splits:
     config, data = run.mpl, run.mpl.data
     images = load_images(data)
     if len(images.classes) != config.model.num_classes:
+        hint = range_hint(images.meta) if isinstance(images, IndexedImages) else ""
         raise ValueError(
             f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
-            f"classes; set {len(images.classes)}"
+            f"classes; set {len(images.classes)}{hint}"
         )
     splits = make_splits(images, config=data, seed=config.seed)
     if data.unlabelled_index is not None:
@@ -96,11 +100,27 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
     if write_manifest(splits, output / "splits", manifest=manifest):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
+    if isinstance(images, IndexedImages) and images.meta["version"] < VERSION:
+        notes.append(f"index '{images.folder}' is of an earlier version, which does not check labels; build it again")
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
     names = json.dumps([str(name) for name in images.classes])  # in the order of labels, for mpl-scale export
     replace_text(output / "splits" / "classes.json", f"{names}\n")
+    notes.append(
+        f"data: {len(splits.labelled):,} labelled, {len(splits.unlabelled):,} unlabelled and {len(splits.test):,} "
+        f"evaluation images, {len(splits.held_out):,} held out"
+    )
+    for part in (images.first, images.second) if isinstance(images, JoinedImages) else (images,):
+        if isinstance(part, IndexedImages | ImageFiles):
+            notes += part.contents()
+    first = images.first if isinstance(images, JoinedImages) else images
+    own = first.ids_of("test") if isinstance(first, IndexedImages | ImageFiles) else splits.test
+    if len(own) and not np.isin(splits.test[:1], own).all():
+        notes.append(
+            f"the data set's own test part, {len(own):,} images, is not used; mpl_scale.data.split = test_files "
+            "evaluates on it"
+        )
     return notes
 
 

@@ -20,9 +20,9 @@ import torch
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.resize import Resizer
 from mpl_scale.data.decode.views import Placement, View, decoding_steps
-from mpl_scale.data.encoded.orientation import lies_on_its_side
-from mpl_scale.data.encoded.probe import MAX_PIXELS, DecodeError, UnreadableImage, probe, unreadable_error
-from mpl_scale.data.encoded.structure import check_structure
+from mpl_scale.data.encoded.header import MOST_PIXELS, UnreadableImage
+from mpl_scale.data.encoded.other_formats import pil_decode
+from mpl_scale.data.encoded.probe import DecodeError, for_dali, unreadable_error
 from mpl_scale.data.registry import ImageSet
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ LONGEST_RUN = 100
 """Bad images in a row of a list before it is given up: no substitute is far away in a set that is any good."""
 _TINY = (np.zeros(2, np.int32), np.ones(2, np.int32))  # the crop that any other crop needs, too
 _UNDECODABLE = "DALI cannot decode it"
+_PARTLY_UNDECODABLE = "DALI cannot decode the part that is seen"
 
 
 class Rows(NamedTuple):
@@ -77,11 +78,15 @@ def candidates(sample: int, pool: np.ndarray) -> Iterator[int]:
         yield int(pool[(place + step) % len(pool)])
 
 
-def no_substitute(images: ImageSet, pool: np.ndarray, quarantine: Quarantine) -> ValueError:
-    """The error where no candidate can be decoded."""
+def no_substitute(images: ImageSet, sample: int, pool: np.ndarray, *, quarantine: Quarantine) -> ValueError:
+    """The error where none of candidates(sample, pool) can be decoded; it names those."""
+    reasons = {
+        images.name(candidate): quarantine.bad.get(candidate, _PARTLY_UNDECODABLE)
+        for candidate in candidates(sample, pool)
+    }
     return ValueError(
-        f"{min(LONGEST_RUN, len(pool))} images in a row cannot be read or decoded, of a list of {len(pool)}: "
-        f"{unreadable_error({images.name(bad): reason for bad, reason in quarantine.bad.items()})}"
+        f"{len(reasons)} images in a row cannot be read or decoded, of a list of {len(pool)}: "
+        f"{unreadable_error(reasons)}"
     )
 
 
@@ -112,7 +117,7 @@ class DecodePipeline:
         threads: int = 1,
         prefetch: int = 1,
         quarantine: Quarantine | None = None,
-        max_pixels: int = MAX_PIXELS,
+        max_pixels: int = MOST_PIXELS,
         channels_last: bool = False,
         dali_resizes: bool | None = None,
         count_draws: bool = True,
@@ -246,17 +251,23 @@ class DecodePipeline:
                 if not self._decodes(encoded, _crop(placement, 0)):
                     continue
             return chosen, encoded, shape
-        raise no_substitute(self._images, pool, known)
+        raise no_substitute(self._images, sample, pool, quarantine=known)
 
     def _read(self, sample: int) -> tuple[np.ndarray, tuple[int, int]]:
-        """The encoded image, and the height and width it decodes to."""
-        encoded = self._images.read(sample)
-        content = encoded.tobytes()
-        height, width = probe(content, content)
-        if height * width > self._max_pixels:
-            raise UnreadableImage(f"{height} x {width} pixels are more than mpl_scale.data.max_pixels")
-        check_structure(content)
-        return encoded, (width, height) if lies_on_its_side(content) else (height, width)
+        """What DALI is given for an image, and the height and width it decodes to."""
+        by_pil = sample in self._quarantine.by_pil
+        return for_dali(self._images.read(sample), max_pixels=self._max_pixels, by_pil=by_pil)
+
+    def _left_to_pil(self, sample: int) -> bool:
+        """Whether PIL decodes an image of which DALI decodes nothing; from now on it is asked to."""
+        if sample in self._quarantine.by_pil:
+            return False
+        try:
+            pil_decode(self._images.read(sample).data)
+        except UnreadableImage:
+            return False
+        self._quarantine.leave_to_pil(sample, self._images.name(sample))
+        return True
 
     def _decodes(self, encoded: np.ndarray, crop: tuple[np.ndarray, np.ndarray] | None) -> bool:
         from mpl_scale.data.decode.dali import decodes
@@ -278,6 +289,8 @@ class DecodePipeline:
         for batch, row in culprits:
             sample, crop = batch.samples[row], batch.crop(row)
             total = crop is None or not self._decodes(batch.encoded[row], _TINY)
+            if total and self._left_to_pil(sample):
+                continue
             self._quarantine.add(sample, self._images.name(sample), reason=_UNDECODABLE, everywhere=total)
 
 

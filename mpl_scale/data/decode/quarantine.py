@@ -25,6 +25,7 @@ class Quarantine:
 
     bad: reason by sample id, of images that no view can be decoded of.
     partly_bad: ids of images of which some parts cannot be decoded; each view of them is tried by itself.
+    by_pil: ids of good images that DALI cannot decode at all, and PIL does.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Quarantine:
         """
         self.bad: dict[int, str] = {}
         self.partly_bad: set[int] = set()
+        self.by_pil: set[int] = set()
         self._max_fraction, self._path, self._warn = max_fraction, path, warn
         self._reasons: dict[str, str] = {}  # by the image's name, in the order they were met
         self._drawn = self._replaced = 0
@@ -77,6 +79,13 @@ class Quarantine:
                     self._line_end = ""
             if self._warn is not None:
                 self._warn(f"bad image, another takes its place: {name}: {reason}")
+
+    def leave_to_pil(self, sample: int, name: str) -> None:
+        """An image that PIL decodes from now on."""
+        with self._lock:
+            self.by_pil.add(sample)
+            if self._warn is not None:
+                self._warn(f"decoded by PIL, because DALI cannot: {name}")
 
     def count_draws(self, asked: np.ndarray, used: np.ndarray) -> None:
         """Take note of a batch.

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.data.index.format import (
+    CLASSES_FILE,
     ENTRY,
+    BadLabel,
     Layout,
     MalformedShard,
-    Refusal,
     Scan,
     ScanOptions,
     Shard,
@@ -39,6 +40,9 @@ class Arrays:
     """One shard per pair of files, named after the images."""
 
     layout: Layout = "rows"
+    first_label: int | None = 0
+    checksums = False
+    sidecars = ("labels.npy", "test_labels.npy", CLASSES_FILE)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, [("images.npy", "train"), ("test_images.npy", "test")])
@@ -57,18 +61,30 @@ class Arrays:
             images, offset = read_npy(path)
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
                 raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 3]")
-            labels, _ = read_npy(path.with_name(path.name.replace("images", "labels")))
-            if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != len(images):
-                raise MalformedShard(f"labels.npy holds {labels.dtype} {list(labels.shape)}, not an integer an image")
+            labels = _labels(path.with_name(path.name.replace("images", "labels")), len(images))
         except MalformedShard as error:
-            return Scan(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, f"the whole shard is lost: {error}")])
+            return Scan.lost(shard, error)
         count, height, width, _ = images.shape
         entries = np.zeros(count, ENTRY)
         entries["length"] = 3 * height * width
         entries["offset"] = offset + np.arange(count) * (3 * height * width)
-        entries["label"] = np.clip(labels, -1, 1 << 31).astype(np.int64) - (options.label_offset or 0)
+        entries["label"] = labels
         entries["height"], entries["width"] = height, width
         return Scan(entries)
+
+
+def _labels(path: Path, count: int) -> np.ndarray:
+    """int64 [count]. Raises BadLabel."""
+    try:
+        labels, _ = read_npy(path)
+    except MalformedShard as error:
+        raise BadLabel(f"no labels: {error}") from error
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != count:
+        found = f"{labels.dtype} {list(labels.shape)}"
+        raise BadLabel(f"'{path.name}' holds {found}, not one whole number per image, [{count}]")
+    if labels.dtype == np.uint64:
+        labels = np.minimum(labels, np.uint64(np.iinfo(np.int64).max))  # out of range all the same
+    return labels.astype(np.int64)
 
 
 def read_npy(path: Path) -> tuple[np.ndarray, int]:

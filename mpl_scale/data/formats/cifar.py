@@ -15,6 +15,7 @@ import numpy as np
 from mpl_scale.data.formats.pickled import read_pickle
 from mpl_scale.data.index.format import (
     ENTRY,
+    BadLabel,
     Layout,
     MalformedShard,
     Part,
@@ -39,6 +40,9 @@ class Cifar10:
     """Both versions: the order of the images is that of the files, as appendix C.1 has it."""
 
     layout: Layout = "planes"
+    first_label: int | None = None
+    checksums = False
+    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         binary = existing(root, [(f"{name}.bin", part) for name, part in _BATCHES])
@@ -60,7 +64,7 @@ class Cifar10:
         try:
             pixels, labels = read_batch(path)
         except MalformedShard as error:
-            return Scan(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, f"the whole shard is lost: {error}")])
+            return Scan.lost(shard, error)
         unpacked.write_bytes(pixels.tobytes())
         return _scan(shard, labels, first=0, stride=_PIXELS)
 
@@ -80,7 +84,7 @@ def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS:
         raise MalformedShard(f"data is no uint8 [n, {_PIXELS}]")
     if not isinstance(labels, list) or len(labels) != len(data) or not all(type(label) is int for label in labels):
-        raise MalformedShard("labels are no list of a number for each image")
+        raise BadLabel("labels are no list of one whole number per image")
     clipped = [label if 0 <= label < 1 << 31 else -1 for label in labels]
     return data.reshape(-1, 3, SIDE, SIDE), np.array(clipped, np.int64)
 

@@ -7,22 +7,28 @@ Feature { bytes_list = 1 | float_list = 2 | int64_list = 3 }, each with repeated
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mpl_scale.data.index.format import MalformedShard
 
+_CONTINUED = bytes(range(128, 256))  # a byte of a number that another one follows
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 class Feature(NamedTuple):
-    """The first value of a feature: of bytes where they lie in the record; an integer as it is."""
+    """The first value of a feature: of bytes where they lie in the record; an integer as it is; a float is passed over.
+
+    kind: of the values, for messages; None where there is none. values: how many there are; of floats, 1.
+    """
 
     span: tuple[int, int] | None = None  # offset and length, bytes
     integer: int | None = None
+    kind: Literal["bytes", "floats", "integers"] | None = None
+    values: int = 0
 
 
 def read_example(record: bytes) -> dict[str, Feature]:
-    """The features of one serialised Example by name; float features are passed over.
+    """The features of one serialised Example by name.
 
     Raises:
         MalformedShard: the bytes are no Example; its offset is within the record.
@@ -42,6 +48,7 @@ def read_example(record: bytes) -> dict[str, Feature]:
 
 
 def _feature(record: bytes, start: int, end: int) -> Feature:
+    found = Feature()
     for number, kind, begin, stop in _fields(record, start, end):
         if kind != _BYTES:
             continue
@@ -49,10 +56,14 @@ def _feature(record: bytes, start: int, end: int) -> Feature:
             if inner != 1:
                 continue
             if number == 1 and inner_kind == _BYTES:
-                return Feature(span=(first, last - first))
-            if number == 3 and inner_kind in (_VARINT, _BYTES) and last > first:  # plain or packed
-                return Feature(integer=_signed(_varint(record, first, last)[0]))
-    return Feature()
+                found = Feature(found.span or (first, last - first), kind="bytes", values=found.values + 1)
+            elif number == 2:
+                found = Feature(kind="floats", values=1)
+            elif number == 3 and inner_kind in (_VARINT, _BYTES) and last > first:  # plain or packed
+                integer = _signed(_varint(record, first, last)[0]) if found.integer is None else found.integer
+                ends = len(record[first:last].translate(None, _CONTINUED))  # the last byte of each number
+                found = Feature(integer=integer, kind="integers", values=found.values + ends)
+    return found
 
 
 def _messages(record: bytes, start: int, end: int, *, field: int) -> Iterator[tuple[int, int, int]]:

@@ -1,4 +1,8 @@
-"""Source `folder`: root/<class>/*.png, *.jpg or *.jpeg; classes and files in sorted order."""
+"""Source `folder`: root/<class>/**/*.png, .jpg, ...; classes, folders and files in sorted order.
+
+A class folder may hold folders, nested to any depth, and links to folders. Where all folders of the root are named
+after parts (train, val, test; parts.py), they hold the class folders: root/train/<class>, root/val/<class>.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,29 @@ from pathlib import Path
 
 import numpy as np
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe_file
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import probe_file
+from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.format import ENTRY, Layout, Refusal, Scan, ScanOptions, Shard, register_format
+from mpl_scale.data.index.parts import is_part, left_over, part_of, parts_line, walk
 from mpl_scale.data.registry import ImageFiles, register_source
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
+SUFFIXES = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".pnm",
+)
 
 
 @register_source("folder")
@@ -22,55 +44,84 @@ def read_folder(root: Path | None) -> ImageFiles:
     Raises:
         ValueError: no root, no class folders, or a class without images.
     """
-    folders = _class_folders(root)
-    paths: list[str] = []
-    counts: list[int] = []
-    for folder in folders:
-        names = _image_names(folder)
-        paths += [f"{folder}/{name}" for name in names]
-        counts.append(len(names))
-    labels = np.repeat(np.arange(len(folders), dtype=np.int64), counts)
-    sizes = np.zeros((len(paths), 2), np.int32)
-    reasons: dict[int, str] = {}
-    for sample, path in enumerate(paths):
-        try:
-            sizes[sample] = probe_file(path)
-        except UnreadableImage as error:
-            reasons[sample] = str(error)
-            labels[sample] = 0
-    return ImageFiles(np.array(paths), labels, sizes, tuple(folder.name for folder in folders), reasons)
+    folders = _folders(root)
+    assert root is not None  # _folders has refused it
+    named, scans = zip(*(_scan(root, shard) for shard in folders), strict=True)
+    counts = [len(scan.entries) for scan in scans]
+    paths = [f"{root}/{shard.name}/{name}" for shard, names in zip(folders, named, strict=True) for name in names]
+    entries = np.concatenate([scan.entries for scan in scans])
+    firsts = np.cumsum(counts) - counts
+    reasons = {
+        int(first) + refusal.entry: refusal.reason
+        for first, scan in zip(firsts, scans, strict=True)
+        for refusal in scan.refusals
+        if refusal.entry is not None
+    }
+    census = left_over(root, folders, layout="file")
+    for scan in scans:
+        census.update(scan.census)
+    tests = np.repeat([shard.part == "test" for shard in folders], counts)
+    return ImageFiles(
+        np.array(paths),
+        entries["label"].copy(),
+        np.stack([entries["height"], entries["width"]], axis=1),
+        tuple(_class_names(root)),
+        reasons,
+        tests=np.flatnonzero(tests),
+        notes=(
+            *parts_line([(shard.name, shard.part, count) for shard, count in zip(folders, counts, strict=True)]),
+            *census.lines(),
+        ),
+    )
 
 
 @register_format("folder")
 class FolderTree:
-    """The same, for an index: each class folder is a shard of named files."""
+    """The same, for an index: each folder, at any depth, is a shard of named files."""
 
     layout: Layout = "file"
+    first_label: int | None = None
+    checksums = False
+    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        return [Shard(folder.name, label=label) for label, folder in enumerate(_class_folders(root))]
+        return _folders(root)
 
     def classes(self, root: Path) -> Sequence[str]:
-        return [folder.name for folder in _class_folders(root)]
+        return _class_names(root)
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
-        folder = root / shard.name
-        names = [os.fsencode(name) for name in _image_names(folder)]
-        entries = np.zeros(len(names), ENTRY)
-        refusals = []
-        for row, name in enumerate(names):
-            path = os.path.join(os.fsencode(folder), name)
-            try:
-                entries["height"][row], entries["width"][row] = probe_file(path)
-                entries["length"][row] = os.stat(path).st_size
-                entries["label"][row] = shard.label
-            except (UnreadableImage, OSError) as error:
-                refusals.append(Refusal(f"{shard.name}/{os.fsdecode(name)}", None, str(error), row))
-        ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        return Scan(entries, refusals, names=b"".join(names), name_ends=ends)
+        return _scan(root, shard)[1]
 
 
-def _class_folders(root: Path | None) -> list[Path]:
+def _scan(root: Path, shard: Shard) -> tuple[list[str], Scan]:
+    """The image files of one folder, sorted, and what was found in them."""
+    here = next(walk(root, shard.name))
+    images = [name for name in here.files if _is_image(name)]
+    names = [os.fsencode(name) for name in images]
+    entries = np.zeros(len(names), ENTRY)
+    refusals, census = [], Census()
+    for row, name in enumerate(names):
+        path = os.path.join(os.fsencode(root / shard.name), name)
+        try:
+            header = probe_file(path)
+            entries["height"][row], entries["width"][row] = header.stored
+            entries["length"][row] = os.stat(path).st_size
+            entries["label"][row] = shard.label
+            census.kinds[header.label] += 1
+        except (UnreadableImage, OSError) as error:
+            refusals.append(Refusal(f"{shard.name}/{os.fsdecode(name)}", None, str(error), row))
+    for other in here.files:
+        if not _is_image(other):
+            census.leave_out(f"{shard.name}/{other}")
+    for other in here.loops:
+        census.leave_out(f"{shard.name}/{other}", "links to a folder above")
+    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+    return images, Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
+
+
+def _folders(root: Path | None) -> list[Shard]:
+    """A shard for each folder of a class: the class folder and those below it."""
     if root is None:
         raise ValueError(
             "mpl_scale.data.root = null; source folder needs the folder that holds one sub-folder per class"
@@ -79,21 +130,39 @@ def _class_folders(root: Path | None) -> list[Path]:
         raise ValueError(
             f"mpl_scale.data.root = '{root}' is no folder; give the one that holds one sub-folder per class"
         )
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if len(folders) < 2:
+    labels = {name: label for label, name in enumerate(_class_names(root))}
+    if len(labels) < 2:
         raise ValueError(
-            f"mpl_scale.data.root = '{root}' holds {len(folders)} class folders; put the images in root/<class>/<image>"
+            f"mpl_scale.data.root = '{root}' holds {len(labels)} class folders; put the images in root/<class>/<image>"
         )
+    shards: list[Shard] = []
+    for folder in _class_folders(root):
+        below = list(walk(root, folder))
+        if not any(_is_image(name) for inner in below for name in inner.files):
+            raise ValueError(
+                f"class folder '{root / folder}' holds no {', '.join(SUFFIXES)} file; add images or remove it"
+            )
+        label = labels[folder.rpartition("/")[2]]
+        part = part_of(folder.partition("/")[0]) if "/" in folder else "train"
+        shards += [Shard(inner.name, part, label) for inner in below]
+    return sorted(shards, key=lambda shard: shard.part == "test")
+
+
+def _class_folders(root: Path) -> list[str]:
+    """Relative to the root: <class>, or <part>/<class>."""
+    folders = _visible_folders(root)
+    if folders and all(is_part(folder) for folder in folders):
+        return [f"{part}/{folder}" for part in folders for folder in _visible_folders(root / part)]
     return folders
 
 
-def _image_names(folder: Path) -> list[str]:
-    """Sorted; ValueError where there is none."""
-    names = sorted(name for name in os.listdir(folder) if _is_image(name))
-    if not names:
-        raise ValueError(f"class folder '{folder}' holds no {', '.join(SUFFIXES)} file; add images or remove it")
-    return names
+def _class_names(root: Path) -> list[str]:
+    return sorted({folder.rpartition("/")[2] for folder in _class_folders(root)})
+
+
+def _visible_folders(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+    return name.lower().endswith(SUFFIXES)

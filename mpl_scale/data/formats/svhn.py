@@ -15,10 +15,10 @@ import numpy as np
 from mpl_scale.data.formats.matfile import MatArray, read_arrays
 from mpl_scale.data.index.format import (
     ENTRY,
+    BadLabel,
     Layout,
     MalformedShard,
     Part,
-    Refusal,
     Scan,
     ScanOptions,
     Shard,
@@ -40,6 +40,9 @@ class Svhn:
     """Cropped digits ("format 2")."""
 
     layout: Layout = "rows"
+    first_label: int | None = None
+    checksums = False
+    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, _PARTS)
@@ -58,7 +61,7 @@ class Svhn:
                 count, height, width, labels = _read(file, pixels)
         except MalformedShard as error:
             unpacked.unlink(missing_ok=True)
-            return Scan(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, f"the whole shard is lost: {error}")])
+            return Scan.lost(shard, error)
         entries = np.zeros(count, ENTRY)
         entries["length"] = 3 * height * width
         entries["offset"] = np.arange(count) * (3 * height * width)
@@ -78,7 +81,7 @@ def _read(file: BinaryIO, pixels: BinaryIO) -> tuple[int, int, int, np.ndarray]:
         raise MalformedShard("there is no array X, or none y")
     height, width, count = shape
     if count != len(labels):
-        raise MalformedShard(f"{count} images and {len(labels)} labels")
+        raise BadLabel(f"{count} images and {len(labels)} labels")
     return count, height, width, labels
 
 
@@ -101,10 +104,12 @@ def _unpack(array: MatArray, pixels: BinaryIO) -> tuple[int, int, int]:
 def _labels(array: MatArray) -> np.ndarray:
     count = max(array.shape)
     if len(array.shape) != 2 or min(array.shape) != 1 or count > 1 << 31:
-        raise MalformedShard(f"y has shape {list(array.shape)[:8]}, not [N, 1]")
+        raise BadLabel(f"y has shape {list(array.shape)[:8]}, not [N, 1]")
     values = np.concatenate(
         [array.values.read(min(1 << 20, count - start)) for start in range(0, count, 1 << 20)] or [np.zeros(0)]
     )
     if not np.isin(values, np.arange(11)).all():
-        raise MalformedShard("y holds other labels than 0 to 10")
+        raise BadLabel("y holds other labels than 1 to 10, or 0 to 9")
+    if np.isin((0, 10), values).all():
+        raise BadLabel("y holds both 0 and 10, and either is the digit 0; write 1 to 10, or 0 to 9")
     return values.astype(np.int64) % 10

@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe
-from mpl_scale.data.formats.example import read_example
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import probe
+from mpl_scale.data.formats.example import Feature, read_example
 from mpl_scale.data.index.format import (
+    CLASSES_FILE,
+    BadLabel,
     Layout,
     MalformedShard,
     Scan,
@@ -25,13 +28,14 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     classes_file,
-    find_shards,
     register_format,
 )
+from mpl_scale.data.index.parts import find_shards
 
 _HEADER = struct.Struct("<QI")
 _NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
 _NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\.tfrecords?)?")
+_COMPRESSED = {b"\x1f\x8b": "GZIP", b"\x78\x01": "ZLIB", b"\x78\x5e": "ZLIB", b"\x78\x9c": "ZLIB", b"\x78\xda": "ZLIB"}
 _DATA_CRC = "wrong checksum of the record's data"
 
 
@@ -40,6 +44,9 @@ class TFRecord:
     """Inception's layout."""
 
     layout: Layout = "encoded"
+    first_label: int | None = 1
+    checksums = True
+    sidecars = (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = find_shards(root, _NAMES, what="TFRecord file (train-00000-of-01024, *.tfrecord)")
@@ -51,12 +58,11 @@ class TFRecord:
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
         builder = ScanBuilder(shard.name)
-        first = 1 if options.label_offset is None else options.label_offset
         with open(root / shard.name, "rb") as file:
             try:
                 for offset, record, intact in read_records(file, check_data=options.check_data):
                     if intact:
-                        _add(builder, offset, record, first=first)
+                        _add(builder, offset, record)
                     else:
                         builder.refuse_sample(offset, len(record), _DATA_CRC)
             except MalformedShard as error:
@@ -68,7 +74,8 @@ def read_records(file: BinaryIO, *, check_data: bool = True) -> Iterator[tuple[i
     """Offset of the data, the data, and whether its checksum is right, for each record.
 
     Raises:
-        MalformedShard: a header's checksum is wrong, or the file ends inside a record: nothing after it can be found.
+        MalformedShard: a header's checksum is wrong, or the file ends inside a record: nothing after it can be found;
+            or the file is compressed.
     """
     size = os.fstat(file.fileno()).st_size
     position = 0
@@ -78,6 +85,9 @@ def read_records(file: BinaryIO, *, check_data: bool = True) -> Iterator[tuple[i
             raise MalformedShard("it ends inside a record's header", offset=position)
         length, crc = _HEADER.unpack(header)
         if masked_crc32c(header[:8]) != crc:
+            compression = _COMPRESSED.get(header[:2]) if position == 0 else None
+            if compression is not None:
+                raise MalformedShard(f"{compression}-compressed TFRecord: decompress it")
             raise MalformedShard("wrong checksum of a record's length", offset=position)
         start = position + _HEADER.size
         if start + length + 4 > size:
@@ -95,28 +105,46 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _add(builder: ScanBuilder, offset: int, record: bytes, *, first: int) -> None:
-    """One example: its image's place in the file, its size and its label counted from 0; or why not."""
+def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
+    """One example: its image's place in the file, its size and its label; or why not."""
     try:
         features = read_example(record)
-        image, label = features.get("image/encoded"), features.get("image/class/label")
+        image = features.get("image/encoded")
         if image is None or image.span is None:
-            raise MalformedShard("the example has no image/encoded")
-        if label is None or label.integer is None:
-            raise MalformedShard("the example has no image/class/label")
-        if not 0 <= label.integer - first < 1 << 31:
-            raise MalformedShard(f"label {label.integer} is below label_offset = {first}, or huge")
+            raise MalformedShard(f"the example has no image/encoded{_others(features)}")
+        if image.values > 1:
+            raise MalformedShard(f"{image.values} images in image/encoded, where one is expected")
+        label = _label(features)
         start, length = image.span
         encoded = record[start : start + length]
-        size = probe(encoded, encoded)
+        header = probe(encoded)
     except (MalformedShard, UnreadableImage) as error:
-        builder.refuse_sample(offset, len(record), str(error))
+        builder.refuse_sample(offset, len(record), error)
         return
     text = features.get("image/class/text")
-    if text is not None and text.span is not None and label.integer - first not in builder.class_names:
+    if text is not None and text.span is not None and label not in builder.class_names:
         begin, count = text.span
-        builder.class_names[label.integer - first] = record[begin : begin + min(count, 200)].decode(errors="replace")
-    builder.add(offset + start, length, label=label.integer - first, size=size)
+        builder.class_names[label] = record[begin : begin + min(count, 200)].decode(errors="replace")
+    builder.add(offset + start, length, label=label, header=header)
+
+
+def _label(features: Mapping[str, Feature]) -> int:
+    """The label as it stands in the example. Raises MalformedShard where it has none; BadLabel where not one number."""
+    label = features.get("image/class/label")
+    if label is None or label.kind is None:
+        raise MalformedShard(f"the example has no image/class/label{_others(features)}")
+    if label.integer is None:
+        raise BadLabel(f"image/class/label holds {label.kind}, not a whole number")
+    if label.values > 1:
+        raise BadLabel(f"{label.values} labels in image/class/label: an image with several labels cannot be used")
+    return label.integer
+
+
+def _others(features: Mapping[str, Feature]) -> str:
+    """A hint where the names are those of TensorFlow Datasets."""
+    if "image" not in features:
+        return ""
+    return ", only 'image' (a name of TensorFlow Datasets); name the features image/encoded and image/class/label"
 
 
 def _refuse_gaps(root: Path, names: Sequence[str]) -> None:

@@ -1,21 +1,29 @@
-"""Source `webdataset`: tar files whose neighbouring members with one base name make a sample.
+"""Source `webdataset`: tar files whose neighbouring members with one key make a sample; also .tar.gz and .tgz.
 
-`a/0001.jpg` and `a/0001.cls` are sample a/0001: the image is .jpg, .jpeg or .png, the label .cls (digits) or the
-"label" of .json. Members with other endings are passed over.
+A key ends at the first dot of the base name (WebDataset's rule): `a/0001.jpg` and `a/0001.cls` are sample a/0001.
+Where that leaves a pair apart, the last dot decides: `photo_v1.040.png` and `photo_v1.040.cls` are a sample, too. The
+label is .cls (digits) or the "label" of .json. Members that belong to no sample are counted.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
+import shutil
+import zlib
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-from mpl_scale.data.encoded.probe import UnreadableImage, probe_at
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import probe_at
 from mpl_scale.data.formats.tar import Member, read_members
 from mpl_scale.data.index.format import (
+    CLASSES_FILE,
+    BadLabel,
     Layout,
     MalformedShard,
     Scan,
@@ -23,11 +31,13 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     classes_file,
-    find_shards,
     register_format,
 )
+from mpl_scale.data.index.parts import find_shards
 
-_IMAGES = ("jpg", "jpeg", "png")
+_IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jfif", "jpe")
+_LABELS = ("cls", "json")
+_COMPRESSED = (".gz", ".tgz")
 _LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
 
 
@@ -36,18 +46,31 @@ class WebDataset:
     """Tar files."""
 
     layout: Layout = "encoded"
+    first_label: int | None = 0
+    checksums = False
+    sidecars = (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        return find_shards(root, r".*\.tar", what=".tar file")
+        return find_shards(root, r".*\.(tar|tar\.gz|tgz)", what=".tar file")
 
     def classes(self, root: Path) -> Sequence[str] | None:
         return classes_file(root)
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
-        builder = ScanBuilder(shard.name)
-        with open(root / shard.name, "rb") as file:
-            for _, members in groupby(_whole(file, builder), key=lambda member: _split(member.name)[0]):
-                _add(builder, file, list(members), first=options.label_offset or 0)
+        builder, path = ScanBuilder(shard.name), root / shard.name
+        if path.name.endswith(_COMPRESSED):
+            try:
+                with gzip.open(path) as packed, open(unpacked, "wb") as plain:
+                    shutil.copyfileobj(packed, plain, 1 << 20)
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                unpacked.unlink(missing_ok=True)
+                builder.refuse(0, f"the whole shard is lost: it cannot be decompressed: {error}")
+                return builder.scan()
+            path = unpacked
+        with open(path, "rb") as file:
+            for _, members in groupby(_whole(file, builder), key=lambda member: _key(member.name)):
+                for sample in _samples(list(members), builder):
+                    _add(builder, file, sample)
         return builder.scan()
 
 
@@ -63,46 +86,89 @@ def _whole(file: BinaryIO, builder: ScanBuilder) -> Iterator[Member]:
         builder.refuse(error.offset, f"the rest of the shard is lost: {error}")
 
 
-def _split(name: str) -> tuple[str, str]:
-    """The sample's key and the ending, lower case: "a/1.x.PNG" is "a/1", "x.png"."""
+def _key(name: str) -> str:
+    """The key by WebDataset's rule: "a/1.x.PNG" has the key "a/1"."""
     folder, slash, base = name.rpartition("/")
-    stem, _, ending = base.partition(".")
-    return folder + slash + stem, ending.lower()
+    return folder + slash + base.partition(".")[0]
 
 
-def _add(builder: ScanBuilder, file: BinaryIO, members: list[Member], *, first: int) -> None:
-    by_ending = {_split(member.name)[1]: member for member in members}
+class _Sample(NamedTuple):
+    """Members by ending, and whether an ending was there twice."""
+
+    by_ending: dict[str, Member]
+    doubled: bool
+
+
+def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
+    """The samples among the members of one key; what belongs to none is counted.
+
+    Members are told apart by all that stands before the last dot. "1.png", "1.cls", "1.depth.png" are one sample, with
+    a second image that is not used; "1.040.png", "1.040.cls", "1.041.png" are two, the second one without its label.
+    """
+    by_stem: dict[str, dict[str, Member]] = {}
+    doubled: set[str] = set()
+    for member in members:
+        stem, _, ending = (
+            member.name.rpartition(".") if "." in member.name.rpartition("/")[2] else (member.name, "", "")
+        )
+        own = by_stem.setdefault(stem, {})
+        if ending.lower() in own:
+            doubled.add(stem)
+            builder.census.leave_out(member.name[:200])
+        else:
+            own[ending.lower()] = member
+    shortest = by_stem.get(_key(members[0].name), {})
+    main = _is_sample(shortest)
+    for stem, sample in by_stem.items():
+        has_image = not sample.keys().isdisjoint(_IMAGES)
+        has_label = not sample.keys().isdisjoint(_LABELS)
+        used = [*[ending for ending in _IMAGES if ending in sample][:1], *[e for e in _LABELS if e in sample][:1]]
+        extra = main and sample is not shortest and not (has_image and has_label)
+        for ending, member in sample.items():
+            if extra or ending not in used:
+                builder.census.leave_out(member.name[:200])
+        if not extra and (has_image or has_label):
+            yield _Sample(sample, stem in doubled)
+
+
+def _is_sample(by_ending: dict[str, Member]) -> bool:
+    return not by_ending.keys().isdisjoint(_IMAGES) and not by_ending.keys().isdisjoint(_LABELS)
+
+
+def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample) -> None:
+    by_ending = sample.by_ending
     image = next((by_ending[ending] for ending in _IMAGES if ending in by_ending), None)
     if image is None:
-        if "cls" in by_ending:
-            builder.refuse(by_ending["cls"].offset, f"member '{by_ending['cls'].name[:200]}' has no image beside it")
+        label_only = next(by_ending[ending] for ending in _LABELS if ending in by_ending)
+        builder.refuse(label_only.offset, f"member '{label_only.name[:200]}' has no image beside it")
         return
     try:
-        label = _label(file, by_ending) - first
-        if not 0 <= label < 1 << 31:
-            raise MalformedShard(f"label {label + first} is below label_offset = {first}, or huge")
-        size = probe_at(file.fileno(), offset=image.offset, length=image.length)
+        if sample.doubled:
+            raise BadLabel("two members of one name: which image the label belongs to is unknown")
+        label = _label(file, by_ending)
+        header = probe_at(file.fileno(), offset=image.offset, length=image.length)
     except (MalformedShard, UnreadableImage) as error:
-        builder.refuse_sample(image.offset, image.length, str(error))
+        builder.refuse_sample(image.offset, image.length, error)
         return
-    builder.add(image.offset, image.length, label=label, size=size)
+    builder.add(image.offset, image.length, label=label, header=header)
 
 
 def _label(file: BinaryIO, by_ending: dict[str, Member]) -> int:
     member = by_ending.get("cls") or by_ending.get("json")
     if member is None:
-        raise MalformedShard("no .cls or .json member beside the image")
+        others = ", ".join(f".{ending}" for ending in by_ending if ending not in _IMAGES)
+        raise MalformedShard(f"no .cls or .json member beside the image{others and ', only ' + others}")
     if member.length > _LONGEST_LABEL:
         raise MalformedShard(f"a label of {member.length} bytes")
     text = os.pread(file.fileno(), member.length, member.offset).decode("utf-8", errors="replace").strip()
     if member is by_ending.get("cls"):
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise MalformedShard(f"the label {text[:20]!r} is no number")
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            raise BadLabel(f"the label {text[:20]!r} is no number")
         return int(text)
     try:
         label = json.loads(text)["label"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedShard("the .json member has no whole number 'label'") from error
-    if not isinstance(label, int) or isinstance(label, bool):
-        raise MalformedShard("the .json member has no whole number 'label'")
+    if type(label) is not int or abs(label) >= 10**18:
+        raise BadLabel(f"the .json member has {json.dumps(label)[:20]} as 'label', not a whole number")
     return label

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,8 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpl_scale.config.names import require_known
-from mpl_scale.data.index.format import ENTRY, FORMATS, MOST_CLASSES, Refusal, Scan, ScanOptions, Shard
-from mpl_scale.data.index.reader import IndexedImages, StaleIndex, read_meta
+from mpl_scale.data.index import sidecars
+from mpl_scale.data.index.format import ENTRY, FORMATS, Refusal, Scan, ScanOptions, Shard
+from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
+from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import PartFiles, write_index
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
@@ -63,10 +66,12 @@ def build_index(
         report: progress.
 
     Raises:
-        ValueError: unknown format, no shards, nothing usable in them, or `output` is something else than an index.
+        ValueError: unknown format, no shards, nothing usable in them, an option without effect, or `output` is
+            something else than an index.
     """
     require_known("--source", source, FORMATS)
     options = options or ScanOptions()
+    refuse_unused(source, options)
     root, output = root.expanduser().resolve(), output.expanduser().absolute()
     if not root.is_dir():
         raise ValueError(f"'{root}' is no folder; give the one that holds the data set")
@@ -76,12 +81,11 @@ def build_index(
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output):
         partial = output.with_name(f"{output.name}.partial")
-        identity = {"source": source, "root": str(root), "options": asdict(options)}
+        beside = sidecars.record(root, FORMATS[source].sidecars)  # before: a change while it is read makes it stale
+        identity = {"source": source, "root": str(root), "options": asdict(options), "sidecars": beside}
         _prepare(partial, identity)
         reused = _scan_all(source, root, shards, partial, workers=workers, options=options, report=report)
-        images, refused, reasons = write_index(
-            output, partial=partial, shards=shards, identity=identity, source=source, root=root
-        )
+        images, refused, reasons = write_index(output, partial=partial, shards=shards, identity=identity)
         shutil.rmtree(partial)
     return Built(output, images, len(shards), reused, refused, reasons)
 
@@ -97,13 +101,16 @@ def open_or_build(
     try:
         return IndexedImages(output)
     except ValueError:
-        pass  # none, or stale
+        pass  # none, or stale; told below, once
     output.parent.mkdir(parents=True, exist_ok=True)
     with locked(output.with_name(f"{output.name}.open")):
         try:
             return IndexedImages(output)  # another process was faster
+        except StaleIndex as error:
+            print(f"[index] {error.reason}: indexing again", file=sys.stderr, flush=True)
         except ValueError:
-            build_index(source, root, output=output, workers=workers, options=options, report=report)
+            pass
+        build_index(source, root, output=output, workers=workers, options=options, report=report)
     try:
         return IndexedImages(output)
     except StaleIndex as error:
@@ -206,20 +213,10 @@ def _scan(task: _Task) -> int:
     except OSError as error:
         reason = f"the whole shard is lost: cannot be read: {error.strerror}"
         scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
-    _refuse_labels(scan, task.shard, FORMATS[task.source].classes(task.root))
-    part.write(scan, task.shard, size=size, mtime_ns=mtime_ns)
+    first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)
+    labels = count_from_zero(scan, task.shard, first=first, classes=classes)
+    part.write(scan, task.shard, size=size, mtime_ns=mtime_ns, labels=labels)
     return len(scan.entries)
-
-
-def _refuse_labels(scan: Scan, shard: Shard, classes: Sequence[str] | None) -> None:
-    """Refuse the entries whose label is no class."""
-    limit = MOST_CLASSES if classes is None else len(classes)
-    labels = scan.entries["label"]
-    for row in np.flatnonzero((labels < 0) | (labels >= limit)).tolist():
-        reason = f"label {int(labels[row])}, counted from 0, is none of {limit} classes"
-        scan.refusals.append(Refusal(shard.name, int(scan.entries["offset"][row]), reason, row))
-        for field in ("label", "height", "width"):
-            scan.entries[field][row] = 0
 
 
 def _identity(root: Path, shard: Shard) -> tuple[int, int]:
@@ -231,11 +228,29 @@ def _identity(root: Path, shard: Shard) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def current(folder: Path, *, source: str, root: Path, options: ScanOptions) -> bool:
-    """Whether the folder holds an up-to-date index of just that."""
+def why_not_current(folder: Path, *, source: str, root: Path, options: ScanOptions) -> str | None:
+    """Why an index has to be built: "" where there is none; None: the folder holds an up-to-date one of just that."""
+    if not (folder / "meta.json").is_file():
+        return ""
     try:
         meta = read_meta(folder)
-        IndexedImages(folder)
-    except ValueError:
-        return False
-    return meta["source"] == source and meta["root"] == str(root) and meta["options"] == asdict(options)
+        found = IndexedImages(folder)
+    except StaleIndex as error:
+        return error.reason
+    except ValueError as error:
+        return str(error)
+    for name, asked in {"source": source, "root": str(root), "options": asdict(options)}.items():
+        if meta[name] != asked:
+            return f"it was built with {name} {meta[name]}, not {asked}"
+    if meta["version"] != VERSION:
+        return f"it is of version {meta['version']}, which does not check labels"
+    indexed = {shard.name: shard.part for shard in found.shards}
+    now = {shard.name: shard.part for shard in FORMATS[source].shards(root)}
+    for name in sorted(indexed.keys() | now.keys()):
+        if name not in now:
+            return f"shard '{name}' is no longer read"
+        if name not in indexed:
+            return f"shard '{name}' is new"
+        if indexed[name] != now[name]:
+            return f"shard '{name}' was taken for part {indexed[name]}, not {now[name]}"
+    return None

@@ -6,7 +6,6 @@ another. A sample's id is its place in that order, so it does not depend on who 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,15 +14,17 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 
 from mpl_scale.config.names import Registry
+from mpl_scale.data.encoded.header import Header
+from mpl_scale.data.index.census import Census
 
 Part = Literal["train", "extra", "test"]
 Layout = Literal["file", "encoded", "rows", "planes"]
-"""How a sample is stored: a file of its own in the shard's folder; a PNG or JPEG file inside the shard; raw RGB pixels
+"""How a sample is stored: a file of its own in the shard's folder; an image file inside the shard; raw RGB pixels
 [H, W, 3]; raw RGB planes [3, H, W]."""
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 MOST_CLASSES = 1 << 20
 """Without a list of names, labels from here on are taken for damage."""
-_TEST = re.compile(r"(^|[^a-z])(val|valid|validation|test)([^a-z]|$)")
+CLASSES_FILE = "classes.txt"
 
 
 class MalformedShard(ValueError):
@@ -32,6 +33,10 @@ class MalformedShard(ValueError):
     def __init__(self, reason: str, *, offset: int = 0) -> None:
         super().__init__(reason)
         self.offset = offset
+
+
+class BadLabel(MalformedShard):
+    """Why a label cannot be used. Never skipped as an unreadable image is: a wrong label means others may be wrong."""
 
 
 class Shard(NamedTuple):
@@ -47,21 +52,27 @@ class Shard(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    """What was not taken. entry: its row in the shard's entries, or None where it has none."""
+    """What was not taken.
+
+    entry: its row in the shard's entries, or None where it has none. label: the label is at fault, not the image.
+    """
 
     file: str
     offset: int | None
     reason: str
     entry: int | None = None
+    label: bool = False
 
 
 @dataclass
 class Scan:
     """What one shard holds.
 
-    entries: ENTRY [n], in the shard's order. A refused one keeps its row, with label 0 and size 0 x 0.
+    entries: ENTRY [n], in the shard's order, with labels as they stand in the files; build.py then counts them from 0.
+        A refused one keeps its row, with label 0 and size 0 x 0.
     names: layout "file": the samples' file names, encoded, one behind another; name_ends: int64 [n], where each ends.
-    class_names: names that the shard itself gives for some labels.
+    class_names: names that the shard itself gives for some labels, as they stand in the files.
+    census: the images by file format, and what the shard holds and is not used.
     """
 
     entries: np.ndarray
@@ -69,6 +80,13 @@ class Scan:
     names: bytes = b""
     name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: dict[int, str] = field(default_factory=dict)
+    census: Census = field(default_factory=Census)
+
+    @classmethod
+    def lost(cls, shard: Shard, error: MalformedShard) -> Scan:
+        """Nothing of the shard can be used."""
+        reason = f"the whole shard is lost: {error}"
+        return cls(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, reason, label=isinstance(error, BadLabel))])
 
 
 @dataclass(frozen=True)
@@ -76,7 +94,7 @@ class ScanOptions:
     """Settings that change what a scan finds; part of an index's identity."""
 
     label_offset: int | None = None
-    """What the first class is called in the files; None: the format's own custom."""
+    """The first class's label in the files; None: the format's custom."""
     check_data: bool = True
     """Whether checksums of the data are computed, where the format has any."""
 
@@ -86,6 +104,18 @@ class Format(Protocol):
 
     @property
     def layout(self) -> Layout: ...
+
+    @property
+    def first_label(self) -> int | None:
+        """The first class's label where `label_offset` is not set; None: labels are the format's, it has no effect."""
+
+    @property
+    def checksums(self) -> bool:
+        """Whether `check_data` has an effect."""
+
+    @property
+    def sidecars(self) -> Sequence[str]:
+        """Files beside the shards that labels or names are read from, present or not, relative to the root."""
 
     def shards(self, root: Path) -> Sequence[Shard]:
         """All shards, in order. Raises ValueError where the folder holds none, with the fix."""
@@ -122,14 +152,17 @@ class ScanBuilder:
         self._rows: list[tuple[int, int, int, int, int]] = []
         self._refusals: list[Refusal] = []
         self.class_names: dict[int, str] = {}
+        self.census = Census()
 
-    def add(self, offset: int, length: int, *, label: int, size: tuple[int, int]) -> None:
-        """A sample; size is its height and width, pixels."""
-        self._rows.append((offset, length, label, *size))
+    def add(self, offset: int, length: int, *, label: int, header: Header) -> None:
+        """A sample; label: as it stands in the file; header: what its image says of itself."""
+        self._rows.append((offset, length, label, *header.stored))
+        self.census.kinds[header.label] += 1
 
-    def refuse_sample(self, offset: int, length: int, reason: str) -> None:
+    def refuse_sample(self, offset: int, length: int, reason: str | ValueError) -> None:
         """A sample that keeps its place in the order, but cannot be used."""
-        self._refusals.append(Refusal(self._file, offset, reason, len(self._rows)))
+        label = isinstance(reason, BadLabel)
+        self._refusals.append(Refusal(self._file, offset, str(reason), len(self._rows), label))
         self._rows.append((offset, length, 0, 0, 0))
 
     def refuse(self, offset: int, reason: str) -> None:
@@ -138,28 +171,7 @@ class ScanBuilder:
 
     def scan(self) -> Scan:
         """The complete scan."""
-        return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names)
-
-
-def part_of(name: str) -> Part:
-    """The part a shard's name speaks of: "test" where val, valid, validation or test stands in it as a word."""
-    return "test" if _TEST.search(name.lower()) else "train"
-
-
-def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
-    """The files below `root`, at any depth, whose name the regular expression matches; sorted by part, then name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    found = [
-        Shard(path.relative_to(root).as_posix(), part_of(path.relative_to(root).as_posix()))
-        for path in sorted(root.rglob("*"))
-        if re.fullmatch(pattern, path.name) and not path.name.startswith(".") and path.is_file()
-    ]
-    if not found:
-        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; name the folder of the shards")
-    return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
+        return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names, census=self.census)
 
 
 def classes_file(root: Path) -> list[str] | None:
@@ -168,7 +180,7 @@ def classes_file(root: Path) -> list[str] | None:
     Raises:
         ValueError: it cannot be read as text, or holds fewer than two names.
     """
-    path = root / "classes.txt"
+    path = root / CLASSES_FILE
     if not path.exists():
         return None
     try:

@@ -2,7 +2,8 @@
 
 A folder of
 
-    meta.json         version, source, root, classes, shards with size and time, counts, sha256 of the arrays
+    meta.json         version, source, root, options, classes, shards with size and time, files beside them
+                      (sidecars.py), counts, what is wrong with the labels (labels.py), sha256 of the arrays
     shard.npy         uint32 [N], of each sample            offset.npy   int64 [N], bytes
     length.npy        int64 [N], bytes                      label.npy    int64 [N], from 0
     size.npy          int32 [N, 2], height and width        refused.npy  int64 [R], ids that cannot be used
@@ -25,11 +26,17 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from mpl_scale.data.encoded.probe import UnreadableImage, ppm, probe
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import ppm
+from mpl_scale.data.index import sidecars
+from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
 from mpl_scale.data.index.format import Layout, Part
+from mpl_scale.data.index.parts import parts_line
 
-FORMAT, VERSION = "mpl_scale.index", 1
+FORMAT, VERSION = "mpl_scale.index", 2
+READ_VERSIONS = (1, 2)
+"""Version 1 records no sidecars, no finding about the labels and no census."""
 ARRAYS: dict[str, np.dtype] = {
     "shard": np.dtype("<u4"),
     "offset": np.dtype("<i8"),
@@ -41,7 +48,17 @@ ARRAYS: dict[str, np.dtype] = {
 
 
 class StaleIndex(ValueError):
-    """The shards are not what they were when they were indexed."""
+    """The shards, or files beside them, are not what they were when they were indexed.
+
+    reason: without what to do about it.
+    """
+
+    def __init__(self, reason: str, fix: str) -> None:
+        super().__init__(reason, fix)
+        self.reason, self.fix = reason, fix
+
+    def __str__(self) -> str:
+        return f"{self.reason}; {self.fix}"
 
 
 class IndexedShard(NamedTuple):
@@ -104,6 +121,12 @@ class IndexedImages:
                 found[where if entry["offset"] is None else f"{where}, byte {entry['offset']}"] = str(entry["reason"])
         return found
 
+    def contents(self) -> list[str]:
+        """For people: images by part and by format, and what was seen and is not used."""
+        ends = np.searchsorted(self._shard, np.arange(len(self.shards) + 1, dtype=self._shard.dtype))
+        counts = [(shard.name, shard.part, int(n)) for shard, n in zip(self.shards, np.diff(ends), strict=True)]
+        return parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines()
+
     @property
     def fingerprint(self) -> str:
         """Stands for every sample's place, label and size."""
@@ -140,8 +163,6 @@ class IndexedImages:
         if self._layout in _RAW:
             height, width = (int(side) for side in self.sizes[sample])
             content = ppm(_RAW[self._layout](content, height, width), height=height, width=width)
-        else:
-            probe(content, content)
         return np.frombuffer(content, np.uint8)
 
     def name(self, sample: int) -> str:
@@ -163,7 +184,7 @@ class IndexedImages:
             )
             if b"/" in raw or raw in (b"", b".", b".."):
                 raise ValueError(
-                    f"'{self.folder}': a file name that leaves its folder; {_rebuild(self.meta, self.folder)}"
+                    f"'{self.folder}': a file name that leaves its folder; {rebuild(self.meta, self.folder)}"
                 )
             return f"{path}/{os.fsdecode(raw)}", 0, length
         return path, offset, length
@@ -176,17 +197,22 @@ class IndexedImages:
                 status = path.stat()
             except OSError as error:
                 raise StaleIndex(
-                    f"shard '{path}' of index '{self.folder}' cannot be read: {error.strerror}; bring it back, "
-                    f"{moved}or {_rebuild(self.meta, self.folder)}"
+                    f"shard '{path}' of index '{self.folder}' cannot be read: {error.strerror}",
+                    f"bring it back, {moved}or {rebuild(self.meta, self.folder)}",
                 ) from error
             changed = status.st_mtime_ns != shard.mtime_ns
             if path.is_file():  # a folder's size says nothing
                 changed |= status.st_size != shard.bytes
             if changed:
                 raise StaleIndex(
-                    f"shard '{path}' has changed since index '{self.folder}' was built; "
-                    f"{_rebuild(self.meta, self.folder)}"
+                    f"shard '{path}' has changed since index '{self.folder}' was built",
+                    rebuild(self.meta, self.folder),
                 )
+        for name in sidecars.changed(self.root, self.meta.get("sidecars", {})):
+            raise StaleIndex(
+                f"'{self.root / confined(name)}' has changed since index '{self.folder}' was built",
+                rebuild(self.meta, self.folder),
+            )
 
 
 def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -207,7 +233,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ours = meta["format"] == FORMAT
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"'{folder}' is no index: {error}; build one with mpl-scale index") from error
-    if not ours or meta.get("version") != VERSION:
+    if not ours or meta.get("version") not in READ_VERSIONS:
         raise ValueError(
             f"'{folder}' is an index of format {meta['format']} version {meta.get('version')}, not {FORMAT} {VERSION}; "
             "build it again with mpl-scale index"
@@ -238,7 +264,7 @@ def verify(folder: Path) -> None:
     meta = read_meta(folder)
     for name, expected in meta["sha256"].items():
         if not (folder / name).is_file() or sha256_of(folder / name) != expected:
-            raise ValueError(f"'{folder / confined(name)}' is damaged; {_rebuild(meta, folder)}")
+            raise ValueError(f"'{folder / confined(name)}' is damaged; {rebuild(meta, folder)}")
 
 
 def sha256_of(path: Path) -> str:
@@ -272,14 +298,21 @@ def _open(folder: Path, name: str, *, count: int) -> np.ndarray:
     return array
 
 
-def _rebuild(meta: dict[str, Any], folder: Path) -> str:
+def rebuild(meta: dict[str, Any], folder: Path, *, label_offset: int | None = None) -> str:
+    """The command that builds an index again with its own settings, or with another label_offset."""
     source = meta.get("selected_from_index")
     if source is not None:  # index_subset.py
         return (
             f"select it again: mpl-scale select --index '{source}' --output '{folder}', with the checkpoint and the "
             f"rule of '{folder / 'selection.json'}'"
         )
-    return f"rebuild it: mpl-scale index '{meta['root']}' --source {meta['source']} --output '{folder}'"
+    command = f"mpl-scale index '{meta['root']}' --source {meta['source']} --output '{folder}'"
+    offset = meta["options"].get("label_offset") if label_offset is None else label_offset
+    if offset is not None:
+        command += f" --label_offset {offset}"
+    if not meta["options"].get("check_data", True):
+        command += " --skip_data_crc"
+    return f"rebuild it: {command}"
 
 
 def _planes(content: bytes, height: int, width: int) -> bytes:

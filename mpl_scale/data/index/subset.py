@@ -73,6 +73,9 @@ def write_subset(
         "refused": 0,
         "refusals": 0,
         "reasons": {},
+        "labels": {"faults": 0, "examples": [], "suspicion": None, "offset": None, "confirm": None},
+        "sidecars": {},  # labels and names are its own
+        "census": {},
         "sha256": hashes,
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

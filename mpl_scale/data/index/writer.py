@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mpl_scale.data.index.format import FORMATS, Refusal, Scan, Shard, named_classes
+from mpl_scale.data.index.census import Census
+from mpl_scale.data.index.format import FORMATS, Refusal, Scan, ScanOptions, Shard, named_classes
+from mpl_scale.data.index.labels import LabelCensus, first_label, set_offset
+from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
 
 
@@ -34,8 +37,13 @@ class PartFiles:
             stem.with_suffix(suffix) for suffix in (".npy", ".names", ".ends.npy", ".pixels", ".json")
         )
 
-    def write(self, scan: Scan, shard: Shard, *, size: int, mtime_ns: int) -> None:
-        """Write a scan; the .json comes last, by a rename: with it the part is complete."""
+    def write(
+        self, scan: Scan, shard: Shard, *, size: int, mtime_ns: int, labels: tuple[int, int] | None = None
+    ) -> None:
+        """Write a scan; the .json comes last, by a rename: with it the part is complete.
+
+        labels: the smallest and the largest one, as they stand in the shard.
+        """
         np.save(self.entries, scan.entries)
         if scan.names:
             self.names.write_bytes(scan.names)
@@ -48,6 +56,8 @@ class PartFiles:
             "unpacked": self.pixels.exists(),
             "refusals": scan.refusals,
             "class_names": scan.class_names,
+            "labels": labels,
+            "census": scan.census.to_json(),
         }
         aside = self.about.with_suffix(".writing")
         aside.write_text(json.dumps(about), encoding="utf-8")
@@ -73,9 +83,11 @@ class PartFiles:
 
 
 def write_index(
-    output: Path, *, partial: Path, shards: Sequence[Shard], identity: dict[str, Any], source: str, root: Path
+    output: Path, *, partial: Path, shards: Sequence[Shard], identity: dict[str, Any]
 ) -> tuple[int, int, Counter[str]]:
     """Lay the parts of all shards behind one another and publish them as an index; memory holds one shard at a time.
+
+    identity: source, root, options and sidecars, as they go into meta.json.
 
     Returns the images, how many were refused, and the refusals by kind of reason.
 
@@ -87,14 +99,27 @@ def write_index(
     (folder / "pixels").mkdir(parents=True)
     parts = [PartFiles(partial, number) for number in range(len(shards))]
     count = sum(len(part.read().entries) for part in parts)
-    refused, reasons, highest, class_names, first = _write_arrays(folder, parts, count)
+    source, root, options = identity["source"], Path(identity["root"]), ScanOptions(**identity["options"])
+    adjustable = FORMATS[source].first_label is not None
+    label_census = LabelCensus(first_label(source, options), adjustable=adjustable)
+    refused, reasons, highest, class_names, first = _write_arrays(folder, parts, shards, label_census)
+    classes = FORMATS[source].classes(root)
+    labels = label_census.finding(
+        named=None if classes is None else len(classes), assumed=adjustable and options.label_offset is None
+    )
     if count == len(refused):
         shutil.rmtree(folder)
+        if labels["suspicion"] is not None:
+            first.append(labels["suspicion"])
+        if labels["offset"] is not None:
+            first.append(set_offset(labels["offset"]))
         raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
-    classes = FORMATS[source].classes(root) or named_classes(class_names, highest=highest)
+    classes = classes or named_classes(class_names, highest=highest)
+    census = left_over(root, shards, layout=FORMATS[source].layout, sidecars=FORMATS[source].sidecars)
     described = []
     for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         about = part.read().about
+        census.update(Census.from_json(about["census"]))
         if about["unpacked"]:
             part.pixels.rename(folder / pixels_name(number))
         described.append([shard.name, shard.part, about["bytes"], about["mtime_ns"], about["unpacked"]])
@@ -109,6 +134,8 @@ def write_index(
         "refused": len(refused),
         "refusals": sum(reasons.values()),
         "reasons": dict(reasons),
+        "labels": labels,
+        "census": census.to_json(),
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         "shards": described,
     }
@@ -120,9 +147,10 @@ def write_index(
 
 
 def _write_arrays(
-    folder: Path, parts: Sequence[PartFiles], count: int
+    folder: Path, parts: Sequence[PartFiles], shards: Sequence[Shard], census: LabelCensus
 ) -> tuple[np.ndarray, Counter[str], int, dict[int, str], list[str]]:
-    """Refused ids int64 [R], refusals by kind, the highest label, names by label, the first reasons."""
+    """Refused ids int64 [R], refusals by kind, the highest label, names by label, a reason of each kind."""
+    count = sum(len(part.read().entries) for part in parts)
     arrays = {name: _create(folder / f"{name}.npy", dtype=dtype, count=count) for name, dtype in ARRAYS.items()}
     named = any(part.names.exists() for part in parts)
     ends = _create(folder / "name_end.npy", dtype=np.dtype("<i8"), count=count) if named else None
@@ -141,17 +169,24 @@ def _write_arrays(
             if ends is not None and len(part.entries):
                 ends[rows] = name_bytes + np.load(part.files.ends)
                 name_bytes += names.write(part.files.names.read_bytes())
+            usable = np.ones(len(part.entries), bool)
             for refusal in _refusals(part):
                 sample = None if refusal.entry is None else start + refusal.entry
                 if sample is not None:
                     refused.append(sample)
+                    usable[refusal.entry] = False
+                kind, said = kind_of(refusal.reason), f"{refusal.file}: {refusal.reason}"
                 line = {"file": refusal.file, "offset": refusal.offset, "sample": sample, "reason": refusal.reason}
+                if refusal.label:
+                    line["kind"] = "label"
+                    census.add_fault(said, first=kind not in reasons)
                 lines.write(json.dumps(line) + "\n")
-                reasons[kind_of(refusal.reason)] += 1
-                if len(first) < 5:
-                    first.append(f"{refusal.file}: {refusal.reason}")
+                if kind not in reasons and len(first) < 5:
+                    first.append(said)
+                reasons[kind] += 1
             class_names = {int(label): text for label, text in part.about["class_names"].items()} | class_names
             highest = max(highest, int(part.entries["label"].max(initial=0)))
+            census.add(shards[number].part, part.about["labels"], part.entries["label"][usable])
             start = rows.stop
     if ends is None:
         (folder / "name.bin").unlink()

@@ -15,7 +15,7 @@ import numpy as np
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.index.reader import IndexedImages, concatenate
-from mpl_scale.data.registry import ImageSet
+from mpl_scale.data.registry import ImageFiles, ImageSet
 from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.philox import uniform_numpy
 
@@ -191,16 +191,17 @@ def _by_class(
 
 def _training(images: ImageSet) -> np.ndarray:
     """All images but those of the data set's own test part."""
-    if isinstance(images, IndexedImages):
+    if isinstance(images, IndexedImages | ImageFiles):
         return concatenate([images.ids_of("train"), images.ids_of("extra")])
     return np.arange(len(images), dtype=np.int64)
 
 
 def _part(images: ImageSet, part: str, config: DataConfig) -> np.ndarray:
-    if not isinstance(images, IndexedImages):
+    if not (isinstance(images, IndexedImages) or (isinstance(images, ImageFiles) and len(images.tests))):
         raise ValueError(
             f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, svhn, "
-            f"tfrecord, webdataset, arrays), and {config.source} has none; use split = 'stratified'"
+            f"tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} has none; use "
+            "split = 'stratified'"
         )
     return images.ids_of(part)  # type: ignore[arg-type]
 
