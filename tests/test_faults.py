@@ -165,7 +165,7 @@ def test_a_batch_with_a_nan_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
             Spoilt.drawn += 1
             if Spoilt.drawn == 7:
                 batch = replace(batch, labelled=batch.labelled.clone())
-                batch.labelled.view(-1)[0] = float("nan")
+                batch.labelled[0, 0, 0, 0] = float("nan")
             return batch
 
     monkeypatch.setattr(data_source, "Prefetcher", Spoilt)

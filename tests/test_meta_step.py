@@ -78,6 +78,8 @@ def test_the_mode_sees_a_planted_host_tensor(planted: Callable[[torch.Tensor], t
 def collectives(case: Case, *, world: int, shard_size: int | None, width: int) -> list[list[Collective]]:
     """What each rank asks for in its second step."""
     recorded = []
+    if dist.is_initialized():  # of a test before, in this process
+        dist.destroy_process_group()
     for rank in range(world):
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
         try:

@@ -56,7 +56,7 @@ def spoilt_batches(numbers: range, *, rank: int) -> Iterator[None]:
             batch = normalised(super().__next__())
             if next(drawn) in numbers and (rank == 0) == (batch.labelled_rows[0] == 0):
                 batch = replace(batch, labelled=batch.labelled.clone())
-                batch.labelled.view(-1)[0] = float("nan")
+                batch.labelled[0, 0, 0, 0] = float("nan")
             return batch
 
     with mock.patch.object(data_source, "Prefetcher", Spoilt):

@@ -21,7 +21,6 @@ from benchmarks.calibrate import measure
 from benchmarks.gpu.parts import Part, Result, Setting, start
 from benchmarks.report import ROOT, write
 from mpl_scale.checkpoint import find, read_prefix
-from mpl_scale.config.schema import DataConfig, ParallelConfig
 from mpl_scale.monitor import read_metrics
 
 CALIBRATION = "calibration.json"
@@ -90,10 +89,8 @@ def _images(setting: Setting) -> tuple[str, dict[str, Any]]:
         "unlabelled_ratio": 3 if setting.tiny else 7,
     }
     section["data"]["weak"]["pad"] = size // 8
-    resident = "resident" in DataConfig.model_fields
-    if resident:
-        section["data"]["resident"] = "on"
-    return f"{count} generated images of {size}x{size}{', resident' if resident else ''}", raw
+    section["data"]["resident"] = "on"
+    return f"{count} generated images of {size}x{size}, resident", raw
 
 
 def _shortened(raw: dict[str, Any], setting: Setting, *, steps: int, every: int) -> Path:
@@ -103,9 +100,7 @@ def _shortened(raw: dict[str, Any], setting: Setting, *, steps: int, every: int)
     section["phases"] = {"train": {"steps": steps, "evaluate_every": 0}, "finetune": {"steps": 0}}
     section["logging"] = {"every": 4 if setting.tiny else 20, "progress": "lines"}
     section["checkpoint"] = {"every": every, "keep": 2}
-    section["parallel"] = {"engine": "flat"}
-    if "deterministic" in ParallelConfig.model_fields:  # bit for bit needs deterministic convolutions
-        section["parallel"]["deterministic"] = True
+    section["parallel"] = {"engine": "flat", "deterministic": True}  # bit for bit needs deterministic convolutions
     path = setting.folder / "run.json"
     path.write_text(json.dumps(raw))
     return path
