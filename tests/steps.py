@@ -60,7 +60,7 @@ class Case:
 
 
 EVERY_STEP = [
-    *(Case(rule=rule) for rule in FEEDBACK_RULES),
+    *(Case(rule=name) for name, rule in FEEDBACK_RULES.items() if rule.__module__.startswith("mpl_scale.")),
     *(Case(method=method) for method in METHODS if method != "mpl"),
 ]
 """Each registered feedback rule with mpl, and every other registered method."""

@@ -97,9 +97,8 @@ def test_timm_gives_the_logits_of_the_run(tmp_path: Path, network: dict[str, Any
     assert content["batch_norm"] == {"eps": 1e-3, "momentum": pytest.approx(1.0 - config.model.bn_decay)}
     ours = built(config, checkpoint)
     file = str(out / "model.safetensors")
-    assert_same_logits(
-        ours, timm.create_model(content["architecture"], num_classes=content["num_classes"], checkpoint_path=file)
-    )
+    like = {"num_classes": content["num_classes"], **network.get("kwargs", {})}
+    assert_same_logits(ours, timm.create_model(content["architecture"], checkpoint_path=file, **like))
     hub = timm.create_model(f"local-dir:{out}", pretrained=True)
     assert_same_logits(ours, hub)
     assert list(hub.pretrained_cfg["label_names"]) == names

@@ -229,7 +229,7 @@ def _fields(kept: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]
     if "max_steps" in identity:
         found["--max_steps"] = identity["max_steps"]
     if "manifest" in identity:
-        found |= content(identity["manifest"])
+        found |= content({name: value for name, value in identity["manifest"].items() if name in known["manifest"]})
     return {**_normal(kept["config"]), **found}
 
 
