@@ -88,5 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
         )
         command.options(own)
         own.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        own.set_defaults(run=command.run, parser=parser)
+        own.set_defaults(run=command.run)
+        if command is COMPLETION:  # alone: a parser cannot be sent to another process
+            own.set_defaults(parser=parser)
     return parser

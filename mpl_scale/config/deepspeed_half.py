@@ -110,6 +110,10 @@ def without_effect(deepspeed: Mapping[str, Any], *, flat: bool) -> list[str]:
     ignored = [field for field, key, _ in _set_keys(deepspeed) if key.effect == "ignored"]
     tuning = [field for field, key, _ in _set_keys(deepspeed) if key.effect == "tuning"] if flat else []
     lines = []
+    if (clipping := deepspeed.get("gradient_clipping", 0)) < 0:
+        lines.append(
+            f"gradient_clipping = {clipping}: below 0, so gradients are not clipped, as in DeepSpeed; write 0.0"
+        )
     if ignored:
         lines.append(f"{', '.join(ignored)}: no effect here; docs/troubleshooting.md has the list")
     if tuning:

@@ -102,7 +102,7 @@ TOP_LEVEL: dict[str, Key] = {
     "train_batch_size": Key("whole", "run", least=1),
     "train_micro_batch_size_per_gpu": Key("whole", "run", least=1),
     "gradient_accumulation_steps": Key("whole", "run", least=1),
-    "gradient_clipping": Key("number", "run", least=0),
+    "gradient_clipping": Key("number", "run"),
     "communication_data_type": Key("text", "engine", choices=_DTYPES),
     "prescale_gradients": Key("flag", "engine", False),
     "gradient_predivide_factor": Key("number", "engine", 1.0, above=0),

@@ -45,7 +45,7 @@ def build_network(
         optim=optim,
         mesh=mesh,
         dtype=torch.bfloat16 if bf16 else None,
-        gradient_clipping=float(ds_config.get("gradient_clipping", 0.0)),
+        gradient_clipping=max(0.0, float(ds_config.get("gradient_clipping", 0.0))),  # below 0: off, as in DeepSpeed
         kernels=kernels,
         accumulates=ds_config.get("gradient_accumulation_steps", 1) > 1,
     )
