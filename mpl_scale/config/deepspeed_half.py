@@ -157,10 +157,10 @@ def _without_auto(raw: Mapping[str, Any], path: Path, *, inside: str = "") -> di
     """A copy without what the trainer knows; ValueError for an "auto" that only Hugging Face's Trainer can fill in."""
     found: dict[str, Any] = {}
     for name, value in raw.items():
-        if value is None and name in SECTIONS:
-            continue  # null: not given
         field = f"{inside}.{name}" if inside else name
         key = SECTIONS.get(inside, {}).get(name) if inside else TOP_LEVEL.get(name)
+        if value is None and (field in SECTIONS or (key is not None and key.default is None)):
+            continue  # null: not given
         if isinstance(value, float) and key is not None and key.kind == "whole" and value.is_integer():
             found[name] = int(value)  # 5e8 is a float in JSON
         elif isinstance(value, Mapping):
