@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -309,7 +310,8 @@ def test_a_crashed_rank_is_retried(jobs: Jobs, outcomes: dict[str, Future[Any]])
     found = outcomes["crash"].result()
     outcomes["whole"].result()
     assert restarted(found), found["log"]
-    assert "crashed with status 137: back into the queue" in found["log"]
+    # Slurm ends the other rank by SIGTERM, and srun gives the higher status: of SIGKILL, or of that
+    assert re.search(r"(crashed with status 137|\(status 143\)): back into the queue", found["log"])
     equal(jobs.result("crash"), jobs.result("whole"))
 
 
