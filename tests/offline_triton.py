@@ -113,11 +113,12 @@ def jobs() -> Iterator[tuple[str, Callable[..., Any], list[torch.Tensor]]]:
 
 
 def _update(name: str) -> Callable[..., Any]:
-    rule = OPTIMIZERS[name]([{"params": [torch.zeros(1)], "weight_decay": 0.0}], OptimConfig(name=name, lr=0.1))
+    rule, config = OPTIMIZERS[name], OptimConfig(name=name, lr=0.1)
+    constants = {constant: getattr(config, constant) for constant in rule.constants}
 
     def update(master: torch.Tensor, gradient: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
         named = {state: [shard] for state, shard in zip(rule.state_names, states, strict=True)}
-        rule._update([master], [gradient], named, gradient.sum())  # a 0-d rate
+        rule.update([master], [gradient], named, gradient.sum(), **constants)  # a 0-d rate
         return master, *states
 
     return update
