@@ -106,7 +106,7 @@ _SHAPES = {
 def _layer(
     kind: str, batch: int, inputs: int, outputs: int, side: int, kernel: int, *, scale: int, numbers: Callable[..., Any]
 ) -> tuple[Callable[[], None], int, int]:
-    """A forward and backward pass, the multiply-accumulates of its forward and the bytes of both."""
+    """A forward and backward pass, the multiply-accumulates of the forward one, and the bytes that both move."""
     batch *= scale
     groups = inputs if kind == "depthwise" else 1
     if kind == "linear":

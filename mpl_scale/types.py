@@ -13,7 +13,7 @@ StepMetrics = Mapping[str, torch.Tensor]
 
 
 def as_they_are(images: torch.Tensor) -> torch.Tensor:
-    """The same."""
+    """For images that networks take as they are."""
     return images
 
 

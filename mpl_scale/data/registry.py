@@ -25,8 +25,8 @@ from mpl_scale.data.index.reader import VERSION, IndexedImages, rebuild
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 28
-"""Processes that index a data set on the way to a run: one per so many bytes, since each takes seconds to start, and at
-most so many; `mpl-scale index --workers` decides otherwise."""
+"""Processes that index a data set on the way to a run: one per WORKER_BYTES, since each takes seconds to start, and at
+most MOST_WORKERS; `mpl-scale index --workers` decides otherwise."""
 
 
 class ImageSet(Protocol):

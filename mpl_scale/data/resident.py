@@ -61,7 +61,7 @@ class Layout:
         return self.margin * self.line + self.margin
 
     def bytes(self, images: int) -> int:
-        """Of so many images."""
+        """Bytes for a number of images."""
         return self.guard + images * 3 * self.plane
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -112,7 +112,7 @@ def stored_view(view: View) -> View | None:
 
 
 def stored_bytes(view: View, images: int) -> int:
-    """Of so many images, for a view that has a `stored_view`."""
+    """Bytes for a number of images, for a view that has a `stored_view`."""
     return _layout(view).bytes(images)
 
 

@@ -92,7 +92,7 @@ class _Stream:
         self._ready = b""
 
     def read(self, count: int) -> bytes:
-        """Exactly so many bytes."""
+        """Exactly `count` bytes."""
         parts, missing = [], count
         while missing > 0:
             part = self._ready[:missing] if self._ready else self._more(missing)[:missing]

@@ -26,7 +26,7 @@ class IndexProgress:
         self._bar: tqdm | None = None
 
     def __call__(self, done: int, total: int, images: int) -> None:
-        """`done` of `total` shards are scanned and hold so many images."""
+        """`done` of `total` shards are scanned and hold `images` images."""
         if self._stream.isatty():
             if self._bar is None:
                 self._bar = tqdm(total=total, desc="index", unit="shard", file=self._stream, dynamic_ncols=True)
