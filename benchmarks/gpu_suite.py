@@ -37,6 +37,7 @@ AT_FIRST_USE = ("torch._dynamo", "torch.distributed.fsdp", "mpl_scale.trainer.pr
 """What else would be imported in each part. Not torch._inductor: it asks for a GPU."""
 PRELOADED = (*(module.__name__ for module in MODULES), *AT_FIRST_USE)
 TOUCH = Part("device", touch, 60)
+LINES_OF_A_FAILURE = 60
 LEAST_SECONDS = 4.0
 """No part starts with less than that left of the budget."""
 
@@ -62,8 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     run_all(select_parts(options), options, document)
     print(f"written: {options.output} after {time.perf_counter() - began:.0f} s")
     failed = [name for name, result in document["parts"].items() if "error" in result]
-    if failed:
-        print(f"failed: {', '.join(failed)}; what they printed is in {options.output.parent / 'logs'}", file=sys.stderr)
+    for name in failed:
+        log = options.output.parent / "logs" / f"{name}.log"
+        last = log.read_text(errors="replace").splitlines()[-LINES_OF_A_FAILURE:] if log.exists() else []
+        print("\n".join([f"failed: {name}; the end of {log}:", *last]), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -106,7 +109,7 @@ def run_all(parts: Iterable[Part], options: argparse.Namespace, document: dict[s
 
 
 def _run(part: Part, options: argparse.Namespace, scratch: Path, seconds: float, method: Method) -> Result:
-    folder = scratch / part.name
+    folder = scratch.resolve() / part.name
     folder.mkdir()
     setting = Setting(
         device=options.device,

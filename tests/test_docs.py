@@ -13,7 +13,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -29,6 +32,9 @@ from tests.mini_imagenet import write_folder, write_tfrecord
 REPOSITORY = DIGITS.parents[1]
 PATIENCE = 600
 """Seconds for one command."""
+PAGES_AT_ONCE = 2
+LAUNCHING = threading.Lock()
+"""Launchers meet at the same port."""
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text()
 MODULE = "my_parts"
 
@@ -152,31 +158,37 @@ def fresh_copy(folder: Path) -> dict[str, str]:
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not os.environ.get("MPL_SCALE_TEST_DOCS"), reason="minutes: make test-docs")
 def test_a_strangers_path(tmp_path: Path) -> None:
-    """README.md, then docs/ in order: each command as it stands there, over less (documented.SHORTENED).
+    """Each page's commands in its order, in a copy of its own, over less (documented.SHORTENED); two pages at a time.
 
     MPL_SCALE_TEST_DOCS=docs/planner.md runs that page alone.
     """
     wanted = os.environ["MPL_SCALE_TEST_DOCS"]
     pages = [wanted] if wanted in PAGES else PAGES
-    folder = tmp_path / "mpl_scale"
+    with ThreadPoolExecutor(PAGES_AT_ONCE) as pool:
+        runs = [pool.submit(run_page, page, tmp_path / Path(page).stem / "mpl_scale") for page in pages]
+        failed = [failure for run in runs for failure in run.result()]
+    assert not failed, "\n\n".join(failed)
+
+
+def run_page(page: str, folder: Path) -> list[str]:
+    """What each command that failed said last."""
     environment = fresh_copy(folder)
     exports: list[str] = []
     failed = []
-    prepared = [Command("prepared", text) for text in PREPARED if pages[0] == PAGES[0]]
-    for command in (*prepared, *(command for page in pages for command in commands(page))):
+    prepared = [Command("prepared", text) for text in PREPARED if page == PAGES[0]]
+    for command in (*prepared, *commands(page)):
         if command.reason is not None:
             print(f"{command.page}: not run ({command.reason}): {command.text}", flush=True)
             continue
         if command.text.startswith(("export ", "source ")):
             exports.append(command.text)
         line = "\n".join([*exports, command.as_run])
-        began = time.monotonic()
-        done = subprocess.run(
-            ["bash", "-e", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE
-        )
-        print(
-            f"{command.page}: {time.monotonic() - began:.0f} s, status {done.returncode}: {command.as_run}", flush=True
-        )
+        bash = ["bash", "-e", "-c", line]
+        with LAUNCHING if re.search(r"\b(deepspeed|torchrun|make quickstart) ", line) else nullcontext():
+            began = time.monotonic()
+            done = subprocess.run(bash, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+            seconds = time.monotonic() - began
+        print(f"{command.page}: {seconds:.0f} s, status {done.returncode}: {command.as_run}", flush=True)
         if done.returncode:
             failed.append(f"{command.page}: {command.as_run}\n{(done.stdout + done.stderr)[-2000:]}")
-    assert not failed, "\n\n".join(failed)
+    return failed

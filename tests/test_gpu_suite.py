@@ -86,7 +86,7 @@ CHECKS = {
 
 
 def good(setting: Setting) -> dict[str, Any]:
-    return {"largest_labelled": 3}
+    return {"largest_labelled": 3, "folder": str(setting.folder)}
 
 
 def wrong(setting: Setting) -> dict[str, Any]:
@@ -107,9 +107,10 @@ def endless(setting: Setting) -> dict[str, Any]:
     return {}
 
 
-def test_what_becomes_of_parts_that_do_not_end_well(tmp_path: Path) -> None:
+def test_what_becomes_of_parts_that_do_not_end_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     preload([*gpu_suite.PRELOADED, __name__])
-    command = ["--device", "cpu", "--tiny", "--output", str(tmp_path / "s.json"), "--budget", "1000"]
+    command = ["--device", "cpu", "--tiny", "--output", "s.json", "--budget", "1000"]
     options, document = gpu_suite._parser().parse_args(command), {"parts": {}}
     parts = [
         Part("wrong", wrong, 60, joins=False),
@@ -130,6 +131,7 @@ def test_what_becomes_of_parts_that_do_not_end_well(tmp_path: Path) -> None:
     assert not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
     assert "no_such_package" in found["lacking"]["skipped"]
     assert found["good"]["largest_labelled"] == 3
+    assert Path(found["good"]["folder"]).is_absolute()  # though the output is not: it also stands in URLs
     assert document["device"]["device"] == "cpu"
     options.budget = 0.0
     gpu_suite.run_all(parts[-1:], options, document)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,24 +56,34 @@ def _weights(setting: Setting, *, backend: str, world: int) -> dict[str, dict[st
     folder = setting.folder / f"{backend}-{world}"
     folder.mkdir()
     ranks = [start(_rank, setting, folder, backend, rank, world) for rank in range(world)]
+    end = time.monotonic() + PATIENCE
     for process in ranks:
-        process.join(PATIENCE)
+        process.join(max(0.0, end - time.monotonic()))
+    late = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         process.kill()
+        process.join()
     said = [path.read_text() for path in sorted(folder.glob("failed-*"))]
-    if said or any(process.exitcode for process in ranks):
-        raise RuntimeError(said[0] if said else f"statuses {[process.exitcode for process in ranks]}")
+    if said:
+        raise RuntimeError(said[0])
+    if late:
+        raise RuntimeError(
+            f"{backend}: of {world} ranks, {late} did not end in {PATIENCE:g} s; the log has their stacks"
+        )
+    if any(process.exitcode for process in ranks):
+        raise RuntimeError(f"{backend}: the ranks ended with statuses {[process.exitcode for process in ranks]}")
     return torch.load(folder / "weights.pt", weights_only=True)
 
 
 def _rank(setting: Setting, folder: Path, backend: str, rank: int, world: int) -> None:
+    faulthandler.dump_traceback_later(0.9 * PATIENCE)  # where it waits, if it does not end
     os.environ.update(RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE=str(world))
     device = setting.torch_device
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         Numerics(tf32=False).apply(device)
-        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=world)
+        dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", world), rank=rank, world_size=world)
         case = Case("digits_cnn", 8, 8, 3)
         run = case.config(replace(setting, device="cpu"), graph="off", kernels="eager", tf32=False)  # cpu: fp32
         run = _sharded(run, stage=2)
