@@ -26,9 +26,9 @@ from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, State
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
-from tests.ranks import pool
-from tests.reference import Settings, make_batches
-from tests.sharded import make_network, make_state, rank_batch
+from tests.support.ranks import pool
+from tests.support.reference import Settings, make_batches
+from tests.support.sharded import make_network, make_state, rank_batch
 
 HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
 

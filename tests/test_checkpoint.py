@@ -25,7 +25,7 @@ from mpl_scale.checkpoint import (
 )
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Slice
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 CPU = torch.device("cpu")
 

@@ -16,7 +16,7 @@ import pytest
 
 from mpl_scale.checkpoint import CheckpointError, find
 from mpl_scale.mesh import build_mesh
-from tests.ranks import pool
+from tests.support.ranks import pool
 from tests.test_checkpoint import CPU, check_load, load_newest_here, save_step
 
 

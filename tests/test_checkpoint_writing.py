@@ -35,9 +35,9 @@ from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import load_config
 from mpl_scale.trainer import snapshots
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.ranks import pool
 from tests.test_checkpoint import build, check_load, load_newest_here, save_step
 from tests.test_resume import StopAfter, final_state
 

@@ -24,9 +24,9 @@ from mpl_scale.optim.optimizers import OPTIMIZERS
 from mpl_scale.trainer.input import check_names
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
-from tests import mini_imagenet as mini
-from tests.configs import DIGITS, tiny, write
-from tests.ranks import pool
+from tests.support import mini_imagenet as mini
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.ranks import pool
 from tests.test_data_splits import split
 
 FOLDER = DIGITS.parent

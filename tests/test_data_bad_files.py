@@ -23,8 +23,8 @@ from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
-from tests.bad_files import BAD, GOOD, NO_FILE
-from tests.photographs import ImagesInMemory, encoded, photograph
+from tests.support.bad_files import BAD, GOOD, NO_FILE
+from tests.support.photographs import ImagesInMemory, encoded, photograph
 
 CPU = torch.device("cpu")
 SHIFT = WeakConfig(pad=2, flip=True)

@@ -25,7 +25,7 @@ from mpl_scale.data.index.format import ScanOptions
 from mpl_scale.data.index.labels import range_hint
 from mpl_scale.data.index.reader import IndexedImages, StaleIndex
 from mpl_scale.data.registry import SOURCES
-from tests import mini_imagenet as mini
+from tests.support import mini_imagenet as mini
 
 ADJUSTABLE = ("tfrecord", "webdataset", "arrays")
 """Formats whose labels may start anywhere."""

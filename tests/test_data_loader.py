@@ -19,8 +19,8 @@ from mpl_scale.data import Splits, TrainLoader, evaluation_batches, load_images,
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.philox import uniform_numpy
 from mpl_scale.types import Batch
-from tests.batches import normalised
-from tests.photographs import encoded, photograph
+from tests.support.batches import normalised
+from tests.support.photographs import encoded, photograph
 from tests.test_data_sources import write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}

@@ -27,11 +27,11 @@ from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.trainer.input import check_names, load_splits
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests import mini_imagenet as mini
-from tests.bad_files import BAD
-from tests.configs import tiny, write
-from tests.photographs import ImagesInMemory, encoded, photograph
-from tests.ranks import pool
+from tests.support import mini_imagenet as mini
+from tests.support.bad_files import BAD
+from tests.support.configs import tiny, write
+from tests.support.photographs import ImagesInMemory, encoded, photograph
+from tests.support.ranks import pool
 
 CPU = torch.device("cpu")
 WEAK = WeakConfig(pad=2, fill=7, flip=True)

@@ -20,7 +20,7 @@ from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
-from tests.ranks import pool
+from tests.support.ranks import pool
 from tests.test_data_loader import SPOIL
 from tests.test_data_sources import write_folder
 

@@ -22,7 +22,7 @@ from mpl_scale.trainer.input import check_models, check_names, load_splits
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 MOONS = DIGITS.parent / "two_moons.json"
 CPU = torch.device("cpu")

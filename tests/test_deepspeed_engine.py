@@ -18,7 +18,7 @@ from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.optim import build_optimizer, parameter_groups
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 CPU = torch.device("cpu")
 ROWS = 8

@@ -20,7 +20,7 @@ from packaging.version import Version
 
 from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork
 from mpl_scale.mesh import build_mesh
-from tests.ranks import pool
+from tests.support.ranks import pool
 from tests.test_deepspeed_engine import ACCUMULATE_FP32, CPU, ROWS, SGD, Case, Net
 
 WRITTEN_FOR = "0.19.8"

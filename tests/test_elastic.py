@@ -21,8 +21,8 @@ from mpl_scale.models.registry import register_model
 from mpl_scale.trainer import data_source
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 from tests.test_resume import StopAfter
 
 BATCH, MICRO = 40, 10

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import pool
-from tests.reference import Settings, Trace, run_reference
-from tests.sharded import differences, run_sharded
+from tests.support.ranks import pool
+from tests.support.reference import Settings, Trace, run_reference
+from tests.support.sharded import differences, run_sharded
 
 # float32: 3 steps of a tiny net accumulate some hundred roundings of 6e-8. float64: the same at 1e-16.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}

@@ -1,7 +1,7 @@
 """The step runner: slots, warm-up, capture, replay, and captures that fail.
 
 Each test of a capture has two forms. On a GPU it records a CUDA graph. On a CPU it records operators with their tensors
-and runs these again (tests/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that hides
+and runs these again (tests/support/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that hides
 a changing value in Python, or reads one, shows there.
 """
 
@@ -26,9 +26,9 @@ from mpl_scale.mpl import State
 from mpl_scale.trainer.phases import collect_weights
 from mpl_scale.trainer.snapshots import Snapshots
 from mpl_scale.types import Batch, StepMetrics
-from tests.dispatch import CpuGraphs
-from tests.ranks import pool
-from tests.steps import CPU, EVERY_STEP, Case, everything, make_batches, make_state, on_each_device
+from tests.support.dispatch import CpuGraphs
+from tests.support.ranks import pool
+from tests.support.steps import CPU, EVERY_STEP, Case, everything, make_batches, make_state, on_each_device
 
 PHASE: Any = SimpleNamespace(name="train")
 STEPS = 7

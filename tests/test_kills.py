@@ -28,9 +28,9 @@ from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.checkpoint.folders import read_latest
 from mpl_scale.config import load_config
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.ranks import pool
 from tests.test_launch import ROOT, SECONDS, environment, free_port
 
 KILLS = int(os.environ.get("MPL_SCALE_TEST_KILLS", "2"))

@@ -18,8 +18,8 @@ import pytest
 from mpl_scale.config import load_config
 from mpl_scale.mesh import adopt_slurm_environment
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import DIGITS, tiny, write
-from tests.ranks import pool
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.ranks import pool
 
 ROOT = DIGITS.parents[1]
 BIN = Path(sys.executable).parent

@@ -11,7 +11,7 @@ from mpl_scale.cli import main
 from mpl_scale.config import load_config
 from mpl_scale.config.needs import MONITORS, needed_packages
 from mpl_scale.packages import PACKAGES, Package, require_packages
-from tests.configs import tiny, write
+from tests.support.configs import tiny, write
 
 NEEDS = [
     *((f"{section}.enabled=true", module) for section, module in MONITORS.items() if module is not None),

@@ -19,7 +19,7 @@ from mpl_scale.mpl.losses import cross_entropy, sample_labels
 from mpl_scale.mpl.state import gradient_dots
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 CLASSES, FEATURES = 3, 4
 CPU = torch.device("cpu")

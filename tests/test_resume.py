@@ -12,8 +12,8 @@ import torch
 from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.config import load_config
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 
 ENGINES = [("flat", 0), ("flat", 2), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 

@@ -17,8 +17,8 @@ from mpl_scale.models import Pass
 from mpl_scale.spatial import parallelize, plan_layout
 from mpl_scale.spatial.switch import stages
 from mpl_scale.spatial.trace import trace
-from tests.ranks import pool
-from tests.spatial_networks import build, compare
+from tests.support.ranks import pool
+from tests.support.spatial_networks import build, compare
 from tests.test_capture_safety import HostReads
 
 EXACT = 1e-9

@@ -18,8 +18,8 @@ from mpl_scale.config import check, load_config
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.trainer.watchdog import HANG_STATUS, Sighting, Watchdog, verdict
-from tests.configs import tiny, write
-from tests.faults import check_documented
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
 
 HANG_AFTER = 7
 

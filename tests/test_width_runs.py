@@ -20,10 +20,10 @@ from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, Network
 from mpl_scale.spatial import input_columns, parallelize
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
-from tests.reference import Settings
-from tests.sharded import full_state, make_state
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
+from tests.support.reference import Settings
+from tests.support.sharded import full_state, make_state
 from tests.test_resume import final_state, lines
 from tests.test_resume import run as run_stopped
 

@@ -15,7 +15,7 @@ from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
 from mpl_scale.types import Batch
-from tests.reference import Settings, Trace, make_batches, make_net
+from tests.support.reference import Settings, Trace, make_batches, make_net
 
 
 def method_config(s: Settings) -> MethodConfig:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.photographs import encoded, photograph
+from tests.support.photographs import encoded, photograph
 
 WIDTH, HEIGHT = 120, 90
 
