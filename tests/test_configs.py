@@ -26,8 +26,8 @@ from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from tests.support import mini_imagenet as mini
 from tests.support.configs import DIGITS, tiny, write
+from tests.support.image_sets import split
 from tests.support.ranks import pool
-from tests.test_data_splits import split
 
 FOLDER = DIGITS.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

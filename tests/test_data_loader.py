@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +19,8 @@ from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.philox import uniform_numpy
 from mpl_scale.types import Batch
 from tests.support.batches import normalised
+from tests.support.image_sets import write_folder
 from tests.support.photographs import encoded, photograph
-from tests.test_data_sources import write_folder
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -385,23 +384,6 @@ def test_other_sizes_are_resized(tmp_path: Path) -> None:
     expected = np.asarray(Image.open(path).resize((10, 10), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     difference = ((batch.images[0] * 255).round().numpy() - expected)[:, 1:-1, 1:-1]
     assert np.abs(difference).max() <= 1  # the same antialiased filter; rounding and the rule at the border differ
-
-
-def corrupt_body(path: Path) -> None:
-    """Flip bits of the compressed pixels and mend their checksum: only a decode can tell."""
-    data = bytearray(path.read_bytes())
-    start = data.index(b"IDAT")
-    data[start + 20] ^= 0xFF
-    stop = start + 4 + int.from_bytes(data[start - 4 : start], "big")
-    data[stop : stop + 4] = zlib.crc32(data[start:stop]).to_bytes(4, "big")
-    path.write_bytes(data)
-
-
-SPOIL = {
-    "corrupt": (corrupt_body, "DALI cannot decode it"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated"),
-    "deleted": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
-}
 
 
 @pytest.mark.parametrize(

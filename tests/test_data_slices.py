@@ -20,9 +20,9 @@ from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
+from tests.support.bad_files import SPOIL
+from tests.support.image_sets import write_folder
 from tests.support.ranks import pool
-from tests.test_data_loader import SPOIL
-from tests.test_data_sources import write_folder
 
 STEPS = 4
 # image size, columns by width: uneven ones, and a rank with a single column

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data import load_images, make_splits, write_manifest
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
 from mpl_scale.data.samples.splits import SPLITS
 from mpl_scale.trainer.input import record_splits
 from tests.support import mini_imagenet as mini
-from tests.test_data_order import image_set
-from tests.test_data_sources import write_folder
+from tests.support.image_sets import image_set, split, write_folder
 
 
 def index_of(folder: Path, shards: list[tuple[str, int]], *, refused: list[int] | None = None) -> IndexedImages:
@@ -51,10 +50,6 @@ def index_of(folder: Path, shards: list[tuple[str, int]], *, refused: list[int] 
     }
     (folder / "meta.json").write_text(json.dumps(meta))
     return IndexedImages(folder)
-
-
-def split(images: object, name: str, seed: int = 0, **settings: object) -> Splits:
-    return make_splits(images, config=DataConfig(split=name, **settings), seed=seed)
 
 
 CIFAR = [*[("train", 10_000)] * 5, ("test", 10_000)]

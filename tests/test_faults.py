@@ -29,7 +29,7 @@ from tests.support.batches import normalised
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.faults import check_documented
 from tests.support.ranks import pool
-from tests.test_resume import StopAfter, final_state
+from tests.support.runs import StopAfter, final_state
 
 HOUR = 3600.0
 

@@ -1,8 +1,8 @@
 """The step runner: slots, warm-up, capture, replay, and captures that fail.
 
 Each test of a capture has two forms. On a GPU it records a CUDA graph. On a CPU it records operators with their tensors
-and runs these again (tests/support/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that hides
-a changing value in Python, or reads one, shows there.
+and runs these again (tests/support/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that
+hides a changing value in Python, or reads one, shows there.
 """
 
 from __future__ import annotations

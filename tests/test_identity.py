@@ -22,7 +22,7 @@ from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
-from tests.test_resume import StopAfter, final_state, lines
+from tests.support.runs import StopAfter, final_state, lines
 
 MANIFEST = {
     "images": 1797,

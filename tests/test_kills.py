@@ -30,8 +30,8 @@ from mpl_scale.config import load_config
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.faults import check_documented
+from tests.support.launched import ROOT, SECONDS, environment, free_port
 from tests.support.ranks import pool
-from tests.test_launch import ROOT, SECONDS, environment, free_port
 
 KILLS = int(os.environ.get("MPL_SCALE_TEST_KILLS", "2"))
 MORE_KILLS = 6  # where the writing was over before the signal came

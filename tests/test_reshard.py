@@ -26,8 +26,7 @@ from mpl_scale.trainer.snapshots import state_entries
 from mpl_scale.types import Batch
 from tests.support.ranks import pool
 from tests.support.reference import Settings, make_batches
-from tests.support.sharded import full_state, make_state, rank_batch
-from tests.test_equality import zero
+from tests.support.sharded import full_state, make_state, rank_batch, zero
 
 CPU = torch.device("cpu")
 BEFORE, AFTER = 2, 3

@@ -31,8 +31,7 @@ from tests.support.configs import tiny, write
 from tests.support.faults import check_documented
 from tests.support.ranks import pool
 from tests.support.reference import Settings, make_batches
-from tests.support.sharded import full_state, make_network, make_state, rank_batch
-from tests.test_equality import zero
+from tests.support.sharded import full_state, make_network, make_state, rank_batch, zero
 
 PREFIXES = ("teacher", "student", "ema", "state")
 

@@ -17,9 +17,9 @@ from mpl_scale.models import Pass
 from mpl_scale.spatial import parallelize, plan_layout
 from mpl_scale.spatial.switch import stages
 from mpl_scale.spatial.trace import trace
+from tests.support.dispatch import HostReads
 from tests.support.ranks import pool
 from tests.support.spatial_networks import build, compare
-from tests.test_capture_safety import HostReads
 
 EXACT = 1e-9
 """Relative, in float64: 1e-16 times what 80 batch norms enlarge it by (4e-11 seen, where a gradient cancels to 0)."""

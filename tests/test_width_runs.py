@@ -23,9 +23,9 @@ from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
 from tests.support.reference import Settings
+from tests.support.runs import final_state, lines
+from tests.support.runs import run as run_stopped
 from tests.support.sharded import full_state, make_state
-from tests.test_resume import final_state, lines
-from tests.test_resume import run as run_stopped
 
 STEPS = 5
 SIZE = 8

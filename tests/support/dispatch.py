@@ -6,6 +6,7 @@ A mode sits below autograd, so it sees forward, backward and optimiser alike.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -166,3 +167,20 @@ class CpuGraphs:
 
     def release(self) -> None:
         self.released += 1
+
+
+HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in HOST_READS:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
