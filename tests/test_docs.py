@@ -1,7 +1,7 @@
 """Every command of README.md and docs/ runs in a fresh copy, or is listed with the reason; extending.md's parts work.
 
-The commands take minutes: `make test-docs`, with MPL_SCALE_TEST_DOCS=1. tests/support/documented.py says what becomes of
-each.
+The commands take minutes: `make test-docs`, with MPL_SCALE_TEST_DOCS=1. tests/support/documented.py says what becomes
+of each.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,37 +33,41 @@ def train(module: nn.Module, optimizer: torch.optim.Optimizer, lrs: list[float],
         optimizer.step()
 
 
+def compare(
+    config: OptimConfig, reference: Callable[[list[dict[str, Any]]], torch.optim.Optimizer], *, rtol: float, atol: float
+) -> None:
+    """Three updates by ours and by the optimiser that `reference` makes of the parameter groups."""
+    ours, theirs = two_copies()
+    decayed = [p for p in theirs.parameters() if config.decay_bn_and_bias or p.ndim > 1]
+    exempt = [p for p in theirs.parameters() if not (config.decay_bn_and_bias or p.ndim > 1)]
+    groups = [{"params": decayed, "weight_decay": 0.01}, *([{"params": exempt, "weight_decay": 0.0}] if exempt else [])]
+    lrs = [config.lr, config.lr / 2, config.lr * 2]
+    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
+    train(theirs, reference(groups), lrs, tensor_lr=False)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("decay_all", [True, False])
 def test_sgd_is_torchs(nesterov: bool, decay_all: bool) -> None:
     config = OptimConfig(lr=0.1, momentum=0.9, nesterov=nesterov, weight_decay=0.01, decay_bn_and_bias=decay_all)
-    ours, theirs = two_copies()
-    decayed = [p for p in theirs.parameters() if decay_all or p.ndim > 1]
-    exempt = [p for p in theirs.parameters() if not (decay_all or p.ndim > 1)]
-    groups = [{"params": decayed, "weight_decay": 0.01}, *([{"params": exempt, "weight_decay": 0.0}] if exempt else [])]
-    reference = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov)
-    lrs = [0.1, 0.05, 0.2]
-    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
-    train(theirs, reference, lrs, tensor_lr=False)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-15)
+
+    def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=nesterov)
+
+    compare(config, sgd, rtol=1e-13, atol=1e-15)
 
 
 def test_rmsprop_is_timms_tensorflow_variant() -> None:
     from timm.optim import RMSpropTF
 
     config = OptimConfig(name="rmsprop", lr=0.01, momentum=0.9, rho=0.9, eps=1e-3, weight_decay=0.01)
-    ours, theirs = two_copies()
-    groups = [
-        {"params": [p for p in theirs.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in theirs.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    reference = RMSpropTF(groups, lr=0.01, alpha=0.9, eps=1e-3, momentum=0.9, lr_in_momentum=True)
-    lrs = [0.01, 0.02, 0.005]
-    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
-    train(theirs, reference, lrs, tensor_lr=False)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+    def rmsprop(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return RMSpropTF(groups, lr=0.01, alpha=0.9, eps=1e-3, momentum=0.9, lr_in_momentum=True)
+
+    compare(config, rmsprop, rtol=1e-12, atol=1e-14)
 
 
 def test_schedules() -> None:

@@ -48,6 +48,20 @@ class HostTensors(TorchDispatchMode):
         return result
 
 
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in _HOST_READS:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 class Collective(NamedTuple):
     """One call. shapes: of its tensors, with their dtype. ranks: of its group. splits: rows received and sent."""
 
@@ -167,20 +181,3 @@ class CpuGraphs:
 
     def release(self) -> None:
         self.released += 1
-
-
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operators that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        if name in HOST_READS:
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))

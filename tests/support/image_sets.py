@@ -1,7 +1,8 @@
-"""Small sets of images, as files or as names alone."""
+"""Small sets of images, as files or as names alone, and indexes without images."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import ImageFiles, Splits, make_splits
+from mpl_scale.data.index.reader import FORMAT, VERSION
 
 
 def write_folder(root: Path, *, classes: int = 2, images: int = 3, suffix: str = ".png", side: int = 8) -> Path:
@@ -31,3 +33,30 @@ def image_set(counts: list[int]) -> ImageFiles:
 
 def split(images: object, name: str, seed: int = 0, **settings: object) -> Splits:
     return make_splits(images, config=DataConfig(split=name, **settings), seed=seed)
+
+
+def describe_index(
+    folder: Path, shards: list[tuple[str, str]], *, classes: list[str], count: int, refused: int = 0
+) -> None:
+    """The description of an index of empty shards, (file name, part) each; its arrays are the caller's."""
+    (folder / "data").mkdir(parents=True)
+    described = []
+    for name, part in shards:
+        path = folder / "data" / name
+        path.touch()
+        described.append([name, part, 0, path.stat().st_mtime_ns, False])
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "source": "tfrecord",
+        "root": str(folder / "data"),
+        "options": {},
+        "layout": "encoded",
+        "classes": classes,
+        "count": count,
+        "refused": refused,
+        "refusals": refused,
+        "sha256": {},
+        "shards": described,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))

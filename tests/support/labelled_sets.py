@@ -11,8 +11,8 @@ from mpl_scale.data import load_images
 from mpl_scale.data.index.reader import IndexedImages
 from tests.support import mini_imagenet as mini
 
-ADJUSTABLE = ("tfrecord", "webdataset", "arrays")
-"""Formats whose labels may start anywhere."""
+FIRST_LABEL = {"tfrecord": 1, "webdataset": 0, "arrays": 0}
+"""Formats whose labels may start anywhere, and where they start by custom."""
 
 
 def feature(number: int, *values: bytes) -> bytes:
