@@ -61,7 +61,7 @@ def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path:
     assert summary(output)["engine"] == "deepspeed"
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
     """As a terminal sends it, to the launcher and to each rank. The launchers may print tracebacks of their own."""
     config, output = make_config(tmp_path, "flat", steps=100_000), tmp_path / "out"
@@ -84,21 +84,34 @@ def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
         assert "Traceback" not in said
 
 
-def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A config, and the summary of its run by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = make_config(folder, "flat")
+    train_here(config, str(folder / "out"))
+    return config, summary(folder / "out")
+
+
+def check_two_ranks(output: Path, one: dict[str, Any]) -> None:
     """The global batch, the pseudo labels and the dropout masks do not depend on the number of ranks."""
-    config = make_config(tmp_path, "flat")
-    finish(command("python", config, tmp_path / "one"))
-    finish(command("torchrun", config, tmp_path / "two"))
-    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    two = summary(output)
     assert (one["ranks"], two["ranks"]) == (1, 2)
     for network, result in one["results"].items():
         # float32 sums in another order, over 16 steps
         assert result["loss"] == pytest.approx(two["results"][network]["loss"], rel=1e-3)
 
 
-def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_two_ranks_under_torchrun_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
+    config, one = alone
+    finish(command("torchrun", config, tmp_path / "two"))
+    check_two_ranks(tmp_path / "two", one)
+
+
+def test_srun_variables_start_two_ranks_that_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
     """What srun sets for each task, without Slurm itself."""
-    config, output = make_config(tmp_path, "flat"), tmp_path / "out"
+    (config, one), output = alone, tmp_path / "out"
     job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(
@@ -113,7 +126,7 @@ def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
     for task in tasks:
         said, _ = task.communicate(timeout=SECONDS)
         assert task.returncode == 0, said
-    assert summary(output)["ranks"] == 2
+    check_two_ranks(output, one)
 
 
 def test_slurm_variables_give_way_to_a_launchers() -> None:

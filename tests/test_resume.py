@@ -14,7 +14,15 @@ from tests.support.configs import tiny, write
 from tests.support.ranks import pool
 from tests.support.runs import final_state, lines, run
 
-ENGINES = [("flat", 0), ("flat", 2), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+ENGINES = [
+    ("flat", 0),
+    ("flat", 2),
+    pytest.param("deepspeed", 0, marks=pytest.mark.full),
+    ("deepspeed", 1),
+    pytest.param("deepspeed", 2, marks=pytest.mark.full),
+    ("deepspeed", 3),
+]
+"""Steps of every stage of DeepSpeed are resumed in test_deepspeed_engine.py as well."""
 
 
 def make_config(tmp_path: Path, engine: str, stage: int) -> str:

@@ -29,9 +29,7 @@ DROP = {"dropout": 0.2, "drop_path": 0.2}
 @pytest.mark.parametrize(
     ("name", "settings", "width", "image_size", "batch"),
     [
-        ("tf_efficientnet_b0", DROP, 2, 128, 2),
         ("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
-        ("tf_efficientnet_b0", DROP, 4, 64, 2),  # empty slices
         ("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
         ("efficientnet_b0", DROP, 4, 64, 2),
         ("resnet50", DROP, 2, 64, 2),
@@ -75,7 +73,10 @@ def test_switch_inside_an_efficientnet(stage: str) -> None:
 
 
 def test_block_input_halos_are_exact_and_traffic_is_that_of_the_layout() -> None:
-    """Counted: every column that rank 0 sends, and in the backward pass the gradient of every column it received."""
+    """Counted: every column that rank 0 sends, and in the backward pass the gradient of every column it received.
+
+    64 columns over 4 ranks: behind the last stride some slices are empty.
+    """
     sent = {}
     for halo in ("plain", "block_input"):
         found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 4, 64, 2, halo=halo)[0]
