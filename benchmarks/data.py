@@ -46,7 +46,7 @@ from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.mesh import build_mesh
-from tests.photographs import NAMES, encoded, photograph
+from tests.support.photographs import NAMES, encoded, photograph
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
 CPU = torch.device("cpu")

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
+from mpl_scale.data.index.reader import ARRAYS, IndexedImages
 from mpl_scale.data.samples.plan import SamplePlan
 from mpl_scale.data.samples.splits import make_splits
 from mpl_scale.data.samples.streams import Purpose, stream_of
+from tests.support.image_sets import describe_index
 
 SHARDS = 1024
 IMAGE_BYTES = 110_000
@@ -105,12 +106,8 @@ def measure(folder: Path, *, samples: int, steps: int, batch: int) -> dict[str, 
 
 def write(folder: Path, *, samples: int) -> None:
     """An index of `samples` images in empty shards, a piece at a time."""
-    (folder / "data").mkdir(parents=True)
-    described = []
-    for shard in range(SHARDS):
-        path = folder / "data" / f"train-{shard:05d}-of-{SHARDS:05d}"
-        path.touch()
-        described.append([path.name, "train", 0, path.stat().st_mtime_ns, False])
+    shards = [(f"train-{shard:05d}-of-{SHARDS:05d}", "train") for shard in range(SHARDS)]
+    describe_index(folder, shards, classes=[f"class {label}" for label in range(1000)], count=samples)
     arrays = {
         name: np.lib.format.open_memmap(
             folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(samples, 2) if name == "size" else (samples,)
@@ -128,21 +125,6 @@ def write(folder: Path, *, samples: int) -> None:
     for array in arrays.values():
         array.flush()
     np.save(folder / "refused.npy", np.zeros(0, np.int64))
-    meta = {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": "tfrecord",
-        "root": str(folder / "data"),
-        "options": {},
-        "layout": "encoded",
-        "classes": [f"class {label}" for label in range(1000)],
-        "count": samples,
-        "refused": 0,
-        "refusals": 0,
-        "sha256": {},
-        "shards": described,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def memory() -> dict[str, int]:

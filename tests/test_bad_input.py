@@ -14,9 +14,9 @@ import pytest
 from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, make_splits
-from tests.bad_files import BAD, GOOD, NO_FILE
-from tests.configs import DIGITS, tiny, write
-from tests.photographs import encoded, photograph
+from tests.support.bad_files import BAD, GOOD, NO_FILE
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.photographs import encoded, photograph
 
 
 def arguments(tmp_path: Path, *overrides: str) -> list[str]:

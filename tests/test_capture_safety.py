@@ -9,12 +9,10 @@ from __future__ import annotations
 import gc
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpl_scale.config.schema import DataConfig, FeedbackConfig, ModelConfig, NetworkConfig, OptimConfig
 from mpl_scale.data.normalise import Normalise
@@ -26,25 +24,10 @@ from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, State
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
-from tests.ranks import pool
-from tests.reference import Settings, make_batches
-from tests.sharded import make_network, make_state, rank_batch
-
-HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_select", "_unique2"}
-
-
-class HostReads(TorchDispatchMode):
-    """Counts operators that make the host wait for the device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.__name__.split(".")[0]
-        if name in HOST_READS:
-            self.seen[name] += 1
-        return func(*args, **(kwargs or {}))
+from tests.support.dispatch import HostReads
+from tests.support.ranks import pool
+from tests.support.reference import Settings, make_batches
+from tests.support.sharded import make_network, make_state, rank_batch
 
 
 def storages(state: State) -> set[int]:

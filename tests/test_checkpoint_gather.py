@@ -8,7 +8,7 @@ import torch
 from mpl_scale.checkpoint import gather_parameters
 from mpl_scale.mesh import build_mesh
 from mpl_scale.types import Slice
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 SHAPES = {"scale": (), "a": (3, 4), "b": (17,), "empty": (0, 2), "c": (2, 2, 2)}
 

@@ -16,8 +16,8 @@ import pytest
 
 from mpl_scale.checkpoint import CheckpointError, find
 from mpl_scale.mesh import build_mesh
-from tests.ranks import pool
-from tests.test_checkpoint import CPU, check_load, load_newest_here, save_step
+from tests.support.checkpoints import CPU, check_load, load_newest_here, save_step
+from tests.support.ranks import pool
 
 
 def save_with_one_rank_failing(root: str) -> str:

@@ -35,11 +35,11 @@ from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import load_config
 from mpl_scale.trainer import snapshots
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
-from tests.test_checkpoint import build, check_load, load_newest_here, save_step
-from tests.test_resume import StopAfter, final_state
+from tests.support.checkpoints import build, check_load, load_newest_here, save_step
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.ranks import pool
+from tests.support.runs import StopAfter, final_state
 
 METADATA = {"step": 0, "baseline": 0.1 + 0.2}
 

@@ -45,14 +45,14 @@ def network(optim: OptimConfig, widths: tuple[int, ...], *, kernels: str, seed: 
 
 
 def trained(net: Network, batch: int) -> list[torch.Tensor]:
-    """The shards and the optimiser's state after two updates."""
+    """The shards and the optimiser's state after two updates, each at a rate of its own."""
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, 3, 8, 8, generator=generator, dtype=torch.float64)
-    for step in range(2):
+    for step, lr in enumerate((0.05, 0.1)):
         context = Pass(seed=0, stream=0, step=torch.tensor(step), rows=torch.arange(batch))
         net.accumulate(F.cross_entropy(net.forward(x, context), torch.arange(batch) % 10))
         net.reduce()
-        net.apply(torch.tensor(0.05))
+        net.apply(torch.tensor(lr))
     return [*net.master, *(value for state in net.optimizer_state.values() for value in state)]
 
 

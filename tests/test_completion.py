@@ -12,7 +12,7 @@ import pytest
 from mpl_scale.cli.completion import fields, script
 from mpl_scale.cli.main import COMMANDS, make_parser
 from mpl_scale.config import load_config
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 ASK = """
 source {script}

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from mpl_scale.config import check, load_config
 from mpl_scale.config.presets import PRESETS
 from mpl_scale.config.schema import Config, FeedbackConfig, MethodConfig
-from tests.configs import DIGITS, tiny, write
+from tests.support.configs import DIGITS, tiny, write
 
 
 def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_level: Any) -> None:

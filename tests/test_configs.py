@@ -24,10 +24,10 @@ from mpl_scale.optim.optimizers import OPTIMIZERS
 from mpl_scale.trainer.input import check_names
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
-from tests import mini_imagenet as mini
-from tests.configs import DIGITS, tiny, write
-from tests.ranks import pool
-from tests.test_data_splits import split
+from tests.support import mini_imagenet as mini
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.image_sets import split
+from tests.support.ranks import pool
 
 FOLDER = DIGITS.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -65,6 +65,11 @@ def network_key(name: str) -> str:
     return json.dumps([networks, shared])
 
 
+def marked(name: str) -> object:
+    """The largest networks are for `make test-full`."""
+    return pytest.param(name, marks=[pytest.mark.full] if name in LARGE else [])
+
+
 FIRST_OF_ITS_KIND = sorted({network_key(name): name for name in reversed(NAMES)}.values())
 
 
@@ -79,7 +84,7 @@ def test_valid_at_the_world_it_is_meant_for(name: str) -> None:
     assert run.mpl.data.source == "digits" or run.mpl.paper.startswith(("Table", "Figure", "Pseudo", "Section"))
 
 
-@pytest.mark.parametrize("name", FIRST_OF_ITS_KIND)
+@pytest.mark.parametrize("name", [marked(name) for name in FIRST_OF_ITS_KIND])
 def test_builds_and_is_planned_at_full_size(name: str) -> None:
     """One config of each kind of networks; the others have the same ones (network_key)."""
     lines = report(config(name), world=intended_world(name), cuda=True)
@@ -173,11 +178,7 @@ def last_rate(optim: OptimConfig) -> float:
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.full] if name in LARGE else [])
-        for name in (NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)
-    ],
+    "name", [marked(name) for name in (NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)]
 )
 def test_trains_twenty_steps_on_two_ranks(tmp_path: Path, name: str) -> None:
     np.save(tmp_path / "distributions.npy", np.random.default_rng(0).dirichlet([0.3] * 10, 1797).astype(np.float16))

@@ -12,8 +12,8 @@ from mpl_scale.checkpoint import find
 from mpl_scale.config import load_config
 from mpl_scale.monitor import ControlFiles, Heartbeat, Request
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 
 
 def run(config: str, output: str) -> Any:

@@ -20,7 +20,7 @@ from mpl_scale.data.decode.dali import decodes
 from mpl_scale.data.encoded.header import UnreadableImage, examine
 from mpl_scale.data.encoded.other_formats import pil_decode
 from mpl_scale.data.encoded.probe import for_dali, probe
-from tests.photographs import encoded, photograph
+from tests.support.photographs import encoded, photograph
 
 EXAMPLES = int(os.environ.get("MPL_SCALE_FUZZ", "150"))
 CPU = torch.device("cpu")

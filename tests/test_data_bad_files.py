@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import itertools
 import json
@@ -21,10 +20,12 @@ from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.encoded.header import UnreadableImage
-from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.mesh import Mesh
 from mpl_scale.types import Batch
-from tests.bad_files import BAD, GOOD, NO_FILE
-from tests.photographs import ImagesInMemory, encoded, photograph
+from tests.support.bad_files import BAD, GOOD, NO_FILE
+from tests.support.batches import data_rank as mesh
+from tests.support.batches import take, train_loader
+from tests.support.photographs import ImagesInMemory, encoded, photograph
 
 CPU = torch.device("cpu")
 SHIFT = WeakConfig(pad=2, flip=True)
@@ -53,10 +54,6 @@ class Folder(ImagesInMemory):
         return str(self.paths[sample])
 
 
-def mesh(data: int = 1, index: int = 0) -> Mesh:
-    return dataclasses.replace(build_mesh(device=CPU), data=data, data_index=index, world=data, rank=index)
-
-
 def splits_of(images: ImagesInMemory) -> Splits:
     """A third labelled, a third unlabelled, a third held out; every list holds kinds of all sorts."""
     ids = np.arange(len(images))
@@ -73,25 +70,8 @@ def loader_of(
     quarantine: Quarantine | None = None,
 ) -> TrainLoader:
     config = DataConfig(weak=weak, max_bad_fraction=max_bad_fraction)
-    return TrainLoader(
-        config=config,
-        splits=splits_of(images),
-        image_size=16,
-        labelled_batch=4,
-        unlabelled_batch=8,
-        mesh=place or mesh(),
-        seed=0,
-        stream=0,
-        start_step=start,
-        strong_view=None,
-        quarantine=quarantine,
-    )
-
-
-def batches(loader: TrainLoader, steps: int) -> list[Batch]:
-    taken = list(itertools.islice(loader, steps))
-    loader.close()
-    return taken
+    changes = {"image_size": 16, "stream": 0, "start_step": start, "quarantine": quarantine}
+    return train_loader(config, splits_of(images), place or mesh(), **changes)
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -146,9 +126,9 @@ def test_a_run_over_every_kind_of_bad_file(
     assert len({Path(name).name for name in bad}) == len(KINDS) >= 25
     told: list[str] = []
     quarantine = Quarantine(max_fraction=1.0, path=tmp_path / "quarantine.jsonl", warn=told.append)
-    taken = batches(loader_of(images, weak, quarantine=quarantine), 40)
+    taken = take(loader_of(images, weak, quarantine=quarantine), 40)
     in_parts = {name for name in bad if name.endswith("cut_after_thumbnail.jpg")}
-    for batch, expected in zip(taken, batches(loader_of(mended, weak), 40), strict=True):
+    for batch, expected in zip(taken, take(loader_of(mended, weak), 40), strict=True):
         if weak is SHIFT:
             assert same(batch, expected)
         else:
@@ -172,10 +152,10 @@ def test_resumed_and_on_other_ranks_the_same_substitutes_are_taken(
 ) -> None:
     """What an earlier step, or another rank, has met does not matter: badness is the file's, or the part's."""
     images = spoilt[0]
-    whole = batches(loader_of(images, weak), 16)
-    for expected, batch in zip(whole[9:], batches(loader_of(images, weak, start=9), 7), strict=True):
+    whole = take(loader_of(images, weak), 16)
+    for expected, batch in zip(whole[9:], take(loader_of(images, weak, start=9), 7), strict=True):
         assert same(expected, batch)
-    parts = [batches(loader_of(images, weak, place=mesh(2, index), start=9), 7) for index in range(2)]
+    parts = [take(loader_of(images, weak, place=mesh(2, index), start=9), 7) for index in range(2)]
     for expected, *pair in zip(whole[9:], *parts, strict=True):
         for name in ("labelled", "labels", "weak"):
             assert torch.equal(getattr(expected, name), torch.cat([getattr(part, name) for part in pair]))
@@ -218,9 +198,9 @@ def spoil(images: ImagesInMemory, ids: Sequence[int], kind: str = "flipped_bit.p
 def test_too_many_bad_images_stop_the_run() -> None:
     """Ten different ones, above the fraction; it names the first, and says what to do."""
     few = spoil(ImagesInMemory([good_file(index) for index in range(90)]), range(9))
-    assert len(batches(loader_of(few, SHIFT, max_bad_fraction=0.01), 20)) == 20
+    assert len(take(loader_of(few, SHIFT, max_bad_fraction=0.01), 20)) == 20
     many = spoil(ImagesInMemory([good_file(index) for index in range(90)]), range(30))
-    assert len(batches(loader_of(many, SHIFT, max_bad_fraction=0.5), 20)) == 20
+    assert len(take(loader_of(many, SHIFT, max_bad_fraction=0.5), 20)) == 20
     loader = loader_of(many, SHIFT, max_bad_fraction=0.01)
     message = (
         r"\d+ of the \d+ images drawn so far were bad, more than mpl_scale\.data\.max_bad_fraction = 0\.01; "
@@ -260,7 +240,7 @@ def test_a_restarted_run_lists_no_file_twice(tmp_path: Path) -> None:
     for bad in ((3, 7), (3, 7, 13)):
         images = spoil(ImagesInMemory([good_file(index) for index in range(30)]), bad)
         quarantine = Quarantine(max_fraction=1.0, path=path, warn=told.append)
-        batches(loader_of(images, SHIFT, quarantine=quarantine), 6)
+        take(loader_of(images, SHIFT, quarantine=quarantine), 6)
         assert quarantine.count == len(bad)
         path.write_text(path.read_text() + '{"name": "cut by a ki')
     first, second, cut, third, _ = path.read_text().splitlines()

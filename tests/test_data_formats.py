@@ -23,7 +23,7 @@ from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.mesh import build_mesh
-from tests import mini_imagenet as mini
+from tests.support import mini_imagenet as mini
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 

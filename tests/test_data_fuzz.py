@@ -29,8 +29,8 @@ from mpl_scale.data.formats.pickled import read_pickle
 from mpl_scale.data.formats.tar import read_members
 from mpl_scale.data.formats.tfrecord import read_records
 from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions, Shard
-from tests import mini_imagenet as mini
-from tests.photographs import encoded
+from tests.support import mini_imagenet as mini
+from tests.support.photographs import encoded
 
 EXAMPLES = int(os.environ.get("MPL_SCALE_FUZZ", "150"))
 SEEDS = range(3)

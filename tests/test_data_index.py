@@ -28,7 +28,7 @@ from mpl_scale.data.index.descriptors import Descriptors
 from mpl_scale.data.index.format import FORMATS
 from mpl_scale.data.index.progress import IndexProgress
 from mpl_scale.data.index.reader import IndexedImages, StaleIndex, verify
-from tests import mini_imagenet as mini
+from tests.support import mini_imagenet as mini
 
 
 def content(folder: Path) -> dict[str, bytes]:

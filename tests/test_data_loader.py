@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,21 +14,16 @@ from sklearn.datasets import load_digits
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, evaluation_batches, load_images, make_splits
-from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.data import Splits, evaluation_batches, load_images
+from mpl_scale.mesh import Mesh
 from mpl_scale.philox import uniform_numpy
 from mpl_scale.types import Batch
-from tests.batches import normalised
-from tests.photographs import encoded, photograph
-from tests.test_data_sources import write_folder
+from tests.support.batches import data_rank as mesh
+from tests.support.batches import joined, normalised, splits_of, take, train_loader
+from tests.support.image_sets import write_folder
+from tests.support.photographs import encoded, photograph
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
-
-
-def mesh(data: int = 1, index: int = 0, width: int = 1) -> Mesh:
-    single = build_mesh(device=torch.device("cpu"))
-    world, rank = data * width, index * width
-    return dataclasses.replace(single, data=data, data_index=index, width=width, world=world, rank=rank)
 
 
 @pytest.fixture(scope="module")
@@ -41,28 +35,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     return config
 
 
-def splits_of(config: DataConfig) -> Splits:
-    return make_splits(load_images(config), config=config, seed=0)
-
-
 def batches(config: DataConfig, place: Mesh, *, steps: int, start: int = 0, **changes: object) -> list[Batch]:
-    options = {
-        "image_size": 8,
-        "labelled_batch": 8,
-        "unlabelled_batch": 16,
-        "seed": 0,
-        "stream": 1,
-        "strong_view": StrongView(config.strong, seed=0, stream=1),
-    } | changes
-    loader = TrainLoader(config=config, splits=splits_of(config), mesh=place, start_step=start, **options)
-    taken = [normalised(batch) for batch in itertools.islice(loader, steps)]
-    loader.close()
-    return taken
-
-
-def joined(parts: list[Batch]) -> dict[str, torch.Tensor]:
-    """The global batch from the parts of all data ranks."""
-    return {name: torch.cat([getattr(part, name) for part in parts]) for name in parts[0].tensors()}
+    strong = StrongView(config.strong, seed=0, stream=1)
+    options = {"labelled_batch": 8, "unlabelled_batch": 16, "strong_view": strong, "start_step": start} | changes
+    return [normalised(batch) for batch in take(train_loader(config, splits_of(config), place, **options), steps)]
 
 
 @pytest.mark.parametrize("data", [2, 4])
@@ -154,21 +130,8 @@ def test_20_global_batches_on_1_2_and_4_ranks_and_resumed_elsewhere(
 
     def taken(place: Mesh, steps: int, start: int = 0) -> list[Batch]:
         strong = Pairing(photographs.unlabelled) if pairing else StrongView(config.strong, seed=0, stream=1)
-        loader = TrainLoader(
-            config=config,
-            splits=photographs,
-            image_size=24,
-            labelled_batch=4,
-            unlabelled_batch=8,
-            mesh=place,
-            seed=0,
-            stream=1,
-            start_step=start,
-            strong_view=strong,
-        )
-        found = list(itertools.islice(loader, steps))
-        loader.close()
-        return found
+        loader = train_loader(config, photographs, place, image_size=24, start_step=start, strong_view=strong)
+        return take(loader, steps)
 
     single = taken(mesh(), 20)
     for data, start in ((2, 0), (4, 0), (2, 13)):
@@ -184,26 +147,13 @@ def test_sample_pairing_gives_the_same_strong_views_on_1_2_and_4_ranks(photograp
     """Table 5's list for ImageNet; images of 112 pixels are large ones, which a CPU augments one at a time."""
     config = DataConfig(weak=VIEWS["random_resized_crop"], strong=StrongConfig(op_set="imagenet"))
 
-    def taken(place: Mesh) -> list[Batch]:
-        strong = StrongView(config.strong, seed=0, stream=1, candidates=photographs.unlabelled)
-        loader = TrainLoader(
-            config=config,
-            splits=photographs,
-            image_size=size,
-            labelled_batch=4,
-            unlabelled_batch=16,
-            mesh=place,
-            seed=0,
-            stream=1,
-            start_step=0,
-            strong_view=strong,
-        )
-        found = list(itertools.islice(loader, 3))
-        loader.close()
-        return found
-
     view = StrongView(config.strong, seed=0, stream=1, candidates=photographs.unlabelled)
     assert (view.partners(photographs.unlabelled, np.zeros(48, np.int64)) >= 0).sum() >= 2
+
+    def taken(place: Mesh) -> list[Batch]:
+        changes = {"image_size": size, "unlabelled_batch": 16, "strong_view": view}
+        return take(train_loader(config, photographs, place, **changes), 3)
+
     single = taken(mesh())
     for data in (2, 4):
         ranks = [taken(mesh(data, index)) for index in range(data)]
@@ -215,23 +165,12 @@ def test_sample_pairing_gives_the_same_strong_views_on_1_2_and_4_ranks(photograp
 def test_partners_are_seen_as_their_own_rows_would_be(photographs: Splits) -> None:
     config = DataConfig(weak=VIEWS["random_resized_crop"], **PLAIN)
     strong = Pairing(photographs.unlabelled)
-    loader = TrainLoader(
-        config=config,
-        splits=photographs,
-        image_size=24,
-        labelled_batch=1,
-        unlabelled_batch=48,
-        mesh=mesh(),
-        seed=0,
-        stream=1,
-        start_step=0,
-        strong_view=strong,
-    )
+    changes = {"image_size": 24, "labelled_batch": 1, "unlabelled_batch": 48, "strong_view": strong}
+    loader = train_loader(config, photographs, mesh(), **changes)
     views = {}  # by id and epoch: a step is an epoch here
-    for epoch, batch in enumerate(itertools.islice(loader, 3)):
+    for epoch, batch in enumerate(take(loader, 3)):
         ids = loader._unlabelled.draw(epoch).ids
         views |= {(int(sample), epoch): view for sample, view in zip(ids, batch.weak, strict=True)}
-    loader.close()
     assert len(views) == 3 * 48
     assert len(strong.given) > 40
     for partner, epoch, pixels in strong.given:
@@ -240,21 +179,9 @@ def test_partners_are_seen_as_their_own_rows_would_be(photographs: Splits) -> No
 
 def test_channels_last_changes_the_layout_alone(photographs: Splits) -> None:
     config = DataConfig(weak=VIEWS["random_resized_crop"], strong=StrongConfig(cutout=5))
-    options = {"splits": photographs, "image_size": 24, "labelled_batch": 4, "unlabelled_batch": 8, "mesh": mesh()}
-    strong = StrongView(config.strong, seed=0, stream=1)
-    found = []
-    for channels_last in (False, True):
-        loader = TrainLoader(
-            config=config,
-            seed=0,
-            stream=1,
-            start_step=0,
-            strong_view=strong,
-            channels_last=channels_last,
-            **options,
-        )
-        found.append([normalised(batch) for batch in itertools.islice(loader, 3)])
-        loader.close()
+    changes = {"image_size": 24, "strong_view": StrongView(config.strong, seed=0, stream=1)}
+    loaders = [train_loader(config, photographs, mesh(), channels_last=last, **changes) for last in (False, True)]
+    found = [[normalised(batch) for batch in take(loader, 3)] for loader in loaders]
     for planes, last in zip(*found, strict=True):
         for name in ("labelled", "weak", "strong"):
             assert torch.equal(getattr(planes, name), getattr(last, name))
@@ -339,18 +266,7 @@ def test_nothing_trains_on_the_test_split(digits: DataConfig) -> None:
     splits = splits_of(digits)
     assert abs(len(splits.test) - 1797 / 3) <= 5  # rounded once per class
     assert len(splits.labelled) == 40
-    loader = TrainLoader(
-        config=digits,
-        splits=splits,
-        image_size=8,
-        labelled_batch=100,
-        unlabelled_batch=600,
-        mesh=mesh(),
-        seed=0,
-        stream=0,
-        start_step=0,
-        strong_view=None,
-    )
+    loader = train_loader(digits, splits, mesh(), labelled_batch=100, unlabelled_batch=600)
     used = set()
     for request in itertools.islice(loader._requests(0), 5):
         used |= {sample for rows in request for sample in rows.samples.tolist()}
@@ -385,23 +301,6 @@ def test_other_sizes_are_resized(tmp_path: Path) -> None:
     expected = np.asarray(Image.open(path).resize((10, 10), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     difference = ((batch.images[0] * 255).round().numpy() - expected)[:, 1:-1, 1:-1]
     assert np.abs(difference).max() <= 1  # the same antialiased filter; rounding and the rule at the border differ
-
-
-def corrupt_body(path: Path) -> None:
-    """Flip bits of the compressed pixels and mend their checksum: only a decode can tell."""
-    data = bytearray(path.read_bytes())
-    start = data.index(b"IDAT")
-    data[start + 20] ^= 0xFF
-    stop = start + 4 + int.from_bytes(data[start - 4 : start], "big")
-    data[stop : stop + 4] = zlib.crc32(data[start:stop]).to_bytes(4, "big")
-    path.write_bytes(data)
-
-
-SPOIL = {
-    "corrupt": (corrupt_body, "DALI cannot decode it"),
-    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated"),
-    "deleted": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
-}
 
 
 @pytest.mark.parametrize(

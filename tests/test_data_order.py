@@ -8,11 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpl_scale.config.schema import DataConfig, WeakConfig
-from mpl_scale.data import ImageFiles, make_splits
+from mpl_scale.data import make_splits
 from mpl_scale.data.decode.views import Placement, View, weak_view
 from mpl_scale.data.samples.order import shuffled
 from mpl_scale.data.samples.plan import Draws, SamplePlan
 from mpl_scale.data.samples.streams import Purpose, stream_of
+from tests.support.image_sets import image_set
 
 
 @settings(max_examples=80, deadline=None)
@@ -107,13 +108,6 @@ def test_windows_and_flips_are_uniform() -> None:
     assert abs(np.corrcoef(drawn["windows"].T)[0, 1]) < 4 / np.sqrt(5000)
     still = placed(plan(np.arange(32), pad=0).draw(0), pad=0)
     assert not still["windows"].any()
-
-
-def image_set(counts: list[int]) -> ImageFiles:
-    labels = np.repeat(np.arange(len(counts)), counts)
-    names = tuple(f"class{label}" for label in range(len(counts)))
-    total = len(labels)
-    return ImageFiles(np.array([f"{i}.png" for i in range(total)]), labels, np.full((total, 2), 8, np.int32), names)
 
 
 @pytest.mark.parametrize("unlabelled_from", ["training", "rest", "labelled"])

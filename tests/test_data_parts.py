@@ -19,8 +19,8 @@ from mpl_scale.data.index.format import ScanOptions
 from mpl_scale.data.index.parts import PARTS, doubtful, part_of
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.trainer.input import record_splits
-from tests import mini_imagenet as mini
-from tests.photographs import encoded, photograph
+from tests.support import mini_imagenet as mini
+from tests.support.photographs import encoded, photograph
 
 OTHER_FORMATS = {
     "webp": "WEBP",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig, EvaluationConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Quarantine, Splits, TrainLoader, evaluation_batches, load_images, make_splits
+from mpl_scale.data import Quarantine, Splits, evaluation_batches, load_images, make_splits
 from mpl_scale.data.decode.pipeline import DecodePipeline
 from mpl_scale.data.evaluation import EvaluationBatch
 from mpl_scale.data.prefetch import Prefetcher
@@ -27,11 +26,13 @@ from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.trainer.input import check_names, load_splits
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests import mini_imagenet as mini
-from tests.bad_files import BAD
-from tests.configs import tiny, write
-from tests.photographs import ImagesInMemory, encoded, photograph
-from tests.ranks import pool
+from tests.support import mini_imagenet as mini
+from tests.support.bad_files import BAD
+from tests.support.batches import data_rank as mesh
+from tests.support.batches import take, train_loader
+from tests.support.configs import tiny, write
+from tests.support.photographs import ImagesInMemory, encoded, photograph
+from tests.support.ranks import pool
 
 CPU = torch.device("cpu")
 WEAK = WeakConfig(pad=2, fill=7, flip=True)
@@ -42,10 +43,6 @@ SOURCES: dict[str, Callable[[Path], object]] = {
     "folder": mini.write_folder,
 }
 """What writes each source's files."""
-
-
-def mesh(data: int = 1, index: int = 0) -> Mesh:
-    return dataclasses.replace(build_mesh(device=CPU), data=data, data_index=index, world=data, rank=index)
 
 
 def parts_of(config: DataConfig, splits: Splits, size: int, **options: Any) -> ResidentParts:
@@ -60,26 +57,16 @@ def batches(
     """Without `parts`: from files."""
     strong = StrongView(config.strong, seed=3, stream=1, candidates=splits.unlabelled)
     options: dict[str, Any] = {
+        "image_size": size,
         "labelled_batch": 6,
         "unlabelled_batch": 10,
-        "mesh": mesh(),
-        "start_step": 0,
+        "seed": 3,
         "strong_view": strong,
         "quarantine": Quarantine(max_fraction=1.0),
-    } | changes
-    loader = TrainLoader(
-        config=config,
-        splits=splits,
-        image_size=size,
-        seed=3,
-        stream=1,
-        resident=None if parts is None else parts.train,
-        **options,
-    )
-    try:
-        return list(itertools.islice(loader, steps))
-    finally:
-        loader.close()
+        "resident": None if parts is None else parts.train,
+    }
+    place = changes.pop("mesh", mesh())
+    return take(train_loader(config, splits, place, **(options | changes)), steps)
 
 
 def evaluated(
@@ -276,16 +263,13 @@ def test_a_gpu_makes_the_batches_of_a_cpu(digits: tuple[DataConfig, Splits]) -> 
     kept = parts_of(config, splits, 8).train
     assert kept is not None
     loaders = [
-        TrainLoader(
-            config=config,
-            splits=splits,
-            image_size=8,
+        train_loader(
+            config,
+            splits,
+            dataclasses.replace(mesh(), device=images.pixels.device),
             labelled_batch=100,
             unlabelled_batch=700,
-            mesh=dataclasses.replace(mesh(), device=images.pixels.device),
             seed=3,
-            stream=1,
-            start_step=0,
             strong_view=StrongView(config.strong, seed=3, stream=1),
             resident=images,
         )

@@ -15,14 +15,15 @@ import torch
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import ImageFiles, Splits, TrainLoader, evaluation_batches, load_images, make_splits
+from mpl_scale.data import ImageFiles, Splits, evaluation_batches, load_images
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch
-from tests.ranks import pool
-from tests.test_data_loader import SPOIL
-from tests.test_data_sources import write_folder
+from tests.support.bad_files import SPOIL
+from tests.support.batches import splits_of, take, train_loader
+from tests.support.image_sets import write_folder
+from tests.support.ranks import pool
 
 STEPS = 4
 # image size, columns by width: uneven ones, and a rank with a single column
@@ -40,10 +41,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     config = DataConfig(root=root, weak=WeakConfig(pad=1, fill=7, flip=True), strong=strong, evaluation_batch=150)
     load_images(config)
     return config
-
-
-def splits_of(config: DataConfig) -> Splits:
-    return make_splits(load_images(config), config=config, seed=0)
 
 
 def unsplit(mesh: Mesh) -> Mesh:
@@ -70,17 +67,13 @@ def counted_reads() -> Iterator[list[str]]:
 
 def train_batches(config: DataConfig, mesh: Mesh, size: int, **changes: Any) -> list[Batch]:
     options: dict[str, Any] = {
+        "image_size": size,
         "labelled_batch": 6 * mesh.data,
         "unlabelled_batch": 10 * mesh.data,
+        "start_step": 2,
         "strong_view": StrongView(config.strong, seed=0, stream=1),
-    } | changes
-    splits = splits_of(config)
-    loader = TrainLoader(
-        config=config, splits=splits, image_size=size, mesh=mesh, seed=0, stream=1, start_step=2, **options
-    )
-    taken = list(itertools.islice(loader, STEPS))
-    loader.close()
-    return taken
+    }
+    return take(train_loader(config, splits_of(config), mesh, **(options | changes)), STEPS)
 
 
 def compare_training(config: DataConfig, width: int, size: int, changes: dict[str, Any]) -> tuple[int, list[str]]:
@@ -177,23 +170,8 @@ def compare_spoilt(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str
     start, stop = columns[mesh.width_index]
 
     def load(place: Mesh, quarantine: Quarantine, columns: Columns | None) -> list[Batch]:
-        loader = TrainLoader(
-            config=config,
-            splits=splits,
-            image_size=8,
-            labelled_batch=2,
-            unlabelled_batch=4,
-            mesh=place,
-            seed=0,
-            stream=0,
-            start_step=0,
-            strong_view=None,
-            columns=columns,
-            quarantine=quarantine,
-        )
-        taken = list(itertools.islice(loader, 20))
-        loader.close()
-        return taken
+        changes = {"labelled_batch": 2, "unlabelled_batch": 4, "columns": columns, "quarantine": quarantine}
+        return take(train_loader(config, splits, place, **changes), 20)
 
     own = Quarantine(max_fraction=1.0)
     with counted_reads() as paths:
@@ -232,24 +210,9 @@ def test_a_bad_file_is_replaced_on_the_whole_group(tmp_path: Path, kind: str, pa
 def end_early(config: DataConfig, splits: Splits) -> str:
     """On a rank: the error it ends with."""
     mesh = build_mesh(device=torch.device("cpu"), width=2)
-    loader = TrainLoader(
-        config=config,
-        splits=splits,
-        image_size=8,
-        labelled_batch=2,
-        unlabelled_batch=4,
-        mesh=mesh,
-        seed=0,
-        stream=0,
-        start_step=0,
-        strong_view=None,
-        columns=CUTS[8][2],
-    )
-    try:
-        with pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught:
-            list(itertools.islice(loader, 40))
-    finally:
-        loader.close()
+    loader = train_loader(config, splits, mesh, labelled_batch=2, unlabelled_batch=4, columns=CUTS[8][2])
+    with pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught:
+        take(loader, 40)
     return str(caught.value)
 
 

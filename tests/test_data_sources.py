@@ -15,17 +15,7 @@ from sklearn.datasets import load_digits
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, register_source
 from mpl_scale.data.encoded.probe import probe_file
-
-
-def write_folder(root: Path, *, classes: int = 2, images: int = 3, suffix: str = ".png", side: int = 8) -> Path:
-    generator = np.random.default_rng(0)
-    for label in range(classes):
-        folder = root / f"class{label}"
-        folder.mkdir(parents=True)
-        for index in range(images):
-            pixels = generator.integers(0, 256, (side, side + 1, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / f"{index}{suffix}")
-    return root
+from tests.support.image_sets import write_folder
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG"])

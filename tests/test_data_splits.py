@@ -10,51 +10,27 @@ import numpy as np
 import pytest
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import Splits, load_images, make_splits, write_manifest
+from mpl_scale.data import load_images, make_splits, write_manifest
 from mpl_scale.data.index.build import build_index
-from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
+from mpl_scale.data.index.reader import ARRAYS, IndexedImages
 from mpl_scale.data.samples.splits import SPLITS
 from mpl_scale.trainer.input import record_splits
-from tests import mini_imagenet as mini
-from tests.test_data_order import image_set
-from tests.test_data_sources import write_folder
+from tests.support import mini_imagenet as mini
+from tests.support.image_sets import describe_index, image_set, split, write_folder
 
 
 def index_of(folder: Path, shards: list[tuple[str, int]], *, refused: list[int] | None = None) -> IndexedImages:
     """An index of empty files: (part, images) of each shard; ten classes in turn."""
-    (folder / "data").mkdir(parents=True)
-    described = []
-    for number, (part, _) in enumerate(shards):
-        path = folder / "data" / f"{number:05d}"
-        path.touch()
-        described.append([path.name, part, 0, path.stat().st_mtime_ns, False])
     counts = [count for _, count in shards]
     total = sum(counts)
+    named = [(f"{number:05d}", part) for number, (part, _) in enumerate(shards)]
+    describe_index(folder, named, classes=list("0123456789"), count=total, refused=len(refused or []))
     for name, dtype in ARRAYS.items():
         np.save(folder / f"{name}.npy", np.zeros((total, 2) if name == "size" else total, dtype))
     np.save(folder / "shard.npy", np.repeat(np.arange(len(shards)), counts).astype(ARRAYS["shard"]))
     np.save(folder / "label.npy", np.arange(total) % 10)
     np.save(folder / "refused.npy", np.array(refused or [], np.int64))
-    meta = {
-        "format": FORMAT,
-        "version": VERSION,
-        "source": "tfrecord",
-        "root": str(folder / "data"),
-        "options": {},
-        "layout": "encoded",
-        "classes": list("0123456789"),
-        "count": total,
-        "refused": len(refused or []),
-        "refusals": len(refused or []),
-        "sha256": {},
-        "shards": described,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta))
     return IndexedImages(folder)
-
-
-def split(images: object, name: str, seed: int = 0, **settings: object) -> Splits:
-    return make_splits(images, config=DataConfig(split=name, **settings), seed=seed)
 
 
 CIFAR = [*[("train", 10_000)] * 5, ("test", 10_000)]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mpl_scale.data.encoded.header import UnreadableImage, examine
 from mpl_scale.data.encoded.probe import probe
-from tests.bad_files import BAD, GOOD
+from tests.support.bad_files import BAD, GOOD
 
 ONLY_A_DECODER_CAN_TELL = {"cut_after_thumbnail.jpg", "bomb.png"}
 OTHER_FORMATS = {"gif_cut.jpg", "webp_cut.jpg", "float.tiff"}

@@ -13,7 +13,7 @@ import torch
 from benchmarks.in_memory import Batches, PointViews, Samples
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import Quarantine, TrainLoader, evaluation_batches, load_images, make_splits
+from mpl_scale.data import Quarantine, evaluation_batches, load_images, make_splits
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet, resident_vectors
 from mpl_scale.mesh import build_mesh
@@ -22,7 +22,8 @@ from mpl_scale.trainer.input import check_models, check_names, load_splits
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests.configs import DIGITS
+from tests.support.batches import data_rank, joined, splits_of, train_loader
+from tests.support.configs import DIGITS
 
 MOONS = DIGITS.parent / "two_moons.json"
 CPU = torch.device("cpu")
@@ -36,28 +37,17 @@ def moons(*overrides: str) -> RunConfig:
 def batches(*, ranks: int, start: int, steps: int, labelled: int = 8, unlabelled: int = 24) -> list[Batch]:
     """Global batches, put together from those of all data ranks."""
     data = moons(f"mpl_scale.data.jitter={JITTER}").mpl.data
-    splits = make_splits(load_images(data), config=data, seed=0)
-    own = [
-        TrainLoader(
-            config=data,
-            splits=splits,
-            image_size=1,
-            strong_view=Jitter(seed=0, stream=1, deviation=JITTER),
-            resident=resident_vectors(splits.images, CPU),
-            labelled_batch=labelled,
-            unlabelled_batch=unlabelled,
-            mesh=replace(build_mesh(device=CPU), data=ranks, data_index=rank, world=ranks),
-            seed=0,
-            stream=1,
-            start_step=start,
-        )
-        for rank in range(ranks)
-    ]
-    found = []
-    for _ in range(steps):
-        parts = [next(loader).tensors() for loader in own]
-        found.append(Batch(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]}))
-    return found
+    splits = splits_of(data)
+    changes = {
+        "image_size": 1,
+        "strong_view": Jitter(seed=0, stream=1, deviation=JITTER),
+        "resident": resident_vectors(splits.images, CPU),
+        "labelled_batch": labelled,
+        "unlabelled_batch": unlabelled,
+        "start_step": start,
+    }
+    own = [train_loader(data, splits, data_rank(ranks, rank), **changes) for rank in range(ranks)]
+    return [Batch(**joined([next(loader) for loader in own])) for _ in range(steps)]
 
 
 def test_the_points_and_their_split() -> None:

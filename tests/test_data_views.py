@@ -17,7 +17,7 @@ from mpl_scale.config.schema import EvaluationConfig, WeakConfig
 from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.views import ATTEMPTS, View, evaluation_view, weak_view
 from mpl_scale.data.encoded.header import UnreadableImage, examine
-from tests.photographs import ImagesInMemory, encoded, photograph
+from tests.support.photographs import ImagesInMemory, encoded, photograph
 
 SIZES = ((640, 427), (300, 400), (120, 90), (1000, 333), (223, 225))  # width, height
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}

@@ -25,7 +25,7 @@ from mpl_scale.engine.deepspeed_setup import (
     monitor_master,
     validate_ds_blocks,
 )
-from tests.configs import DIGITS, tiny, write
+from tests.support.configs import DIGITS, tiny, write
 
 CPU = torch.device("cpu")
 

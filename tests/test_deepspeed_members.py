@@ -20,8 +20,8 @@ from packaging.version import Version
 
 from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork
 from mpl_scale.mesh import build_mesh
-from tests.ranks import pool
-from tests.test_deepspeed_engine import ACCUMULATE_FP32, CPU, ROWS, SGD, Case, Net
+from tests.support.deepspeed_cases import ACCUMULATE_FP32, CPU, ROWS, SGD, Case, Net
+from tests.support.ranks import pool
 
 WRITTEN_FOR = "0.19.8"
 SOURCES = sorted(Path(__file__).parents[1].glob("mpl_scale/engine/deepspeed_*.py"))

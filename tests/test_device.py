@@ -14,7 +14,7 @@ from mpl_scale.cli.check import report
 from mpl_scale.config import load_config
 from mpl_scale.device import Numerics, lacks_bf16
 from mpl_scale.mesh import adopt_slurm_environment, choose_device, refuse_shared_gpu
-from tests.configs import tiny, write
+from tests.support.configs import tiny, write
 
 CUDA = torch.device("cuda")
 SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NNODES": "1"}

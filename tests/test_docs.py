@@ -1,6 +1,7 @@
 """Every command of README.md and docs/ runs in a fresh copy, or is listed with the reason; extending.md's parts work.
 
-The commands take minutes: `make test-docs`, with MPL_SCALE_TEST_DOCS=1. tests/documented.py says what becomes of each.
+The commands take minutes: `make test-docs`, with MPL_SCALE_TEST_DOCS=1. tests/support/documented.py says what becomes
+of each.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from torch import nn
 
 from mpl_scale.config import load_config
 from mpl_scale.spatial import plan_layout
-from tests.configs import DIGITS, tiny, write
-from tests.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, strays
-from tests.mini_imagenet import write_folder, write_tfrecord
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, strays
+from tests.support.mini_imagenet import write_folder, write_tfrecord
 
 REPOSITORY = DIGITS.parents[1]
 PATIENCE = 600

@@ -21,9 +21,9 @@ from mpl_scale.models.registry import register_model
 from mpl_scale.trainer import data_source
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests.configs import tiny, write
-from tests.ranks import pool
-from tests.test_resume import StopAfter
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
+from tests.support.runs import StopAfter
 
 BATCH, MICRO = 40, 10
 Seen = dict[int, dict[str, int]]

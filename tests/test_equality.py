@@ -8,26 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranks import pool
-from tests.reference import Settings, Trace, run_reference
-from tests.sharded import differences, run_sharded
+from tests.support.ranks import pool
+from tests.support.reference import Settings, Trace, run_reference
+from tests.support.sharded import differences, run_sharded, zero
 
 # float32: 3 steps of a tiny net accumulate some hundred roundings of 6e-8. float64: the same at 1e-16.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 reference = functools.cache(run_reference)
-
-
-def zero(stage: int) -> dict[str, Any]:
-    """Small buckets and no persistent parameters, so that every bucket and gather path runs."""
-    return {
-        "zero_optimization": {
-            "stage": stage,
-            "reduce_bucket_size": 200,
-            "allgather_bucket_size": 200,
-            "stage3_param_persistence_threshold": 0,
-        }
-    }
 
 
 def assert_equal(world: int, settings: Settings, dtype: torch.dtype, *args: Any) -> None:

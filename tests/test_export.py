@@ -23,8 +23,8 @@ from mpl_scale.models import build_model
 from mpl_scale.models.registry import MODELS as MODELS_BY_NAME
 from mpl_scale.models.weights import load_weights, plain_model
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.test_resume import StopAfter
+from tests.support.configs import tiny, write
+from tests.support.runs import StopAfter
 
 # Sums in another order, and variances moved by 1e-3: some hundred float32 roundings of 6e-8 of the largest logit.
 TOLERANCE = 1e-5

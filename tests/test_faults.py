@@ -25,11 +25,11 @@ from mpl_scale.monitor import Progress
 from mpl_scale.trainer import data_source
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
-from tests.batches import normalised
-from tests.configs import DIGITS, tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
-from tests.test_resume import StopAfter, final_state
+from tests.support.batches import normalised
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.faults import check_documented
+from tests.support.ranks import pool
+from tests.support.runs import StopAfter, final_state
 
 HOUR = 3600.0
 

@@ -1,14 +1,15 @@
 """The step runner: slots, warm-up, capture, replay, and captures that fail.
 
 Each test of a capture has two forms. On a GPU it records a CUDA graph. On a CPU it records operators with their tensors
-and runs these again (tests/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step that hides
-a changing value in Python, or reads one, shows there.
+and runs these again (tests/support/dispatch.py): Python runs once and addresses are fixed, as in a graph, so a step
+that hides a changing value in Python, or reads one, shows there.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,12 +24,13 @@ from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.engine.graph import WARMUP_STEPS, CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import State
+from mpl_scale.mpl.methods import Step
 from mpl_scale.trainer.phases import collect_weights
 from mpl_scale.trainer.snapshots import Snapshots
 from mpl_scale.types import Batch, StepMetrics
-from tests.dispatch import CpuGraphs
-from tests.ranks import pool
-from tests.steps import CPU, EVERY_STEP, Case, everything, make_batches, make_state, on_each_device
+from tests.support.dispatch import CpuGraphs
+from tests.support.ranks import pool
+from tests.support.steps import CPU, EVERY_STEP, Case, everything, make_batches, make_state, on_each_device
 
 PHASE: Any = SimpleNamespace(name="train")
 STEPS = 7
@@ -118,21 +120,25 @@ def operators(case: Case) -> int:
     return graphs.recorded[0]
 
 
+def failing_capture(step: Step, fail: Callable[[], object]) -> Step:
+    """The step; `fail` is called within the call that is captured, the fourth."""
+    calls = itertools.count(1)
+
+    def failing(state: State, batch: Batch) -> StepMetrics:
+        metrics = step(state, batch)
+        if next(calls) == 4:
+            fail()
+        return metrics
+
+    return failing
+
+
 @on_each_device
 def test_a_failed_capture_leaves_device_and_random_numbers_usable(device: torch.device) -> None:
     """A read on the host ends the capture inside the step; the generator and the allocator serve others afterwards."""
     case, mesh = Case(), build_mesh(device=device)
     step, state = make_state(case, mesh)
-    calls = 0
-
-    def reads(state: State, batch: Batch) -> StepMetrics:
-        nonlocal calls
-        calls += 1
-        metrics = step(state, batch)
-        if calls == 4:  # the one that is captured
-            torch.ones(3, device=device).sum().item()
-        return metrics
-
+    reads = failing_capture(step, lambda: torch.ones(3, device=device).sum().item())
     generator = torch.cuda.default_generators[0] if device.type == "cuda" else torch.default_generator
     told: list[str] = []
     runner = StepRunner(reads, state, capture=True, fall_back=told.append, graphs=graphs_of(device))
@@ -153,20 +159,16 @@ def test_a_capture_without_memory_says_so(device: torch.device) -> None:
     """Raised inside the step, as the allocator does, then what ending the capture makes of it."""
     case, mesh = Case(), build_mesh(device=device)
     step, state = make_state(case, mesh)
-    calls = 0
 
-    def grows(state: State, batch: Batch) -> StepMetrics:
-        nonlocal calls
-        calls += 1
-        metrics = step(state, batch)
-        if calls == 4:
-            if device.type == "cuda":
-                torch.empty(1 << 50, dtype=torch.uint8, device=device)
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 TiB.\nMore lines.")
-        return metrics
+    def grow() -> None:
+        if device.type == "cuda":
+            torch.empty(1 << 50, dtype=torch.uint8, device=device)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1024.00 TiB.\nMore lines.")
 
     told: list[str] = []
-    runner = StepRunner(grows, state, capture=True, fall_back=told.append, graphs=graphs_of(device))
+    runner = StepRunner(
+        failing_capture(step, grow), state, capture=True, fall_back=told.append, graphs=graphs_of(device)
+    )
     for batch in make_batches(case, mesh, STEPS):
         runner(batch)
     assert runner.out_of_memory

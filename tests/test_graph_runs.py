@@ -17,9 +17,9 @@ from mpl_scale.resolve import resolve
 from mpl_scale.trainer.gauge import Gauge
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch, StepMetrics
-from tests.configs import DIGITS, tiny, write
-from tests.dispatch import CpuGraphs
-from tests.steps import CPU, on_each_device
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.dispatch import CpuGraphs
+from tests.support.steps import CPU, on_each_device
 
 
 def run_digits(folder: Path, device: torch.device, *, graph: str) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from mpl_scale.trainer.data_source import batch_ids
 from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 
 
 def diverging(folder: Path, **sections: Any) -> str:

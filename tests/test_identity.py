@@ -20,9 +20,9 @@ from mpl_scale.config.load import _section_type
 from mpl_scale.trainer.identity import RULES, Verdict, judge, rule_of
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
-from tests.test_resume import StopAfter, final_state, lines
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
+from tests.support.runs import StopAfter, final_state, lines
 
 MANIFEST = {
     "images": 1797,

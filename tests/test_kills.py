@@ -28,10 +28,10 @@ from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.checkpoint.folders import read_latest
 from mpl_scale.config import load_config
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
-from tests.test_launch import ROOT, SECONDS, environment, free_port
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.launched import ROOT, SECONDS, environment, free_port
+from tests.support.ranks import pool
 
 KILLS = int(os.environ.get("MPL_SCALE_TEST_KILLS", "2"))
 MORE_KILLS = 6  # where the writing was over before the signal came

@@ -17,8 +17,8 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.models.passes import Passes
 from mpl_scale.optim import LARS, parameter_groups
 from mpl_scale.types import Slice
-from tests.ranks import pool
-from tests.test_deepspeed_engine import Net
+from tests.support.deepspeed_cases import Net
+from tests.support.ranks import pool
 
 LRS = (0.5, 1.0, 0.25, 2.0)
 # A large trust coefficient and decay, so that a wrong norm moves the weights by far more than the tolerance.

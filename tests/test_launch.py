@@ -6,9 +6,7 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,39 +16,18 @@ import pytest
 from mpl_scale.config import load_config
 from mpl_scale.mesh import adopt_slurm_environment
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import DIGITS, tiny, write
-from tests.ranks import pool
-
-ROOT = DIGITS.parents[1]
-BIN = Path(sys.executable).parent
-SECONDS = 240
-
-
-def environment(**extra: str) -> dict[str, str]:
-    path = f"{BIN}:{os.environ['PATH']}"
-    return {
-        **os.environ,
-        "PATH": path,
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(ROOT),
-        **extra,
-    }
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def command(launcher: str, config: str, output: Path, *more: str) -> list[str]:
-    start = {
-        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
-        "torchrun": [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())],
-        "python": [sys.executable],
-    }[launcher]
-    return [*start, str(ROOT / "train.py"), "--ds_config", config, "--output", str(output), *more]
+from tests.support.configs import tiny, write
+from tests.support.launched import (
+    ROOT,
+    SECONDS,
+    command,
+    environment,
+    finish,
+    free_port,
+    kill_after,
+    start_and_wait,
+)
+from tests.support.ranks import pool
 
 
 def make_config(tmp_path: Path, engine: str, steps: int = 8) -> str:
@@ -64,33 +41,6 @@ def make_config(tmp_path: Path, engine: str, steps: int = 8) -> str:
 def summary(output: Path) -> dict[str, Any]:
     assert (output / "DONE").exists()
     return json.loads((output / "summary.json").read_text())
-
-
-def finish(arguments: list[str]) -> None:
-    ended = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=SECONDS, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-
-
-def kill_after(arguments: list[str], output: Path, line: str, number: signal.Signals) -> int:
-    """Start in a session of its own, wait until the metrics hold `line`, signal every process, return the status."""
-    process = start_and_wait(arguments, output, line)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)  # the launcher passes it on to the ranks
-    return process.wait(timeout=SECONDS)
-
-
-def start_and_wait(arguments: list[str], output: Path, line: str) -> subprocess.Popen[bytes]:
-    """Start in a session of its own, and wait until the metrics hold `line`."""
-    with (output.parent / "log").open("w") as log:
-        process = subprocess.Popen(arguments, env=environment(), stdout=log, stderr=log, start_new_session=True)
-    metrics, deadline = output / "metrics.jsonl", time.monotonic() + SECONDS
-    while not (metrics.exists() and line in metrics.read_text()):
-        assert process.poll() is None, (output.parent / "log").read_text()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
 
 
 def train_here(config: str, output: str) -> Any:
@@ -111,7 +61,7 @@ def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path:
     assert summary(output)["engine"] == "deepspeed"
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", ["python", "torchrun", pytest.param("deepspeed", marks=pytest.mark.full)])
 def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
     """As a terminal sends it, to the launcher and to each rank. The launchers may print tracebacks of their own."""
     config, output = make_config(tmp_path, "flat", steps=100_000), tmp_path / "out"
@@ -134,21 +84,34 @@ def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
         assert "Traceback" not in said
 
 
-def test_one_process_needs_no_launcher_and_agrees_with_two_under_torchrun(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """A config, and the summary of its run by one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    config = make_config(folder, "flat")
+    train_here(config, str(folder / "out"))
+    return config, summary(folder / "out")
+
+
+def check_two_ranks(output: Path, one: dict[str, Any]) -> None:
     """The global batch, the pseudo labels and the dropout masks do not depend on the number of ranks."""
-    config = make_config(tmp_path, "flat")
-    finish(command("python", config, tmp_path / "one"))
-    finish(command("torchrun", config, tmp_path / "two"))
-    one, two = summary(tmp_path / "one"), summary(tmp_path / "two")
+    two = summary(output)
     assert (one["ranks"], two["ranks"]) == (1, 2)
     for network, result in one["results"].items():
         # float32 sums in another order, over 16 steps
         assert result["loss"] == pytest.approx(two["results"][network]["loss"], rel=1e-3)
 
 
-def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
+@pytest.mark.full
+def test_two_ranks_under_torchrun_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
+    config, one = alone
+    finish(command("torchrun", config, tmp_path / "two"))
+    check_two_ranks(tmp_path / "two", one)
+
+
+def test_srun_variables_start_two_ranks_that_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
     """What srun sets for each task, without Slurm itself."""
-    config, output = make_config(tmp_path, "flat"), tmp_path / "out"
+    (config, one), output = alone, tmp_path / "out"
     job = {"SLURM_NTASKS": "2", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "MASTER_PORT": str(free_port())}
     tasks = [
         subprocess.Popen(
@@ -163,7 +126,7 @@ def test_srun_variables_start_two_ranks(tmp_path: Path) -> None:
     for task in tasks:
         said, _ = task.communicate(timeout=SECONDS)
         assert task.returncode == 0, said
-    assert summary(output)["ranks"] == 2
+    check_two_ranks(output, one)
 
 
 def test_slurm_variables_give_way_to_a_launchers() -> None:

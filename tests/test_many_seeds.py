@@ -22,8 +22,8 @@ from mpl_scale.data import TrainLoader, load_images, make_splits
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import FEEDBACK_RULES
 from mpl_scale.trainer.phases import plan_phases
-from tests.batches import normalised
-from tests.configs import DIGITS
+from tests.support.batches import normalised
+from tests.support.configs import DIGITS
 
 STEPS = 12
 

@@ -21,8 +21,8 @@ from mpl_scale.data.normalise import Normalise
 from mpl_scale.mesh import build_mesh
 from mpl_scale.spatial.agreement import ShapeAgreement
 from mpl_scale.trainer.evaluation import count_right
-from tests.dispatch import Collective, Collectives, HostTensors
-from tests.steps import EVERY_STEP, Case, make_batches, make_state
+from tests.support.dispatch import Collective, Collectives, HostTensors
+from tests.support.steps import EVERY_STEP, Case, make_batches, make_state
 
 META = torch.device("meta")
 EFFICIENTNET = Case(network="test_efficientnet", size=32)

@@ -17,7 +17,7 @@ from mpl_scale.mpl.mixing import beta, cutmix_box
 from mpl_scale.mpl.views import stored_views
 from mpl_scale.philox import uniform
 from mpl_scale.types import Batch
-from tests.test_properties import CLASSES, FEATURES, flat, gradient, make_batch, make_state, teacher_gradient
+from tests.support.perceptrons import CLASSES, FEATURES, flat, gradient, make_batch, make_state, teacher_gradient
 
 ALMOST = {"rtol": 1e-10, "atol": 1e-12}  # float64, sums of a few terms in another order
 

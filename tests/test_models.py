@@ -13,7 +13,7 @@ from mpl_scale.models import MODELS, Pass, build_model
 from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 TIMM = ["resnet18", "tf_efficientnet_b0", "mobilenetv3_small_050"]
 OTHERS = {"two_moons_mlp", "reduced_teacher", "efficientnet_b6_wide"}  # two of vectors, one of 1.3 GB

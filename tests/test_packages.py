@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from mpl_scale.cli import main
 from mpl_scale.config import load_config
 from mpl_scale.config.needs import MONITORS, needed_packages
 from mpl_scale.packages import PACKAGES, Package, require_packages
-from tests.configs import tiny, write
+from tests.support.configs import tiny, write
 
 NEEDS = [
     *((f"{section}.enabled=true", module) for section, module in MONITORS.items() if module is not None),
@@ -72,3 +73,10 @@ def test_a_folder_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not Package("no_such_monitor", "x", "x").installed()
     assert not Package("no_such_parent.child", "x", "x").installed()
     require_packages([("source", "torch")])
+
+
+def test_no_test_module_imports_from_another() -> None:
+    """What they share is in tests/support."""
+    paths = sorted(Path(__file__).parent.rglob("test_*.py"))
+    found = re.compile(r"^\s*(?:from|import) tests[\w.]*(?:\.| import .*\b)test_", re.MULTILINE)
+    assert [path.name for path in paths if found.search(path.read_text())] == []

@@ -15,7 +15,7 @@ from mpl_scale.cli.main import main
 from mpl_scale.config.reference import reference
 from mpl_scale.config.schema import Config
 from mpl_scale.planner.hardware import DEVICES, load_calibration
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 DOCS = DIGITS.parents[1] / "docs"
 LARGE = "--gpus 128"

@@ -21,8 +21,8 @@ from mpl_scale.planner import StorageCensus, reachable_bytes
 from mpl_scale.planner.job import Choice, Job
 from mpl_scale.planner.memory import network_state
 from mpl_scale.spatial import input_columns, parallelize
-from tests.configs import tiny
-from tests.ranks import pool
+from tests.support.configs import tiny
+from tests.support.ranks import pool
 
 BUCKET, BATCH, RANKS = 20_000, 4, 4
 SIZES = {"wide_resnet28_2": 32, "tf_efficientnet_b0": 32, "resnet50": 32}

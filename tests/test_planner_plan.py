@@ -21,7 +21,7 @@ from mpl_scale.planner.reasons import reasons
 from mpl_scale.planner.recorder import Line
 from mpl_scale.planner.search import Plan, search, sweep
 from mpl_scale.trainer.jobs import main_job, make_jobs, make_machine
-from tests.configs import DIGITS, tiny, write
+from tests.support.configs import DIGITS, tiny, write
 
 FOLDER = DIGITS.parent
 H200 = Machine(DEVICES["h200"], Reached())

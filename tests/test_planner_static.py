@@ -14,7 +14,7 @@ from mpl_scale.models import Passes
 from mpl_scale.models.layers import convert
 from mpl_scale.mpl import MovingAverage
 from mpl_scale.planner import reachable_bytes, static_bytes
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 LAYOUTS = [
     ("flat", 0),

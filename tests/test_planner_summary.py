@@ -17,8 +17,8 @@ from mpl_scale.monitor import cost_lines
 from mpl_scale.resolve import resolve
 from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 
 
 def make_config(folder: Path, *, network: str = "wide_resnet28_2", **top_level: Any) -> str:

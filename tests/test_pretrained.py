@@ -18,7 +18,7 @@ from mpl_scale.models.registry import register_model
 from mpl_scale.models.weights import load_weights, plain_model
 from mpl_scale.resolve import resolve
 from mpl_scale.trainer.input import check_models
-from tests.configs import tiny, write
+from tests.support.configs import tiny, write
 
 
 def run_with(folder: Path, *overrides: str, **student: Any) -> RunConfig:

@@ -11,7 +11,7 @@ from torch import nn
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.models import Pass, build_model
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 MODELS = [
     ("digits_cnn", {"dropout": 0.2}),

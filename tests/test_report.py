@@ -24,7 +24,7 @@ from mpl_scale.report.material import Curve, Material
 from mpl_scale.report.page import make_page
 from mpl_scale.report.runs import EVALUATION, STEPS, Run, add_runs, differing
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import DIGITS, tiny, write
+from tests.support.configs import DIGITS, tiny, write
 
 ROOT = DIGITS.parents[1]
 CPU = ROOT / "benchmarks" / "results" / "cpu"

@@ -24,10 +24,9 @@ from mpl_scale.mpl import METHODS, Network, State
 from mpl_scale.spatial import input_columns, parallelize
 from mpl_scale.trainer.snapshots import state_entries
 from mpl_scale.types import Batch
-from tests.ranks import pool
-from tests.reference import Settings, make_batches
-from tests.sharded import full_state, make_state, rank_batch
-from tests.test_equality import zero
+from tests.support.ranks import pool
+from tests.support.reference import Settings, make_batches
+from tests.support.sharded import full_state, make_state, rank_batch, zero
 
 CPU = torch.device("cpu")
 BEFORE, AFTER = 2, 3

@@ -20,8 +20,8 @@ from mpl_scale.planner.search import search
 from mpl_scale.resolve import resolve
 from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import DIGITS, tiny, write
-from tests.ranks import pool
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.ranks import pool
 
 ROOT = DIGITS.parents[1]
 ENGINES = [

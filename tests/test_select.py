@@ -27,9 +27,9 @@ from mpl_scale.select.rules import SELECTION_RULES, RuleSettings, Scores
 from mpl_scale.select.run import SelectOptions, select
 from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.mini_imagenet import WRITERS
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.mini_imagenet import WRITERS
+from tests.support.ranks import pool
 
 BROKEN = 3  # files of the folder that hold an image's header, its end, and nothing between
 TOP = 10

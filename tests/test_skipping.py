@@ -26,13 +26,12 @@ from mpl_scale.trainer import data_source
 from mpl_scale.trainer.loss_watch import LossWatch
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch, StepMetrics
-from tests.batches import normalised
-from tests.configs import tiny, write
-from tests.faults import check_documented
-from tests.ranks import pool
-from tests.reference import Settings, make_batches
-from tests.sharded import full_state, make_network, make_state, rank_batch
-from tests.test_equality import zero
+from tests.support.batches import normalised
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.ranks import pool
+from tests.support.reference import Settings, make_batches
+from tests.support.sharded import full_state, make_network, make_state, rank_batch, zero
 
 PREFIXES = ("teacher", "student", "ema", "state")
 

@@ -9,7 +9,7 @@ from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.spatial import parallelize
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 
 def feed(shapes: list[tuple[int, int, int, int]]) -> str:

@@ -15,8 +15,8 @@ from mpl_scale.spatial import SplitLayer, compare_split, parallelize, partition_
 from mpl_scale.spatial.halo import WidthGroup, exchange, gather_rows, to_rows
 from mpl_scale.spatial.layout import Window, balanced, derived, route, same_padding, shares, slices
 from mpl_scale.spatial.rules import RULES, class_name
-from tests.ranks import pool
-from tests.spatial_networks import LAYERS, build, compare_layer, layer_network
+from tests.support.ranks import pool
+from tests.support.spatial_networks import LAYERS, build, compare_layer, layer_network
 
 EXACT = 1e-9
 """Relative, in float64: roundings of 1e-16 that a dozen layers and gradients near zero enlarge."""

@@ -17,9 +17,9 @@ from mpl_scale.models import Pass
 from mpl_scale.spatial import parallelize, plan_layout
 from mpl_scale.spatial.switch import stages
 from mpl_scale.spatial.trace import trace
-from tests.ranks import pool
-from tests.spatial_networks import build, compare
-from tests.test_capture_safety import HostReads
+from tests.support.dispatch import HostReads
+from tests.support.ranks import pool
+from tests.support.spatial_networks import build, compare
 
 EXACT = 1e-9
 """Relative, in float64: 1e-16 times what 80 batch norms enlarge it by (4e-11 seen, where a gradient cancels to 0)."""
@@ -29,9 +29,7 @@ DROP = {"dropout": 0.2, "drop_path": 0.2}
 @pytest.mark.parametrize(
     ("name", "settings", "width", "image_size", "batch"),
     [
-        ("tf_efficientnet_b0", DROP, 2, 128, 2),
         ("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
-        ("tf_efficientnet_b0", DROP, 4, 64, 2),  # empty slices
         ("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
         ("efficientnet_b0", DROP, 4, 64, 2),
         ("resnet50", DROP, 2, 64, 2),
@@ -75,7 +73,10 @@ def test_switch_inside_an_efficientnet(stage: str) -> None:
 
 
 def test_block_input_halos_are_exact_and_traffic_is_that_of_the_layout() -> None:
-    """Counted: every column that rank 0 sends, and in the backward pass the gradient of every column it received."""
+    """Counted: every column that rank 0 sends, and in the backward pass the gradient of every column it received.
+
+    64 columns over 4 ranks: behind the last stride some slices are empty.
+    """
     sent = {}
     for halo in ("plain", "block_input"):
         found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 4, 64, 2, halo=halo)[0]

@@ -9,7 +9,7 @@ import pytest
 from mpl_scale.cli import main
 from mpl_scale.config import load_config
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
+from tests.support.configs import tiny, write
 
 
 def test_the_table_of_the_papers_network_is_that_of_the_design(capsys: pytest.CaptureFixture[str]) -> None:

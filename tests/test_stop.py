@@ -18,7 +18,7 @@ from mpl_scale.cli import main
 from mpl_scale.cli.stop import StopRequest
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 
 def hold(folder: str, pipe: Connection) -> None:

@@ -22,7 +22,7 @@ from mpl_scale.sweep.space import parse, uniform
 from mpl_scale.sweep.table import summary_lines
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import DIGITS, tiny, write
+from tests.support.configs import DIGITS, tiny, write
 
 LR, LABELS = "mpl_scale.optim.student.lr", "mpl_scale.data.labelled_per_class"
 SBATCH = DIGITS.parents[1] / "slurm" / "sweep.sbatch"

@@ -21,8 +21,8 @@ from mpl_scale.models import build_model
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS
 from mpl_scale.trainer.evaluation import Evaluator
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
 
 EVERY_LINE = {
     "global_step",

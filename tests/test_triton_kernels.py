@@ -20,7 +20,7 @@ def test_every_loop_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
     """sm_80 and sm_90: each loop of batch norm and each elementwise optimiser is at least one kernel of some size."""
     pytest.importorskip("triton", reason="needs triton, which comes with torch's CUDA builds")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.offline_triton", "80", "90"],
+        [sys.executable, "-m", "tests.support.offline_triton", "80", "90"],
         cwd=Path(__file__).parents[1],
         env={**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
         capture_output=True,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 import mpl_scale
 from mpl_scale.cli.main import main
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 PAGE = DIGITS.parents[1] / "docs" / "troubleshooting.md"
 OURS, TORCHS = PAGE.read_text().split("## Of torch, not of this package")

@@ -6,9 +6,10 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
 import threading
 import time
+from collections.abc import Iterator
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -18,8 +19,9 @@ from mpl_scale.config import check, load_config
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.trainer.watchdog import HANG_STATUS, Sighting, Watchdog, verdict
-from tests.configs import tiny, write
-from tests.faults import check_documented
+from tests.support.configs import tiny, write
+from tests.support.faults import check_documented
+from tests.support.launched import free_port
 
 HANG_AFTER = 7
 
@@ -48,20 +50,31 @@ def hang(rank: int, port: int, config: str, output: str, how: str) -> None:
     train(load_config(config), Options(Path(output)), stop_requested=stop)
 
 
-@pytest.mark.parametrize("how", ["asleep", "frozen"])
-def test_the_rank_that_hangs_is_named(tmp_path: Path, how: str) -> None:
+@pytest.fixture(scope="module")
+def hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, list[SpawnProcess]]]]:
+    """By how its rank 1 hangs: the folder of a run, and its two ranks. Both runs at once: most of it is waiting."""
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}
     raw["mpl_scale"]["guard"] = {"hang_seconds": 10.0}  # hundreds of these steps: a busy machine took 3 s for one
-    config, output = write(tmp_path, raw), tmp_path / "out"
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    ranks = [context.Process(target=hang, args=(rank, port, config, str(output), how)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    ranks[0].join(120)
+    runs = {}
+    for how in ("asleep", "frozen"):
+        folder, port = tmp_path_factory.mktemp(how), free_port()
+        given = (port, write(folder, raw), str(folder / "out"), how)
+        runs[how] = folder, [context.Process(target=hang, args=(rank, *given)) for rank in range(2)]
+        for rank in runs[how][1]:
+            rank.start()
+    yield runs
+    for _, ranks in runs.values():
+        for rank in ranks:
+            rank.kill()
+
+
+@pytest.mark.parametrize("how", ["asleep", "frozen"])
+def test_the_rank_that_hangs_is_named(hung: dict[str, tuple[Path, list[SpawnProcess]]], how: str) -> None:
+    folder, ranks = hung[how]
+    output = folder / "out"
+    ranks[0].join(200)
     said = Path(f"{output}.log0").read_text()
     assert ranks[0].exitcode == HANG_STATUS, said
     if how == "frozen":
@@ -75,7 +88,7 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path, how: str) -> None:
     assert "at mpl_scale/trainer/requests.py:" in said
     assert "(agreed)" in said
     line = next(line for line in said.splitlines() if "no step ended" in line)
-    check_documented(re.sub(r" at mpl_scale/\S+ \(.*?\)", "", line), folder=tmp_path)
+    check_documented(re.sub(r" at mpl_scale/\S+ \(.*?\)", "", line), folder=folder)
     stack = (output / "stacks" / "rank00000.txt").read_text()
     assert "all_reduce" in stack
     assert (output / "stacks" / "rank00001.txt").exists() == (how == "asleep")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,20 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig, ModelConfig, NetworkConfig, OptimConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, load_images, make_splits
+from mpl_scale.data import load_images
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import METHODS, Network
 from mpl_scale.spatial import input_columns, parallelize
 from mpl_scale.trainer.prepare import Options, train
-from tests.configs import tiny, write
-from tests.ranks import pool
-from tests.reference import Settings
-from tests.sharded import full_state, make_state
-from tests.test_resume import final_state, lines
-from tests.test_resume import run as run_stopped
+from tests.support.batches import splits_of, take, train_loader
+from tests.support.configs import tiny, write
+from tests.support.ranks import pool
+from tests.support.reference import Settings
+from tests.support.runs import final_state, lines
+from tests.support.runs import run as run_stopped
+from tests.support.sharded import full_state, make_state
 
 STEPS = 5
 SIZE = 8
@@ -38,10 +38,6 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     config = DataConfig(root=root, weak=WeakConfig(pad=1), strong=StrongConfig(ops=["rotate", "equalize"], cutout=2))
     load_images(config)
     return config
-
-
-def splits_of(config: DataConfig) -> Splits:
-    return make_splits(load_images(config), config=config, seed=0)
 
 
 def digits_network(name: str, seed: int, mesh: Mesh, options: dict[str, Any]) -> Network:
@@ -60,27 +56,20 @@ Trace = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def run_digits(config: DataConfig, name: str, width: int, options: dict[str, Any]) -> Trace:
     """Five MPL steps in float64 on real images: every metric of every step, and the weights and buffers at the end."""
     mesh = build_mesh(device=torch.device("cpu"), width=width)
-    loader = TrainLoader(
-        config=config,
-        splits=splits_of(config),
-        image_size=SIZE,
-        labelled_batch=6,
-        unlabelled_batch=10,
-        mesh=mesh,
-        seed=0,
-        stream=1,
-        start_step=0,
-        strong_view=StrongView(config.strong, seed=0, stream=1),
-        columns=input_columns(SIZE, width) if width > 1 else None,
-        dtype=torch.float64,
-    )
+    changes = {
+        "image_size": SIZE,
+        "labelled_batch": 6,
+        "unlabelled_batch": 10,
+        "strong_view": StrongView(config.strong, seed=0, stream=1),
+        "columns": input_columns(SIZE, width) if width > 1 else None,
+        "dtype": torch.float64,
+    }
     teacher, student = (digits_network(name, seed, mesh, options) for seed in (1, 2))
     state = make_state(SETTINGS, teacher, student, mesh)
     metrics = []
-    for batch in itertools.islice(loader, STEPS):
+    for batch in take(train_loader(config, splits_of(config), mesh, **changes), STEPS):
         values = METHODS["mpl"].step(state, batch)
         metrics.append({key: state.mean_over_ranks(value.double()).item() for key, value in values.items()})
-    loader.close()
     weights = {
         f"{kind}.{key}": value
         for kind, network in (("teacher", teacher), ("student", student))

@@ -19,7 +19,7 @@ from mpl_scale.checkpoint import find
 from mpl_scale.config import load_config
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.trainer.prepare import Options, train
-from tests.ranks import pool
+from tests.support.ranks import pool
 
 WRITTEN = Path(__file__).parent / "written_before"
 

@@ -45,7 +45,7 @@ class _Files:
         return View(self.side, 0, (), lambda *_: {}, interpolation=None)
 
     def pipeline(self, device: torch.device, *, threads: int, dali_resizes: bool) -> DecodePipeline:
-        from tests.photographs import ImagesInMemory, encoded, photograph
+        from tests.support.photographs import ImagesInMemory, encoded, photograph
 
         options = {"quality": 90} if self.kind == "JPEG" else {}
         files = [encoded(photograph(index, self.side, self.side), self.kind, **options) for index in range(3)]

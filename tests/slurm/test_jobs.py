@@ -23,8 +23,8 @@ import torch
 from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.cli import main
 from mpl_scale.sweep import read_spec
-from tests.configs import DIGITS, tiny
 from tests.slurm.cluster import Cluster, install, wait_for
+from tests.support.configs import DIGITS, tiny
 
 ROOT = DIGITS.parents[1]
 STEPS = 80

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.configs import DIGITS
+from tests.support.configs import DIGITS
 
 SLURM = DIGITS.parents[1] / "slurm"
 SCRIPTS = sorted([*SLURM.glob("*.sh"), *SLURM.glob("*.sbatch")])

@@ -6,6 +6,7 @@ A mode sits below autograd, so it sees forward, backward and optimiser alike.
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +46,20 @@ class HostTensors(TorchDispatchMode):
             where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
             self.found.append(f"{func.__name__}{where}")
         return result
+
+
+class HostReads(TorchDispatchMode):
+    """Counts operators that make the host wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.__name__.split(".")[0]
+        if name in _HOST_READS:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class Collective(NamedTuple):

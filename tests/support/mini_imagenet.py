@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 
-from tests.photographs import encoded, photograph
+from tests.support.photographs import encoded, photograph
 
 CLASSES, PER_CLASS, SIDE = 6, 8, 32
 COUNT = CLASSES * PER_CLASS

@@ -1,6 +1,6 @@
 """Compile the Triton kernels that inductor makes of the package's loops, for GPUs that are not here.
 
-`python -m tests.offline_triton 80 90` prints a JSON list of [loop, kernel, architecture, bytes of machine code].
+`python -m tests.support.offline_triton 80 90` prints JSON lists of [loop, kernel, architecture, bytes of machine code].
 A process of its own: what it tells torch and triton about the GPU stays in their caches. Needs neither GPU nor driver;
 the assembler comes with triton. Shapes are static here, and of each kernel the first configuration is compiled.
 """

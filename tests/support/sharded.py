@@ -15,7 +15,7 @@ from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
 from mpl_scale.types import Batch
-from tests.reference import Settings, Trace, make_batches, make_net
+from tests.support.reference import Settings, Trace, make_batches, make_net
 
 
 def method_config(s: Settings) -> MethodConfig:
@@ -107,3 +107,15 @@ def differences(ours: Trace, reference: Trace) -> dict[str, float]:
     result["cosine"] = max(abs(a - b) for a, b in zip(ours.cosines, reference.cosines, strict=True))
     result["baseline"] = abs(ours.baseline - reference.baseline)
     return result
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """Small buckets and no persistent parameters, so that every bucket and gather path runs."""
+    return {
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 200,
+            "allgather_bucket_size": 200,
+            "stage3_param_persistence_threshold": 0,
+        }
+    }

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-DIGITS = Path(__file__).parents[1] / "ds_configs" / "digits.json"
+DIGITS = Path(__file__).parents[2] / "ds_configs" / "digits.json"
 
 
 def tiny(**top_level: Any) -> dict[str, Any]:

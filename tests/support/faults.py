@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-PAGE = (Path(__file__).parents[1] / "docs" / "faults.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
 
 
 def check_documented(said: str, *, folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.photographs import encoded, photograph
+from tests.support.photographs import encoded, photograph
 
 WIDTH, HEIGHT = 120, 90
 
@@ -155,3 +155,20 @@ NO_FILE: dict[str, Callable[[Path], object]] = {
 def _flipped(data: bytes) -> bytes:
     position = data.index(b"IDAT") + 40
     return _put(data, position, bytes([data[position] ^ 0xFF]))
+
+
+def corrupt_body(path: Path) -> None:
+    """Flip bits of the compressed pixels and mend their checksum: only a decode can tell."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"IDAT")
+    data[start + 20] ^= 0xFF
+    stop = start + 4 + int.from_bytes(data[start - 4 : start], "big")
+    data[stop : stop + 4] = zlib.crc32(data[start:stop]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+
+SPOIL = {
+    "corrupt": (corrupt_body, "DALI cannot decode it"),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated"),
+    "deleted": (lambda path: path.unlink(), "cannot be read: No such file or directory"),
+}

@@ -1,0 +1,60 @@
+"""Small data sets of given labels, and their indexes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data import load_images
+from mpl_scale.data.index.reader import IndexedImages
+from tests.support import mini_imagenet as mini
+
+FIRST_LABEL = {"tfrecord": 1, "webdataset": 0, "arrays": 0}
+"""Formats whose labels may start anywhere, and where they start by custom."""
+
+
+def feature(number: int, *values: bytes) -> bytes:
+    """A Feature of bytes (1), floats (2) or integers (3), each value a field of its own."""
+    return mini.field(number, b"".join(mini.field(1, value) for value in values))
+
+
+def example(**features: bytes) -> bytes:
+    named = {"image/encoded": feature(1, mini.files()[0])} | {
+        name.replace("__", "/"): value for name, value in features.items()
+    }
+    return mini.field(
+        1, b"".join(mini.field(1, mini.field(1, name.encode()) + mini.field(2, v)) for name, v in named.items() if v)
+    )
+
+
+def write(root: Path, source: str, labels: list[int], *, test: list[int] | None = None) -> Path:
+    """A data set of these labels, and of these in its test part."""
+    root.mkdir(parents=True, exist_ok=True)
+    images = mini.files()
+    for part, numbers in (("train", labels), ("test", test or [])):
+        if not numbers:
+            continue
+        if source == "tfrecord":
+            rows = [mini.record(mini.example(images[row], label)) for row, label in enumerate(numbers)]
+            (root / f"{part}.tfrecord").write_bytes(b"".join(rows))
+        elif source == "webdataset":
+            members = [
+                m
+                for row, label in enumerate(numbers)
+                for m in ((f"{row:03d}.png", images[row]), (f"{row:03d}.cls", b"%d" % label))
+            ]
+            (root / f"{part}.tar").write_bytes(mini.tar_of(members))
+        else:
+            prefix = "" if part == "train" else "test_"
+            np.save(root / f"{prefix}images.npy", mini.pictures()[0][: len(numbers)])
+            np.save(root / f"{prefix}labels.npy", np.array(numbers))
+    return root
+
+
+def load(root: Path, source: str, **settings: object) -> IndexedImages:
+    """Through the cache, however many images may be unreadable."""
+    images = load_images(DataConfig(source=source, root=str(root), max_bad_fraction=1.0, **settings))
+    assert isinstance(images, IndexedImages)
+    return images
