@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mpl_scale.checkpoint.agree import on_main, together
 from mpl_scale.checkpoint.entries import Entry
-from mpl_scale.checkpoint.folders import open_draft, prune, publish_draft, sync, write_text
+from mpl_scale.checkpoint.folders import open_draft, prune, publish_draft
 from mpl_scale.checkpoint.format import (
     INDEX_NAME,
     CheckpointError,
@@ -32,6 +32,7 @@ from mpl_scale.checkpoint.format import (
     parse_table,
     tensor_name,
 )
+from mpl_scale.files import sync, write_text
 from mpl_scale.mesh import Mesh
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 
 RESERVED = ("global_step", "phase", "step", "part", "wall")
 """The line's own fields."""

@@ -25,9 +25,9 @@ from mpl_scale.config.names import require_known
 from mpl_scale.data import Quarantine
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import sha256_of
+from mpl_scale.files import replace_text
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import Progress
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.resolve import choose_layout, choose_numerics
 from mpl_scale.select.hashes import read_hashes
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings

@@ -8,7 +8,6 @@ depend on who made it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.normalise import Normalise
+from mpl_scale.files import replacing
 from mpl_scale.select.hashes import matches
 from mpl_scale.select.rules import Scores
 
@@ -77,13 +77,8 @@ class ScoreFiles:
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
         """Leave the file of a chunk."""
-        path = self._path(chunk)
-        aside = path.with_name(f".{path.name}.writing")
-        with open(aside, "wb") as file:
+        with replacing(self._path(chunk)) as draft, open(draft, "wb") as file:
             np.save(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
 
     def read(self, chunk: int) -> np.ndarray:
         """A chunk's rows, memory-mapped."""

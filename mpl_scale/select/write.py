@@ -12,7 +12,7 @@ import numpy as np
 from mpl_scale.config import Config
 from mpl_scale.data.index.reader import IndexedImages, read_meta
 from mpl_scale.data.index.subset import write_subset
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 from mpl_scale.select.rules import SELECTION_RULES, Chosen, RuleSettings
 from mpl_scale.select.scores import ScoreFiles
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mpl_scale.config import load_config
+from mpl_scale.files import replace_text
 from mpl_scale.monitor import config_hash
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.monitor.summary import DONE_NAME, SUMMARY_NAME
 from mpl_scale.sweep.spec import Spec, nested
 

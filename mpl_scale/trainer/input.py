@@ -26,9 +26,9 @@ from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
+from mpl_scale.files import replace_text
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights, replaced_classifier
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
