@@ -142,7 +142,7 @@ def _normalised(pixels: torch.Tensor) -> torch.Tensor:
 def _loader(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
     from mpl_scale.augment import StrongView
     from mpl_scale.data import TrainLoader  # imports DALI
-    from mpl_scale.trainer.input import load_splits
+    from mpl_scale.trainer.preflight import load_splits
 
     config = run.mpl
     return TrainLoader(

@@ -14,7 +14,7 @@ from mpl_scale.data import Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, IndexedImages
 from mpl_scale.data.samples.splits import SPLITS
-from mpl_scale.trainer.input import record_splits
+from mpl_scale.trainer.preflight import record_splits
 from tests import mini_imagenet as mini
 from tests.test_data_order import image_set
 from tests.test_data_sources import write_folder

@@ -33,7 +33,7 @@ from mpl_scale.select.hashes import read_hashes
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings
 from mpl_scale.select.scores import HashedImages, ScoreFiles, score_chunks
 from mpl_scale.select.write import write_selected
-from mpl_scale.trainer.agree import do_together, value_on_main
+from mpl_scale.trainer.bad_input import do_together, value_on_main
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.stored_network import load_network
 

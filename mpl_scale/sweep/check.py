@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.sweep.folder import Task
 from mpl_scale.sweep.spec import Spec
-from mpl_scale.trainer.input import check_models, check_names
+from mpl_scale.trainer.preflight import check_models, check_names
 
 
 def check_tasks(spec: Spec, tasks: Sequence[Task], *, ranks: int, cuda: bool) -> None:

@@ -24,7 +24,7 @@ from mpl_scale.config.deepspeed_half import settings_of
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import SECTION
 from mpl_scale.data.samples.manifest import content, describe_splits
-from mpl_scale.trainer.agree import differences
+from mpl_scale.trainer.bad_input import differences
 
 if TYPE_CHECKING:
     from mpl_scale.trainer.run import Trainer

@@ -13,7 +13,7 @@ from mpl_scale.data import evaluation_batches
 from mpl_scale.files import replacing
 from mpl_scale.mesh import build_mesh
 from mpl_scale.resolve import choose_numerics
-from mpl_scale.trainer.input import load_splits
+from mpl_scale.trainer.preflight import load_splits
 from mpl_scale.trainer.stored_network import load_network
 
 

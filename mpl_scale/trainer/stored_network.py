@@ -13,7 +13,7 @@ from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import Config
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.trainer.agree import value_on_main
+from mpl_scale.trainer.bad_input import value_on_main
 
 NETWORKS = ("teacher", "student", "ema")
 

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's input beyond its config file: names, images, models, the output folder.
+"""Checks of a run's input beyond its config file: names, images, models, the output folder.
 
 All of it is checked before the ranks join, and raises ValueError with the field or file and the fix.
 """

@@ -1,4 +1,4 @@
-"""`mpl-scale split`: a model's width partition as a table, and its proof in float64 on local ranks."""
+"""`mpl-scale partition`: a model's width partition as a table, and its proof in float64 on local ranks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TOLERANCE = 1e-8
 """Of the largest relative difference: float64 roundings of 1e-16, enlarged by a deep net's many batch norms."""
 
 
-def split(options: argparse.Namespace) -> int:
-    """Print the table; with --verify also compare. Returns 0, or 1 where split and whole differ.
+def partition(options: argparse.Namespace) -> int:
+    """Print the table; with --verify also compare. Returns 0, or 1 where partitioned and whole images differ.
 
     Raises:
         ValueError: a model that is unknown, or has a module without a partition rule; names the module.
     """
     if options.verify and options.width == 1:
-        raise ValueError("--verify --width 1: nothing is split; use a width of 2 or more")
+        raise ValueError("--verify --width 1: nothing is partitioned; use a width of 2 or more")
     model = _model(options, device="meta")
     how = {"image_size": options.size, "width": options.width, "switch_at": options.switch_at, "halo": options.halo}
     print(split_table(model, **how), flush=True)
@@ -41,7 +41,7 @@ def split(options: argparse.Namespace) -> int:
     for name, value in dataclasses.asdict(found).items():
         print(f"{name}: {value:.1e}" if isinstance(value, float) else f"{name}: {value}")
     equal = found.worst <= TOLERANCE
-    print(f"split over {options.width} ranks {'equals' if equal else 'DIFFERS FROM'} whole images in float64")
+    print(f"partitioned over {options.width} ranks {'equals' if equal else 'DIFFERS FROM'} whole images in float64")
     return 0 if equal else 1
 
 

@@ -1,4 +1,4 @@
-"""Bad input that one rank finds is said by all, in its own words; other failures as checkpoint/agree.py has them."""
+"""Bad input that one rank finds is said by all, in its own words; other failures: see checkpoint/agree.py."""
 
 from __future__ import annotations
 
