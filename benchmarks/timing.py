@@ -108,33 +108,23 @@ class PhaseTimer:
 
 
 class _Timed:
-    """A network whose calls are timed; everything else is its own."""
+    """A network whose METHODS are timed; everything else is its own."""
+
+    METHODS = ("forward", "accumulate", "reduce", "apply", "discard")
 
     def __init__(self, network: Any, timer: PhaseTimer, role: str) -> None:
         self._network, self._timer, self._role = network, timer, role
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
+        own = getattr(self._network, name)
+        if name not in self.METHODS:
+            return own
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "forward"):
-            return self._network.forward(*args, **kwargs)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._timer.call(self._role, name):
+                return own(*args, **kwargs)
 
-    def accumulate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "accumulate"):
-            return self._network.accumulate(*args, **kwargs)
-
-    def reduce(self) -> Any:
-        with self._timer.call(self._role, "reduce"):
-            return self._network.reduce()
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "apply"):
-            return self._network.apply(*args, **kwargs)
-
-    def discard(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "discard"):
-            return self._network.discard(*args, **kwargs)
+        return timed
 
 
 def interleave(

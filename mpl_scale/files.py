@@ -1,4 +1,4 @@
-"""Files and folders that a kill leaves as they were or complete, and locks between processes.
+"""Files and folders that a kill leaves as they were or complete, JSON files of users, and locks between processes.
 
 Everything is written under a draft's name beside the final one, and gets the final name by one rename.
 """
@@ -6,13 +6,14 @@ Everything is written under a draft's name beside the final one, and gets the fi
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextmanager
@@ -65,6 +66,19 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         path.rename(old)
     draft.rename(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def read_object(path: Path, *, fix: str) -> dict[str, Any]:
+    """The JSON object in a file. ValueError with the path, what is wrong with it and the fix."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {fix}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}; {fix}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not a {type(document).__name__}; {fix}")
+    return document
 
 
 def write_text(path: Path, text: str) -> None:

@@ -67,6 +67,16 @@ class Shards(ABC):
         """Copy the master shards into the module's weights and gather them."""
         self.wrapper.update_lp_params()
 
+    def _partitions(self, *, offloaded: bool) -> Pieces:
+        if offloaded:
+            return [[master.grad] for master in self.masters]
+        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+
+    def _clear_offloaded(self) -> None:
+        self.wrapper.reset_cpu_buffers()
+        for master in self.masters:
+            master.grad.zero_()
+
 
 class ReplicatedShards(Shards):
     """Stage 0: every rank holds everything, one shard per parameter."""
@@ -119,10 +129,8 @@ class FlatShards(Shards):
                     self.layout.append(Slice(name, shape, low - position, high - low, index, low - begin))
 
     def pieces(self) -> Pieces:
-        """The partition's gradients, or with CPU offload the master's, which the hooks have filled."""
-        if self.wrapper.cpu_offload:
-            return [[master.grad] for master in self.masters]
-        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+        """The partition's gradients, or with CPU offload the masters', which the hooks have filled."""
+        return self._partitions(offloaded=self.wrapper.cpu_offload)
 
     def clear(self) -> None:
         """What `step` resets on an overflow, and the micro step: else the next gradient is added to this one."""
@@ -131,10 +139,8 @@ class FlatShards(Shards):
             gradients.update(dict.fromkeys(gradients))
         self.wrapper.micro_step_id = self._first_micro_step
         if self.wrapper.cpu_offload:
-            self.wrapper.reset_cpu_buffers()
+            self._clear_offloaded()
             self.wrapper._offload_accumulated_param_ids.clear()
-            for master in self.masters:
-                master.grad.zero_()
 
 
 class Bf16FlatShards(FlatShards):
@@ -190,9 +196,7 @@ class PartitionedShards(Shards):
 
     def pieces(self) -> Pieces:
         """The gradients' partitions, or with CPU offload the masters' gradients."""
-        if self.wrapper.offload_optimizer:
-            return [[master.grad] for master in self.masters]
-        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+        return self._partitions(offloaded=self.wrapper.offload_optimizer)
 
     def clear(self) -> None:
         """zero_grad also resets the micro step; a parameter that gets no gradient next time must not keep this one."""
@@ -200,9 +204,7 @@ class PartitionedShards(Shards):
         self.wrapper.averaged_gradients.clear()
         self.wrapper.grad_partitions_flat_buffer.zero_()
         if self.wrapper.offload_optimizer:
-            self.wrapper.reset_cpu_buffers()
-            for master in self.masters:
-                master.grad.zero_()
+            self._clear_offloaded()
 
     def refresh(self) -> None:
         """Write the partitions; parameters that stay whole are dropped, the next forward gathers them again."""

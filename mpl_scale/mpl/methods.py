@@ -47,14 +47,7 @@ def register_method(
     """
 
     def add(step: Step) -> Step:
-        METHODS[name] = Method(
-            name=name,
-            step=step,
-            teacher=teacher,
-            student=student,
-            unlabelled=unlabelled,
-            teacher_views=teacher_views,
-        )
+        METHODS[name] = Method(name, step, teacher, student, unlabelled, teacher_views)
         return step
 
     return add
