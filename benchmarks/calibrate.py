@@ -32,7 +32,7 @@ ROUNDS = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Parse the options, measure and write the calibration; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/calibration.json"))
     parser.add_argument("--scale", type=int, default=1, help="multiply the sizes, so that a GPU has enough to do")

@@ -23,7 +23,7 @@ class Clock:
         self._device = device
 
     def mark(self) -> Any:
-        """A point in time."""
+        """The time now: seconds on a CPU, a recorded event on a GPU."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -31,7 +31,7 @@ class Clock:
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two marks."""
+        """Seconds between two marks."""
         return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
 
     def together(self) -> None:
@@ -77,7 +77,7 @@ class PhaseTimer:
 
     @contextmanager
     def call(self, role: str, method: str) -> Iterator[None]:
-        """Around one call of a network."""
+        """Time one call of a method of the teacher or the student."""
         self.mark("other")
         yield
         self.mark(self._phase(role, method))

@@ -45,7 +45,7 @@ class Workload:
     """Why the step is not replayed as a graph; None: it is. Set when a capture fails."""
 
     def step(self) -> Any:
-        """One step as a run makes it."""
+        """Run one step as a run does; returns its metrics."""
         return self.runner(next(self.source))
 
     @property

@@ -99,7 +99,7 @@ class _Waiting:
         return max(0.0, self._timeout - (time.monotonic() - self._began))
 
     def until(self, there: Callable[[], bool], why_not: Callable[[], str]) -> None:
-        """Raises RanksMissing."""
+        """Wait until `there` holds; RanksMissing, with `why_not`, at the end of the timeout."""
         while not there():
             waited = time.monotonic() - self._began
             if waited > self._timeout:

@@ -166,7 +166,7 @@ def test_the_sweep_says_where_only_a_split_can_be(tmp_path: Path) -> None:
     assert found[16][0] is not None
     assert found[128][0] is None
     assert found[128][1] is not None
-    assert lines(found)[-1] == "only the width split can be at 128 devices"
+    assert lines(found)[-1] == "only a width partition fits at 128 devices"
     assert max(share for pair in efficiency(found).values() for share in pair if share is not None) == 1.0
     for name in ("curve.png", "curve.svg"):
         plot(found, tmp_path / name, title="a sweep")

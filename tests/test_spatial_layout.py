@@ -1,4 +1,4 @@
-"""The integer layout of the width split: for every geometry, ranks that exchange as it says compute the whole layer."""
+"""The integer layout of the width partition: ranks that exchange as it says compute the whole layer, in every geometry."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class _Files:
 
 
 def parts(tiny: bool) -> list[Part]:
-    """One."""
+    """The one part of this module."""
     return [Part("decode", decode, 60, needs=("nvidia.dali",))]
 
 

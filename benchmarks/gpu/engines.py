@@ -24,7 +24,7 @@ PATIENCE = 60.0
 
 
 def parts(tiny: bool) -> list[Part]:
-    """In order of worth."""
+    """The parts of this module, the most valuable first."""
     return [
         Part("two_ranks", two_ranks, 120, joins=False),
         Part("deepspeed_stages", deepspeed_stages, 150, needs=("deepspeed",)),

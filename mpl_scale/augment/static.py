@@ -85,7 +85,7 @@ class _Parameters:
         self._columns = {np.dtype(np.int32): columns, np.dtype(np.float32): columns.view(torch.float32)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """[B, 1]."""
+        """A parameter by name, [B, 1]."""
         return self.span(name, name)
 
     def span(self, first: str, last: str) -> torch.Tensor:

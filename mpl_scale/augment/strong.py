@@ -47,7 +47,7 @@ class Drawn:
     crop: np.ndarray
 
     def rows(self, part: slice) -> Drawn:
-        """A part of the rows."""
+        """What was drawn for some rows of the batch."""
         return Drawn(self.which[part], self.strength[part], self.places[part], self.cutout[part], self.crop[part])
 
 
@@ -224,7 +224,7 @@ class StrongView:
     def _view(
         self, images: torch.Tensor, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> torch.Tensor:
-        """All that is drawn, in order."""
+        """The drawn operations in order, then cutout, crop and flip; images uint8 [B, 3, H, W]."""
         for number in range(self._config.num_ops):
             given = Given(self._config.fill, partners, drawn.places[:, number])
             images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)

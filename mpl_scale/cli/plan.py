@@ -37,7 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs=2,
         metavar=("FROM", "TO"),
-        help="instead: the best plan at FROM, 2 FROM ... TO devices, with and without a width split",
+        help="instead: the best plan at FROM, 2 FROM ... TO devices, with and without a width partition",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of --sweep: a PNG or SVG (needs matplotlib)")
     parser.add_argument("--paper", action="store_true", help="instead: what the paper's own run must have reached")

@@ -31,7 +31,7 @@ _BOUNDS = (
 
 
 def reference() -> str:
-    """The page, Markdown."""
+    """The page docs/config.md, in Markdown."""
     parts = [HEAD]
     for path, section in _sections(Config, "mpl_scale"):
         parts.append(f"\n## {path}\n\n{(section.__doc__ or '').strip()}\n")

@@ -47,12 +47,12 @@ class Layout:
 
     @property
     def line(self) -> int:
-        """Bytes of a line."""
+        """Bytes of a line of one channel, margin included."""
         return self.side + self.margin
 
     @property
     def plane(self) -> int:
-        """Bytes of a plane."""
+        """Bytes of one channel, margins included."""
         return self.line**2
 
     @property
@@ -85,7 +85,7 @@ class Places(Protocol):
     """Where what a step sees of the stored samples lies."""
 
     def windows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """By place."""
+        """Everything that can be gathered, [places, ...]: row p is what lies at place p."""
 
     def place(self, rows: np.ndarray, corners: np.ndarray | None) -> np.ndarray:
         """int64 [n], of samples `rows`, int64 [n], at corners int [n, 2]; None: whole ones."""
@@ -257,7 +257,7 @@ class ResidentViews:
         return Decoded(views, used, labels)
 
     def close(self) -> None:
-        """Forget what is planned."""
+        """Forget the planned rows."""
         self._planned.clear()
 
     def _plan(self) -> None:

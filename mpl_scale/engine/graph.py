@@ -87,7 +87,7 @@ class CudaGraphs:
         return graph.replay, metrics
 
     def release(self) -> None:
-        """Segments of freed pools."""
+        """Free what the allocator holds of captured graphs' memory pools."""
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -150,5 +150,5 @@ class BatchNorm(nn.Module):
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by print(module)."""
+        """The arguments that print(module) shows."""
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}, global={self.group is not None}"

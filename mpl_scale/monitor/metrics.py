@@ -75,7 +75,7 @@ class MetricsWriter:
         self._last = global_step
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing more can be written."""
         self._file.close()
 
 

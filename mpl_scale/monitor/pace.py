@@ -53,7 +53,7 @@ def _rate(start: tuple[int, float], end: tuple[int, float]) -> float | None:
 
 
 def format_seconds(seconds: float) -> str:
-    """5s, 1m20s, 2h05m, 3d04h."""
+    """A duration as people write it: 5s, 1m20s, 2h05m, 3d04h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -15,7 +15,7 @@ Step = Callable[[State, Batch], StepMetrics]
 
 @dataclass(frozen=True)
 class Method:
-    """A step and what it needs."""
+    """A step and what it needs of the state and of the batches."""
 
     name: str
     step: Step

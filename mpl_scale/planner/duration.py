@@ -139,7 +139,7 @@ def collective(operation: str, size: float, *, ranks: int, spread: int, machine:
 
 
 def _sent(sent: Iterable[Sent], images: float, choice: Choice, machine: Machine) -> dict[str, float]:
-    """What a pass sends, by cause."""
+    """Seconds that a pass spends sending, by cause."""
     found: dict[str, float] = defaultdict(float)
     for item in sent:
         ranks = choice.world if item.group == "world" else choice.width

@@ -134,7 +134,7 @@ class Job:
         return METHODS[self.settings.name].teacher_sees_images
 
     def networks(self) -> list[Literal["teacher", "student"]]:
-        """Those that the method trains."""
+        """The networks that the method trains."""
         found: list[Literal["teacher", "student"]] = []
         if self.method.teacher:
             found.append("teacher")

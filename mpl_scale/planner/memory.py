@@ -31,7 +31,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of the rank."""
+        """Bytes of the rank, all categories together."""
         return sum(self.categories.values())
 
     @property

@@ -19,7 +19,7 @@ POLICIES = ("none", "bn_act", "block")
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice and what it costs."""
+    """A choice with its memory and its time."""
 
     job: Job
     choice: Choice
@@ -27,12 +27,12 @@ class Plan:
 
     @cached_property
     def memory(self) -> Memory:
-        """Bytes of a rank."""
+        """Bytes of a rank, by category."""
         return memory(self.job, self.choice, self.machine)
 
     @cached_property
     def duration(self) -> Duration:
-        """Seconds of a step."""
+        """Seconds of a step, by phase."""
         return duration(self.job, self.choice, self.machine)
 
     @property
@@ -70,7 +70,7 @@ class Found:
 
     @property
     def smallest(self) -> Plan | None:
-        """The plan of the fewest bytes."""
+        """The plan with the least memory; None: there is no plan."""
         return min(self.plans, key=lambda plan: plan.memory.total, default=None)
 
 
@@ -181,7 +181,7 @@ def as_configured(job: Job, resolved: Resolved, *, world: int, machine: Machine)
 
 
 def sweep(job: Job, worlds: Sequence[int], machine: Machine) -> dict[int, tuple[Plan | None, Plan | None]]:
-    """For each number of ranks the fastest plan without a width split and the fastest with one; None: none fits."""
+    """For each number of ranks the fastest plan without a width partition and the fastest with one; None: none fits."""
     found = {}
     for world in worlds:
         fitting = search(job, world, machine).fitting

@@ -110,7 +110,7 @@ class Origin:
 
 @dataclass
 class Material:
-    """Everything that was read."""
+    """Everything that was read: the runs and results that a report shows."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)

@@ -58,7 +58,7 @@ class ScoreFiles:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks."""
+        """Number of chunks, the last of which may be shorter."""
         return -(-self.count // self.size)
 
     @property

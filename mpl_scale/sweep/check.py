@@ -39,7 +39,7 @@ def check_tasks(spec: Spec, tasks: Sequence[Task], *, ranks: int, cuda: bool) ->
 
 
 def _networks(run: RunConfig) -> str:
-    """What `check_models` looks at."""
+    """The settings that decide how networks are built; runs that share them need one check."""
     mpl = run.mpl
     parts = (mpl.model.model_dump(mode="json"), mpl.parallel.model_dump(mode="json"), mpl.method.name)
     return json.dumps(parts, sort_keys=True)

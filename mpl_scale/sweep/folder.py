@@ -34,7 +34,7 @@ CANDIDATES = ("finetuned.top1", "student.top1")
 
 
 class State(Enum):
-    """Progress of a run."""
+    """How far a run of a sweep is."""
 
     NEW = "not begun"
     BEGUN = "begun"

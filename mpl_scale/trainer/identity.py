@@ -158,7 +158,7 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left."""
+        """Whether every phase has ended."""
         return not any(map(self.is_left, PHASES))
 
     def why_not(self, rule: Rule, known: Mapping[str, Any]) -> str | None:
@@ -187,7 +187,7 @@ class Verdict:
     done: bool
 
     def notes(self) -> list[str]:
-        """A line for each field."""
+        """One line for each field that differs."""
         return [f"{field}: {json.dumps(old)} -> {json.dumps(new)}" for field, (old, new) in self.changed.items()]
 
 

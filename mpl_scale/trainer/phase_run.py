@@ -33,15 +33,15 @@ class Record:
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """Of training, over all starts."""
+        """Seconds of training in this phase, earlier starts included."""
         return self.earlier_seconds + time.monotonic() - self.began
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Results, seconds and `kept`, for a checkpoint's metadata."""
         return {"results": self.results, "seconds": self.seconds(), **self.kept}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """From a checkpoint's metadata."""
+        """Restore results and seconds from a checkpoint's metadata."""
         self.results, self.earlier_seconds = dict(saved["results"]), saved["seconds"]
 
 

@@ -91,7 +91,7 @@ class Watchdog:
         self._deadline = None
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
 
     def _watch(self) -> None:

@@ -66,7 +66,7 @@ class Header(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The format, for people."""
+        """The format's name, as messages show it."""
         return f"{self.kind} (decoded by PIL)" if self.by_pil else self.kind
 
 

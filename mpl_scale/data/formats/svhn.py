@@ -37,7 +37,7 @@ _LARGEST_IMAGE = 1 << 24  # bytes
 
 @register_format("svhn")
 class Svhn:
-    """Cropped digits ("format 2")."""
+    """SVHN's cropped digits ("format 2")."""
 
     layout: Layout = "rows"
     first_label: int | None = None

@@ -35,7 +35,7 @@ Report = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Built:
-    """What a build did."""
+    """The result of a build."""
 
     folder: Path
     images: int

@@ -170,7 +170,7 @@ class ScanBuilder:
         self._refusals.append(Refusal(self._file, offset, reason))
 
     def scan(self) -> Scan:
-        """The complete scan."""
+        """Everything added so far as a Scan."""
         return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names, census=self.census)
 
 

@@ -92,7 +92,7 @@ class _Names:
         self._rows = self._bytes = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Those of the next samples."""
+        """Append the names of these samples."""
         ends = np.asarray(self._source_ends[ids])
         begins = np.where(ids > 0, self._source_ends[np.maximum(ids - 1, 0)], 0)
         lengths = ends - begins
@@ -103,7 +103,7 @@ class _Names:
         self._rows, self._bytes = self._rows + len(ids), self._bytes + int(own_ends[-1])
 
     def close(self) -> None:
-        """Everything is on disk."""
+        """Flush both files."""
         self._file.close()
         self._ends.flush()
 

@@ -202,12 +202,12 @@ def kind_of(reason: str) -> str:
 
 
 def _refusals(part: _Part) -> Iterator[Refusal]:
-    """In the order of the shard."""
+    """The refusals of a shard, by offset."""
     return iter(sorted((Refusal(*entry) for entry in part.about["refusals"]), key=lambda refusal: refusal.offset or 0))
 
 
 def _create(path: Path, *, dtype: np.dtype, count: int) -> np.ndarray:
-    """An array on disk to be filled."""
+    """A new array on disk, zeros, [count] or [count, 2]."""
     shape = (count, 2) if path.stem == "size" else (count,)
     if not count:
         np.save(path, np.zeros(shape, dtype))
