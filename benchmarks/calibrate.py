@@ -135,7 +135,7 @@ def _layer(
 
 
 def _share(rate: float, peak: float) -> float:
-    """Of the peak: above 1 where a cache, not memory, was measured."""
+    """The measured rate as a share of the peak, at most 1: a rate above the peak is a cache's."""
     return min(rate / peak, 1.0)
 
 

@@ -35,7 +35,7 @@ class Clock:
         return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
 
     def together(self) -> None:
-        """All ranks here, nothing in flight."""
+        """Wait until all ranks are here and the device is idle."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:

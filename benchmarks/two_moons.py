@@ -113,7 +113,7 @@ def top1(kept: Kept, table: str, row: str, *, seeds: Sequence[int]) -> list[floa
 
 
 def summary(accuracy: dict[str, list[float]], *, ours: str) -> dict[str, dict[str, Any]]:
-    """By row: share of successes, mean and deviation of the accuracy; of ours, the paired difference to each other."""
+    """Successes, mean and deviation of the accuracy by row; for ours, the paired difference to every other row."""
     return {
         row: {
             "success": float(np.mean(np.array(values) > SUCCESS)),

@@ -50,11 +50,11 @@ class Workload:
 
     @property
     def images(self) -> int:
-        """Of a step, over all ranks: labelled and unlabelled, each counted once however many views it has."""
+        """Images of a step over all ranks, labelled and unlabelled, each counted once whatever its number of views."""
         return self.phase.labelled + self.phase.unlabelled
 
     def flops(self, *, recompute: bool = False) -> int:
-        """Of a step, on one rank (its share of images, its columns)."""
+        """Floating-point operations of a step on one rank (its share of images, its columns)."""
         config, method = self.run.mpl, self.run.mpl.method
         macs = {
             name: count_macs(
@@ -135,12 +135,12 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
 
 
 def _normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """As many operations as mpl_scale.data's, which comes with DALI."""
+    """Stands in for mpl_scale.data's normalisation, which needs DALI: as many operations."""
     return pixels.float().sub_(127.5).div_(64.0)
 
 
 def _batches(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
-    """As the run's: from files, or resident."""
+    """The batches of the configured run, from files or resident."""
     from mpl_scale.data import Quarantine  # imports DALI
     from mpl_scale.data.resident_parts import ResidentParts
     from mpl_scale.trainer.data_source import DataSource

@@ -13,7 +13,7 @@ StepMetrics = Mapping[str, torch.Tensor]
 
 
 def as_they_are(images: torch.Tensor) -> torch.Tensor:
-    """For images that networks take as they are."""
+    """The identity, for images that need no normalisation."""
     return images
 
 

@@ -1,4 +1,4 @@
-"""The integer layout of the width partition: ranks that exchange as it says compute the whole layer, in every geometry."""
+"""The integer layout of the width partition: ranks that exchange as it says compute the whole layer."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def two_ranks(setting: Setting) -> Result:
 
 
 def _weights(setting: Setting, *, backend: str, world: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Of both networks after some steps on ranks of their own.
+    """The weights of both networks after some steps on ranks of their own.
 
     Raises:
         RuntimeError: a rank failed or did not end in time.

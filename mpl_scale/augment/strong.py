@@ -233,7 +233,7 @@ class StrongView:
     def _view_of_one(
         self, image: np.ndarray, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> np.ndarray:
-        """As `_view`, for one image, uint8 [3, H, W]."""
+        """`_view` of one image, uint8 [3, H, W]."""
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
@@ -260,7 +260,7 @@ class StrongView:
         return uniform
 
     def _draw(self, uniform: np.ndarray) -> Drawn:
-        """Every decision, from the uniform numbers [U, columns]."""
+        """Derive every random decision from the uniform numbers [U, columns]."""
         config, rows = self._config, len(uniform)
         count = _DRAWS_PER_OP * config.num_ops
         widths = (count, _CUTOUT, _PROBABILITY, _PARTNER, _CROP)

@@ -103,7 +103,7 @@ def save(
 def publish(
     draft: Path, written: Sequence[Written], *, step: int, metadata: dict[str, Any], keep: int, keep_every: int
 ) -> Path:
-    """On rank 0, once every rank has written: the index, the final name, `latest`; then old checkpoints go."""
+    """On rank 0, once every rank has written: write the index, rename, set `latest`, delete old checkpoints."""
     index = _merge(written, step=step, metadata=metadata)
     _check_visible(draft, index)
     write_text(draft / INDEX_NAME, dump_index(index))

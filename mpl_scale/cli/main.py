@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
-    """Say it: what every rank finds wrong once, what one rank finds wrong with its number. Returns the status."""
+    """Print an error, once if every rank has it, else with the rank's number; returns the status."""
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0" or where:
@@ -66,7 +66,7 @@ def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands, each with its examples."""
+    """The parser of all commands, with their examples."""
 
     def examples(lines: Sequence[str]) -> str:
         return "\n  ".join(["examples:", *lines])

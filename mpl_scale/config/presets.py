@@ -75,7 +75,7 @@ def apply_preset(method: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, section by section; where both have a value, `above` wins."""
+    """Merge two sections recursively; where both have a value, `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(below.get(key), dict)

@@ -67,7 +67,7 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(Section):
-    """Both networks and what they share."""
+    """The two networks and the settings that they share."""
 
     teacher: NetworkConfig
     student: NetworkConfig
@@ -250,7 +250,7 @@ class FinetunePhase(Section):
 
 
 class PhasesConfig(Section):
-    """In order: teacher warm-up, train, finetune."""
+    """The phases of a run, in order: teacher warm-up, train, finetune."""
 
     teacher_warmup: WarmupPhase = WarmupPhase()
     train: TrainPhase

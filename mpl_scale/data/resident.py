@@ -199,7 +199,7 @@ class ResidentImages:
         return rows
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """Where the images of some ids lie, int64 [n]."""
+        """Positions in memory of the images with these ids, int64 [n]."""
         return self._row_of_id[samples - self.ids[0]].astype(np.int64)
 
     def used(self, rows: Rows) -> np.ndarray:

@@ -95,7 +95,7 @@ class ReplicatedShards(Shards):
             self.layout.append(Slice(name, tuple(weight.shape), 0, weight.numel(), index, 0))
 
     def pieces(self) -> Pieces:
-        """The parameters' own gradients; DeepSpeed has put zeros where there was none."""
+        """The parameters' own gradients; DeepSpeed fills in zeros for parameters without one."""
         return [[weight.grad] for weight in self.weights]
 
     def clear(self) -> None:
@@ -156,7 +156,7 @@ class Bf16FlatShards(FlatShards):
         return [[part] for part in self.wrapper.fp32_groups_gradient_flat_partition]
 
     def average(self, group: dist.ProcessGroup) -> None:
-        """All of it: the clipping norm is taken over the whole gradient."""
+        """Average the whole gradient, not only this rank's part: its norm is needed for clipping."""
         for flat in self.wrapper.fp32_groups_gradients_flat:
             dist.all_reduce(flat, group=group)
             flat.div_(dist.get_world_size(group))

@@ -31,7 +31,7 @@ class TrainingLoss:
         return batch.normalise(batch.labelled)
 
     def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-        """What it should say where it said logits [B, K]: labels int64 [B], or distributions like the logits."""
+        """The targets for logits [B, K]: labels, int64 [B], or distributions, [B, K]."""
         return batch.labels
 
     def supervised(self, method: MethodConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _folder() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """Of the libraries and of our own code."""
+    """SHA-256 of the libraries' versions and of this package's sources."""
     digest = hashlib.sha256(f"{version('torch')} {version('timm')}".encode())
     root = Path(mpl_scale.__file__).parent
     for folder in _SOURCES:

@@ -93,7 +93,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, gradients and activations."""
+        """The dtype of weights, gradients and activations."""
         return torch.bfloat16 if self.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32
 
     @property

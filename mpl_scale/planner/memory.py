@@ -36,7 +36,7 @@ class Memory:
 
     @property
     def static(self) -> float:
-        """Those that do not depend on the batch and that the networks' engines hold."""
+        """Bytes that the networks' engines hold whatever the batch."""
         return sum(self.categories[name] for name in STATIC if name in self.categories)
 
 

@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def device_hours(self) -> float:
-        """Of the phase's steps, over all ranks."""
+        """Device-hours of the phase's steps, over all ranks."""
         return 24 * self.days * self.choice.world
 
 
@@ -75,7 +75,7 @@ class Found:
 
 
 def _order(plan: Plan) -> tuple[float, ...]:
-    """By time, of three digits; where the input decides, the device's; then the simplest, then the smallest."""
+    """Sort key: time to three digits (the device's where the input decides), then simplicity, then memory."""
     choice = plan.choice
     policy = POLICIES.index(choice.recompute) if choice.recompute in POLICIES else len(POLICIES)
     times = (float(f"{seconds:.3g}") for seconds in (plan.duration.total, plan.duration.device))

@@ -125,7 +125,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def add_runs(material: Material, runs: Sequence[Run]) -> None:
-    """Group the runs and add what they say."""
+    """Group the runs and add their results and curves."""
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         kept = {name: value for name, value in run.settings.items() if name != SEED}

@@ -37,7 +37,7 @@ class HashedImages(IndexedImages):
         self._hashes: dict[int, bytes] = {}
 
     def read(self, sample: int) -> np.ndarray:
-        """As IndexedImages.read; keeps the hash."""
+        """The encoded image; its hash is kept for `take_hash`."""
         encoded = super().read(sample)
         self._hashes[sample] = hashlib.sha256(encoded.data).digest()
         return encoded
@@ -63,7 +63,7 @@ class ScoreFiles:
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a row: classes by falling probability, or -1 throughout where the image could not be read."""
+        """The dtype of a row: classes by falling probability, all -1 where the image could not be read."""
         fields = [("classes", "<i4", (self.top,)), ("probabilities", "<f4", (self.top,)), ("sha256", "u1", (32,))]
         return np.dtype(fields)
 
@@ -123,7 +123,7 @@ def score_chunks(
     channels_last: bool = False,
     report: Callable[[int], None] = lambda images: None,
 ) -> None:
-    """Leave the files of some chunks. Images are seen as `data.evaluation` says; what the index refused is left out.
+    """Score some chunks, in views of `data.evaluation`, and write their files; refused images are left out.
 
     Args:
         chunks: by number.

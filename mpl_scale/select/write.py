@@ -123,7 +123,7 @@ def _write_distributions(folder: Path, files: ScoreFiles, chosen: Chosen, classe
 
 
 def _class_names(config: Config, images: IndexedImages) -> list[str]:
-    """Of the data set the network was trained on where it is indexed; else the index's own, if it has as many."""
+    """Class names of the network's training set where it is indexed, else the index's own if their number fits."""
     for found in ([read_meta(Path(config.data.index))["classes"]] if config.data.index else []) + [images.classes]:
         if len(found) == config.model.num_classes:
             return list(found)

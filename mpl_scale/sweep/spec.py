@@ -65,7 +65,7 @@ class Spec:
 
 
 def read_spec(path: Path, *, trials: int | None = None, seed: int | None = None) -> Spec:
-    """Read a spec; trials and seed stand in for the file's own.
+    """Read a spec; `trials` and `seed`, where given, replace the file's.
 
     Raises:
         ValueError: names the file, the field, the value and the fix.
@@ -139,7 +139,7 @@ def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _refuse_overlaps(fields: Mapping[str, str], given: int) -> None:
-    """No field twice, and none inside another."""
+    """Raise ValueError where a field is given twice or lies inside another."""
     if len(fields) != given:
         raise ValueError("a field stands both in space and in set; remove one")
     for field in fields:

@@ -105,7 +105,7 @@ RULES = _table()
 
 
 def rule_of(field: str) -> Rule | None:
-    """The rule of a field or of the innermost section that has one; None: there is none."""
+    """The rule of a field, or of the innermost section that has a rule; None: no rule."""
     while field:
         if field in RULES:
             return RULES[field]
@@ -246,7 +246,7 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, int]:
-    """Of each phase, as the checkpoint's run had them."""
+    """Steps of each phase in the checkpoint's run."""
     if "steps" in stored.get("identity", {}):
         return dict(stored["identity"]["steps"])
     phases, most = stored["config"][SECTION]["phases"], wanted["identity"]["max_steps"] or math.inf

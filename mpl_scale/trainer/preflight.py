@@ -36,7 +36,7 @@ from mpl_scale.trainer.phases import initial_seed, recomputed
 
 
 def check_names(run: RunConfig) -> None:
-    """Every registered name of the config is known."""
+    """Raise ValueError for a name in the config that is not registered, or settings that exclude each other."""
     method, optim = run.mpl.method, run.mpl.optim
     require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)

@@ -67,7 +67,7 @@ def _named(checkpoint: Path, name: str | None) -> str:
 
 
 def _read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """As read_prefix; nothing where the network has no such values (buffers, without batch norm)."""
+    """checkpoint.reader.read_prefix, or {} where the network has no such values (buffers, without batch norm)."""
     if not any(key.startswith(f"{prefix}/") for key in read_index(checkpoint).table):
         return {}
     return read_prefix(checkpoint, prefix)

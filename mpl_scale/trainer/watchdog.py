@@ -102,7 +102,7 @@ class Watchdog:
                 return
 
     def _report(self) -> None:
-        """Leave the stacks and a sighting, say who is behind, leave."""
+        """Write the stacks and a sighting, name the rank that is behind, end the process."""
         try:
             own = self._sighting(hangs=True)
             with self._path(own.rank, "txt").open("w") as file:

@@ -43,7 +43,7 @@ class UnreadableImage(ValueError):
 
 
 class Header(NamedTuple):
-    """What an image says of itself. kind: its format. height, width: as stored, pixels.
+    """Facts from an image's header. kind: its format. height, width: as stored, pixels.
 
     sideways: whether the decoded image has height and width swapped. by_pil: whether PIL decodes it, not DALI.
     """

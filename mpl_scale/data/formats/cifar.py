@@ -37,7 +37,7 @@ _LONGEST_PICKLE = 1 << 30  # bytes; a batch of 10,000 images has 31 MB
 
 @register_format("cifar10")
 class Cifar10:
-    """Both versions: the order of the images is that of the files, as appendix C.1 has it."""
+    """CIFAR-10 in either version; images are in the order of the files (appendix C.1)."""
 
     layout: Layout = "planes"
     first_label: int | None = None

@@ -54,12 +54,12 @@ class JoinedImages:
         return self.first.bad + self.second.bad
 
     def read(self, sample: int) -> np.ndarray:
-        """From the set that the sample is of."""
+        """The encoded image, from the set that the sample belongs to."""
         images, own = self._of(sample)
         return images.read(own)
 
     def name(self, sample: int) -> str:
-        """As the set that the sample is of names it."""
+        """The sample's name in the set that it belongs to."""
         images, own = self._of(sample)
         return images.name(own)
 

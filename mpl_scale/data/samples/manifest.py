@@ -119,7 +119,7 @@ def _hash(numbers: np.ndarray) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest that `write_manifest` left in a folder; None where there is none that can be read."""
+    """The manifest in a folder; None where there is no readable one."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
