@@ -17,7 +17,7 @@ from torch import nn
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.spatial import Differences, compare_split, split_table
+from mpl_scale.spatial import Differences, compare_partitioned, partition_table
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 TOLERANCE = 1e-8
@@ -34,7 +34,7 @@ def partition(options: argparse.Namespace) -> int:
         raise ValueError("--verify --width 1: nothing is partitioned; use a width of 2 or more")
     model = _model(options, device="meta")
     how = {"image_size": options.size, "width": options.width, "switch_at": options.switch_at, "halo": options.halo}
-    print(split_table(model, **how), flush=True)
+    print(partition_table(model, **how), flush=True)
     if not options.verify:
         return 0
     found = _on_local_ranks(options)
@@ -80,7 +80,7 @@ def _rank(rank: int, store: str, options: argparse.Namespace, answer: Connection
     end_with_parent()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.width))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=options.width)
-    found = compare_split(
+    found = compare_partitioned(
         lambda group: _model(options, group=group),
         mesh=build_mesh(device=torch.device("cpu"), width=options.width),
         image_size=options.size,

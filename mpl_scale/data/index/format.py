@@ -131,6 +131,14 @@ class Format(Protocol):
         """Names, where the format or a file beside the shards has them; None: taken from the labels found."""
 
 
+class PlainFormat:
+    """Defaults of a Format: labels are the format's, there are no checksums and no files beside the shards."""
+
+    first_label: int | None = None
+    checksums = False
+    sidecars: Sequence[str] = ()
+
+
 FORMATS: Registry[Format] = Registry("data format")
 
 
