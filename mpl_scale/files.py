@@ -32,7 +32,7 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
         if durable:
             sync(draft)
         os.replace(draft, path)
-    except BaseException:
+    except Exception:
         draft.unlink(missing_ok=True)
         raise
     if durable:
@@ -58,7 +58,7 @@ def replacing_folder(path: Path) -> Iterator[Path]:
         yield draft
         for written in [*draft.rglob("*"), draft]:
             sync(written)
-    except BaseException:
+    except Exception:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
