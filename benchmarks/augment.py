@@ -40,7 +40,7 @@ VIEW, EPOCHS = 8, 8  # batches in one call of the whole view, and calls in a rou
 def affine(
     image: Image.Image, *, shear: tuple[float, float] = (0.0, 0.0), move: tuple[int, int] = (0, 0)
 ) -> Image.Image:
-    """As torchvision's RandAugment calls it."""
+    """An affine transform with the arguments that torchvision's RandAugment gives."""
     return theirs.affine(
         image,
         angle=0.0,

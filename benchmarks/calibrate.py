@@ -32,7 +32,7 @@ ROUNDS = 5
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Parse the options, measure and write the calibration; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/calibration.json"))
     parser.add_argument("--scale", type=int, default=1, help="multiply the sizes, so that a GPU has enough to do")
@@ -135,7 +135,7 @@ def _layer(
 
 
 def _share(rate: float, peak: float) -> float:
-    """Of the peak: above 1 where a cache, not memory, was measured."""
+    """The measured rate as a share of the peak, at most 1: a rate above the peak is a cache's."""
     return min(rate / peak, 1.0)
 
 

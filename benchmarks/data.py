@@ -41,11 +41,10 @@ from benchmarks import data_host
 from benchmarks.report import provenance, write
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, load_images
+from mpl_scale.data import Splits, load_images
 from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.mesh import build_mesh
 from tests.support.photographs import NAMES, encoded, photograph
 
 WIDTH, HEIGHT, QUALITY = 500, 375, 90
@@ -230,17 +229,12 @@ def _stall(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     images = load_images(DataConfig(source="folder", root=str(root)))
     ids, size, batch = np.arange(len(images)), options.sizes[0], 8
     config = DataConfig(weak=WEAK, strong=STRONG, threads=1, prefetch=2)
-    loader = TrainLoader(
-        config=config,
-        splits=Splits(images=images, test=ids, labelled=ids, unlabelled=ids),
-        image_size=size,
-        labelled_batch=batch,
-        unlabelled_batch=batch,
-        mesh=build_mesh(device=CPU),
-        seed=0,
-        stream=0,
-        start_step=0,
+    loader = data_host.make_loader(
+        config,
+        Splits(images=images, test=ids, labelled=ids, unlabelled=ids),
         strong_view=StrongView(config.strong, seed=0, stream=0),
+        size=size,
+        batches=(batch, batch),
     )
     model = timm.create_model("resnet18", num_classes=2)
     shares = []

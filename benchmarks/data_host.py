@@ -78,15 +78,17 @@ def measure(folder: Path, *, images: int = 10_000, steps: int = 24, step_seconds
     }
     for view in ("weak", "strong"):
         strong_view = StrongView(config.strong, seed=0, stream=0) if view == "strong" else None
-        files = _timed(_loader(config, splits, strong_view, CPU, None), steps, step_seconds)
-        kept = _timed(_loader(config, splits, strong_view, CPU, resident), steps, step_seconds)
+        files = _timed(make_loader(config, splits, strong_view=strong_view), steps, step_seconds)
+        kept = _timed(make_loader(config, splits, strong_view=strong_view, resident=resident), steps, step_seconds)
         found[view] = {
             "files": {"cpu": files.cpu, "wait": files.wait},
             "resident": {"cpu": kept.cpu, "wait": kept.wait},
             "files_cpu_over_resident_cpu": files.cpu / kept.cpu,
         }
         try:
-            host = _timed(_loader(config, splits, strong_view, META, _on_meta(resident)), steps, step_seconds)
+            on_meta = replace(resident, pixels=resident.pixels.to(META))
+            loader = make_loader(config, splits, strong_view=strong_view, device=META, resident=on_meta)
+            host = _timed(loader, steps, step_seconds)
         except NotImplementedError as error:  # an operator that torch has no meta version of
             found[view]["resident"]["host"] = str(error).splitlines()[0][:100]
             continue
@@ -95,23 +97,23 @@ def measure(folder: Path, *, images: int = 10_000, steps: int = 24, step_seconds
     return found
 
 
-def _on_meta(resident: ResidentImages) -> ResidentImages:
-    return replace(resident, pixels=resident.pixels.to(META))
-
-
-def _loader(
+def make_loader(
     config: DataConfig,
     splits: Splits,
+    *,
     strong_view: StrongView | None,
-    device: torch.device,
-    resident: ResidentImages | None,
+    size: int = SIDE,
+    batches: tuple[int, int] = (LABELLED, UNLABELLED),
+    device: torch.device = CPU,
+    resident: ResidentImages | None = None,
 ) -> TrainLoader:
+    """The loader of a run of one rank. size: of the images, pixels; batches: labelled and unlabelled images."""
     return TrainLoader(
         config=config,
         splits=splits,
-        image_size=SIDE,
-        labelled_batch=LABELLED,
-        unlabelled_batch=UNLABELLED,
+        image_size=size,
+        labelled_batch=batches[0],
+        unlabelled_batch=batches[1],
         mesh=build_mesh(device=device),
         seed=0,
         stream=0,

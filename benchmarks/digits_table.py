@@ -141,7 +141,7 @@ def rows_of(label: str, values: Results) -> list[dict[str, Any]]:
 
 
 def best(values: Results) -> float:
-    """Of a run: the finetuned student where there is one, as the paper returns it."""
+    """The accuracy of the network that the paper returns: the finetuned student where there is one."""
     return values.get("finetuned_top1", values["student_top1"])
 
 

@@ -121,7 +121,7 @@ def accuracies(kept: Kept, name: str, rule: str, *, weight: float, seeds: range)
 
 
 def column(rule: str, weight: float) -> str:
-    """The name of a row."""
+    """The name of a rule with a feedback weight, as results have it."""
     return rule if rule.startswith("none") else f"{rule} x {weight:g}"
 
 

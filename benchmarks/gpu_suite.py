@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def select_parts(options: argparse.Namespace) -> list[Part]:
-    """Those that --parts names, or all.
+    """The parts that --parts names, or all of them.
 
     Raises:
         ValueError: a name that no part begins with.

@@ -57,7 +57,7 @@ class Views:
         self.inputs, self.config, self.stream = samples.inputs, config, stream
 
     def weak(self, draws: Draws) -> torch.Tensor:
-        """The weak view."""
+        """The weak views of the drawn images, [B, ...]."""
         return self.inputs[draws.ids]
 
     def strong(self, weak: torch.Tensor, draws: Draws) -> torch.Tensor:
@@ -65,7 +65,7 @@ class Views:
         return weak
 
     def ready(self, views: torch.Tensor) -> torch.Tensor:
-        """As a network takes them."""
+        """The views as networks take them, in floating point."""
         return views
 
 
@@ -103,11 +103,11 @@ class ImageViews(Views):
         return images.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
     def strong(self, weak: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """RandAugment and cutout."""
+        """The strong views, by RandAugment and cutout."""
         return self._strong(weak, draws.ids, draws.epochs) if len(weak) else weak
 
     def ready(self, views: torch.Tensor) -> torch.Tensor:
-        """Normalised."""
+        """The views, normalised."""
         return self._normalise(views)
 
 

@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def build(options: argparse.Namespace, group: dist.ProcessGroup | None) -> nn.Module:
-    """The same weights each time."""
+    """The network, with the same weights on every call."""
     section = NetworkConfig(name=options.model)
     shared = ModelConfig(teacher=section, student=section, num_classes=1000, image_size=options.size)
     return build_model(section, shared, field="--model", seed=0, group=group)

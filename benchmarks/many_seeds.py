@@ -114,14 +114,14 @@ class EachCosine(EachSeed):
     sign = 1.0
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
-        """See FeedbackRule."""
+        """The signal of each seed; see FeedbackRule.after_update."""
         gradient, _, metrics = whole_labelled_gradient(state, batch, update)
         h = self.sign * self.cosines(update.gradient, gradient)[0]
         return self.signal(state, h, self.of_rows(h, len(update.targets)), metrics)
 
 
 class EachFlipped(EachCosine):
-    """The rule `flipped`."""
+    """The rule `flipped`, with feedback of its own for each seed."""
 
     sign = -1.0
 
@@ -130,7 +130,7 @@ class EachDirectional(EachSeed, Directional):
     """The rules with a credit for each row: the shift along g_l is as long for each seed as it would be alone."""
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
-        """See Directional."""
+        """The signal of each seed; see Directional.after_update."""
         student = cast(Network, state.student)
         gradient, _, metrics = whole_labelled_gradient(state, batch, update)
         h, norms = self.cosines(update.gradient, gradient)
@@ -154,11 +154,11 @@ class EachDirectional(EachSeed, Directional):
 
 
 class EachPerSample(EachDirectional, PerSample):
-    """The rule `per_sample`."""
+    """The rule `per_sample`, with feedback of its own for each seed."""
 
 
 class EachSoftExact(EachDirectional, SoftExact):
-    """The rule `soft_exact`."""
+    """The rule `soft_exact`, with feedback of its own for each seed."""
 
 
 RULES: dict[str, type[FeedbackRule]] = {

@@ -43,7 +43,7 @@ def paired(ours: Sequence[float], control: Sequence[float]) -> dict[str, float]:
 
 
 def written(pair: Mapping[str, float]) -> str:
-    """One line of a comparison."""
+    """A comparison as one line of text."""
     return (
         f"{pair['mean']:+.2f} [{pair['low']:+.2f}, {pair['high']:+.2f}], t p {pair['t_p']:.2g}, "
         f"sign p {pair['sign_p']:.2g}, {pair['wins']} of {pair['seeds']}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from mpl_scale.files import replace_text
 from mpl_scale.monitor import processor, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,4 @@ def git(*arguments: str) -> str:
 def write(path: Path, document: dict[str, Any]) -> None:
     """Write JSON by one rename, so that a run that is killed leaves the parts it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    aside.write_text(json.dumps(document, indent=2) + "\n")
-    aside.replace(path)
+    replace_text(path, json.dumps(document, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""What the width split costs: traffic per image, imbalance of the columns, and step time against whole images.
+"""What the width partition costs: traffic per image, imbalance of the columns, and step time against whole images.
 
     torchrun --nproc_per_node 4 -m benchmarks.spatial --model digits_cnn --size 64 --batch 16 --widths 1 2 4
 

@@ -34,7 +34,7 @@ from mpl_scale.mesh import adopt_slurm_environment, choose_device, start_process
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Parse the options and measure; returns the exit status."""
     options = _parser().parse_args(arguments)
     adopt_slurm_environment(os.environ)
     device = choose_device(os.environ)

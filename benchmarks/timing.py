@@ -23,7 +23,7 @@ class Clock:
         self._device = device
 
     def mark(self) -> Any:
-        """A point in time."""
+        """The time now: seconds on a CPU, a recorded event on a GPU."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -31,11 +31,11 @@ class Clock:
         return event
 
     def seconds(self, begin: Any, end: Any) -> float:
-        """Between two marks."""
+        """Seconds between two marks."""
         return begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
 
     def together(self) -> None:
-        """All ranks here, nothing in flight."""
+        """Wait until all ranks are here and the device is idle."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         if dist.is_initialized() and dist.get_world_size() > 1:
@@ -77,7 +77,7 @@ class PhaseTimer:
 
     @contextmanager
     def call(self, role: str, method: str) -> Iterator[None]:
-        """Around one call of a network."""
+        """Time one call of a method of the teacher or the student."""
         self.mark("other")
         yield
         self.mark(self._phase(role, method))
@@ -108,33 +108,23 @@ class PhaseTimer:
 
 
 class _Timed:
-    """A network whose calls are timed; everything else is its own."""
+    """A network whose METHODS are timed; everything else is its own."""
+
+    METHODS = ("forward", "accumulate", "reduce", "apply", "discard")
 
     def __init__(self, network: Any, timer: PhaseTimer, role: str) -> None:
         self._network, self._timer, self._role = network, timer, role
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
+        own = getattr(self._network, name)
+        if name not in self.METHODS:
+            return own
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "forward"):
-            return self._network.forward(*args, **kwargs)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._timer.call(self._role, name):
+                return own(*args, **kwargs)
 
-    def accumulate(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "accumulate"):
-            return self._network.accumulate(*args, **kwargs)
-
-    def reduce(self) -> Any:
-        with self._timer.call(self._role, "reduce"):
-            return self._network.reduce()
-
-    def apply(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "apply"):
-            return self._network.apply(*args, **kwargs)
-
-    def discard(self, *args: Any, **kwargs: Any) -> Any:
-        with self._timer.call(self._role, "discard"):
-            return self._network.discard(*args, **kwargs)
+        return timed
 
 
 def interleave(

@@ -90,7 +90,7 @@ def make_samples(seed: int) -> Samples:
 
 
 def config_of(settings: dict[str, Any]) -> RunConfig:
-    """ds_configs/two_moons.json under the settings."""
+    """The configuration ds_configs/two_moons.json with these settings."""
     return load_config(CONFIG, overrides=as_overrides(settings))
 
 
@@ -113,7 +113,7 @@ def top1(kept: Kept, table: str, row: str, *, seeds: Sequence[int]) -> list[floa
 
 
 def summary(accuracy: dict[str, list[float]], *, ours: str) -> dict[str, dict[str, Any]]:
-    """By row: share of successes, mean and deviation of the accuracy; of ours, the paired difference to each other."""
+    """Successes, mean and deviation of the accuracy by row; for ours, the paired difference to every other row."""
     return {
         row: {
             "success": float(np.mean(np.array(values) > SUCCESS)),
@@ -127,7 +127,7 @@ def summary(accuracy: dict[str, list[float]], *, ours: str) -> dict[str, dict[st
 
 
 def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """Print a table."""
+    """Print success rates and accuracies as a Markdown table."""
     print(f"\n{title}\n\n| method | success | accuracy |\n| --- | --- | --- |")
     for row, values in rows.items():
         print(f"| {row} | {values['success']:.2f} | {values['accuracy']:.1f} ± {values['deviation']:.1f} |")

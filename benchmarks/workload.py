@@ -45,16 +45,16 @@ class Workload:
     """Why the step is not replayed as a graph; None: it is. Set when a capture fails."""
 
     def step(self) -> Any:
-        """One step as a run makes it."""
+        """Run one step as a run does; returns its metrics."""
         return self.runner(next(self.source))
 
     @property
     def images(self) -> int:
-        """Of a step, over all ranks: labelled and unlabelled, each counted once however many views it has."""
+        """Images of a step over all ranks, labelled and unlabelled, each counted once whatever its number of views."""
         return self.phase.labelled + self.phase.unlabelled
 
     def flops(self, *, recompute: bool = False) -> int:
-        """Of a step, on one rank (its share of images, its columns)."""
+        """Floating-point operations of a step on one rank (its share of images, its columns)."""
         config, method = self.run.mpl, self.run.mpl.method
         macs = {
             name: count_macs(
@@ -94,7 +94,7 @@ def make_workload(
     mesh = build_mesh(device=device, width=run.mpl.parallel.width, shard_size=resolved.shard_size)
     phase = next(phase for phase in plan_phases(run.mpl, resolved.batches, max_steps=None) if phase.name == "train")
     state = build_state(phase, run, mesh=mesh, weights={}, resolved=resolved)
-    source = repeat(synthetic_batch(run, phase, mesh)) if data == "synthetic" else _loader(run, phase, mesh)
+    source = repeat(synthetic_batch(run, phase, mesh)) if data == "synthetic" else _batches(run, phase, mesh)
     workload = Workload(run, mesh, phase, state, None, source, resolved, resolved.eager_because)  # type: ignore[arg-type]
 
     def fall_back(reason: str) -> None:
@@ -135,29 +135,22 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
 
 
 def _normalised(pixels: torch.Tensor) -> torch.Tensor:
-    """As many operations as mpl_scale.data's, which comes with DALI."""
+    """Stands in for mpl_scale.data's normalisation, which needs DALI: as many operations."""
     return pixels.float().sub_(127.5).div_(64.0)
 
 
-def _loader(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
-    from mpl_scale.augment import StrongView
-    from mpl_scale.data import TrainLoader  # imports DALI
-    from mpl_scale.trainer.input import load_splits
+def _batches(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
+    """The batches of the configured run, from files or resident."""
+    from mpl_scale.data import Quarantine  # imports DALI
+    from mpl_scale.data.resident_parts import ResidentParts
+    from mpl_scale.trainer.data_source import DataSource
+    from mpl_scale.trainer.preflight import load_splits
 
-    config = run.mpl
-    return TrainLoader(
-        config=config.data,
-        splits=load_splits(run),
-        image_size=config.model.image_size,
-        labelled_batch=phase.labelled,
-        unlabelled_batch=phase.unlabelled,
-        mesh=mesh,
-        seed=config.seed,
-        stream=phase.index,
-        start_step=0,
-        strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
-        columns=input_columns(config.model.image_size, mesh.width),
+    config, splits, quarantine = run.mpl, load_splits(run), Quarantine()
+    resident = ResidentParts(
+        config.data, splits, image_size=config.model.image_size, device=mesh.device, quarantine=quarantine
     )
+    return DataSource(config, splits, mesh, resident, quarantine).batches(phase, start_step=0)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -49,7 +49,7 @@ def emulates_bf16(device_type: str) -> bool:
 
 
 def lacks_bf16(cpuinfo: str) -> bool:
-    """Whether a processor has none of the instructions for bf16 products; cpuinfo: text of /proc/cpuinfo.
+    """Whether a processor lacks instructions for bf16 products; cpuinfo: text of /proc/cpuinfo.
 
     x86: avx512_bf16 or amx_bf16 among its flags. Arm: bf16 among its Features. Others are not known: False.
     """

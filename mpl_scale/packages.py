@@ -28,7 +28,7 @@ class Package:
         return spec is not None and spec.origin is not None
 
     def missing(self) -> str:
-        """What to say where it is."""
+        """The message where the package is not installed."""
         extra = "" if self.extra is None else f", or pip install 'mpl-scale[{self.extra}]'"
         return f"{self.name} is not installed: make install, or pip install {self.wheel}{extra}"
 

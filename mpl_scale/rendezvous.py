@@ -78,7 +78,7 @@ def meet(environment: Mapping[str, str], *, timeout_seconds: float, first_line: 
 
 
 def _wait_for_word(joining: Store, rank: int, waiting: _Waiting) -> None:
-    """Wait until rank 0 has seen all; it is rank 0 that says who is missing."""
+    """Wait until rank 0 has seen all ranks; rank 0 names the missing ones."""
     import torch.distributed as dist
 
     try:
@@ -89,7 +89,7 @@ def _wait_for_word(joining: Store, rank: int, waiting: _Waiting) -> None:
 
 
 class _Waiting:
-    """Waits for something, and says so rarely."""
+    """Waits for a condition, with a message now and then."""
 
     def __init__(self, timeout_seconds: float, first_line: float, *, aloud: bool) -> None:
         self._timeout, self._next, self._aloud = timeout_seconds, first_line, aloud
@@ -99,7 +99,7 @@ class _Waiting:
         return max(0.0, self._timeout - (time.monotonic() - self._began))
 
     def until(self, there: Callable[[], bool], why_not: Callable[[], str]) -> None:
-        """Raises RanksMissing."""
+        """Wait until `there` holds; RanksMissing, with `why_not`, at the end of the timeout."""
         while not there():
             waited = time.monotonic() - self._began
             if waited > self._timeout:

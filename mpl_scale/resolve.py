@@ -51,7 +51,7 @@ class Resolved:
 
     @property
     def micro_batches(self) -> int:
-        """Of a step."""
+        """Number of micro-batches of a step."""
         return self.batches.micro_batches
 
     @property

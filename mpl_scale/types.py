@@ -13,7 +13,7 @@ StepMetrics = Mapping[str, torch.Tensor]
 
 
 def as_they_are(images: torch.Tensor) -> torch.Tensor:
-    """For images that networks take as they are."""
+    """The identity, for images that need no normalisation."""
     return images
 
 
@@ -38,7 +38,7 @@ class Batch:
     normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are  # any of the images, to floating point
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What the batch has, by field."""
+        """The tensors of the batch, by field; absent ones are left out."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 

@@ -21,7 +21,7 @@ def deaf_to_interrupts() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """In such a process: leave when its parent has died, which closes none of the pipes that it waits at."""
+    """Called in a worker: end it when its parent dies, which closes none of the pipes that the worker waits at."""
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

@@ -46,6 +46,7 @@ def test_bash_completes_commands_options_and_their_values(folder: Path) -> None:
     assert completed(folder, "ch") == ["check"]
     assert set(completed(folder, "")) >= {command.name for command in COMMANDS}
     assert completed(folder, "check", "--wor") == ["--world"]
+    assert completed(folder, "split", "--verif") == completed(folder, "partition", "--verif") == ["--verify"]
     assert completed(folder, "plan", "--gpus", "8", "--sw") == ["--sweep"]
     assert completed(folder, "export", "run", "--network", "te") == ["teacher"]
 

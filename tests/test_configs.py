@@ -21,8 +21,8 @@ from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.mpl import METHODS
 from mpl_scale.optim.lars import LARS
 from mpl_scale.optim.optimizers import OPTIMIZERS
-from mpl_scale.trainer.input import check_names
 from mpl_scale.trainer.phases import plan_phases
+from mpl_scale.trainer.preflight import check_names
 from mpl_scale.trainer.prepare import Options, train
 from tests.support import mini_imagenet as mini
 from tests.support.configs import DIGITS, tiny, write

@@ -18,7 +18,7 @@ from mpl_scale.data.index.build import build_index, why_not_current
 from mpl_scale.data.index.format import ScanOptions
 from mpl_scale.data.index.parts import PARTS, doubtful, part_of
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.trainer.input import record_splits
+from mpl_scale.trainer.preflight import record_splits
 from tests.support import mini_imagenet as mini
 from tests.support.photographs import encoded, photograph
 

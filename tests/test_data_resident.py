@@ -23,7 +23,7 @@ from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.registry import ImageFiles
 from mpl_scale.data.resident_parts import ResidentParts, decide
 from mpl_scale.mesh import Mesh, build_mesh
-from mpl_scale.trainer.input import check_names, load_splits
+from mpl_scale.trainer.preflight import check_names, load_splits
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
 from tests.support import mini_imagenet as mini

@@ -14,7 +14,7 @@ from mpl_scale.data import load_images, make_splits, write_manifest
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import ARRAYS, IndexedImages
 from mpl_scale.data.samples.splits import SPLITS
-from mpl_scale.trainer.input import record_splits
+from mpl_scale.trainer.preflight import record_splits
 from tests.support import mini_imagenet as mini
 from tests.support.image_sets import describe_index, image_set, split, write_folder
 

@@ -18,8 +18,8 @@ from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet, resident_vectors
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.data_source import DataSource
-from mpl_scale.trainer.input import check_models, check_names, load_splits
 from mpl_scale.trainer.phases import plan_phases
+from mpl_scale.trainer.preflight import check_models, check_names, load_splits
 from mpl_scale.trainer.prepare import Options, train
 from mpl_scale.types import Batch
 from tests.support.batches import data_rank, joined, splits_of, train_loader

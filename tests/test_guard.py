@@ -13,8 +13,8 @@ from mpl_scale.config import check, load_config
 from mpl_scale.data import TrainLoader
 from mpl_scale.mesh import build_mesh
 from mpl_scale.trainer.data_source import batch_ids
-from mpl_scale.trainer.input import load_splits
 from mpl_scale.trainer.phases import plan_phases
+from mpl_scale.trainer.preflight import load_splits
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool

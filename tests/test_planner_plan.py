@@ -20,7 +20,7 @@ from mpl_scale.planner.memory import memory, resident_bytes
 from mpl_scale.planner.reasons import reasons
 from mpl_scale.planner.recorder import Line
 from mpl_scale.planner.search import Plan, search, sweep
-from mpl_scale.trainer.jobs import main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import main_job, make_jobs, make_machine
 from tests.support.configs import DIGITS, tiny, write
 
 FOLDER = DIGITS.parent
@@ -160,13 +160,13 @@ def test_a_line_adds_and_scales() -> None:
 
 
 def test_the_sweep_says_where_only_a_split_can_be(tmp_path: Path) -> None:
-    from mpl_scale.planner.curves import efficiency, lines, plot
+    from mpl_scale.planner.scaling import efficiency, lines, plot
 
     found = sweep(job(tmp_path), [16, 128], H200)
     assert found[16][0] is not None
     assert found[128][0] is None
     assert found[128][1] is not None
-    assert lines(found)[-1] == "only the width split can be at 128 devices"
+    assert lines(found)[-1] == "only a width partition fits at 128 devices"
     assert max(share for pair in efficiency(found).values() for share in pair if share is not None) == 1.0
     for name in ("curve.png", "curve.svg"):
         plot(found, tmp_path / name, title="a sweep")

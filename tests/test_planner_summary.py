@@ -15,7 +15,7 @@ from mpl_scale.models import MODELS
 from mpl_scale.models.registry import register_model
 from mpl_scale.monitor import cost_lines
 from mpl_scale.resolve import resolve
-from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import configured_plan, main_job, make_jobs, make_machine
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool

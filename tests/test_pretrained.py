@@ -17,7 +17,7 @@ from mpl_scale.models import build_model
 from mpl_scale.models.registry import register_model
 from mpl_scale.models.weights import load_weights, plain_model
 from mpl_scale.resolve import resolve
-from mpl_scale.trainer.input import check_models
+from mpl_scale.trainer.preflight import check_models
 from tests.support.configs import tiny, write
 
 

@@ -18,7 +18,7 @@ from mpl_scale.config import RunConfig, load_config
 from mpl_scale.planner.duration import _replayed
 from mpl_scale.planner.search import search
 from mpl_scale.resolve import resolve
-from mpl_scale.trainer.jobs import configured_plan, main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import configured_plan, main_job, make_jobs, make_machine
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.ranks import pool

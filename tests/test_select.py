@@ -25,7 +25,7 @@ from mpl_scale.data.index.subset import write_subset
 from mpl_scale.models import build_model
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings, Scores
 from mpl_scale.select.run import SelectOptions, select
-from mpl_scale.trainer.input import load_splits
+from mpl_scale.trainer.preflight import load_splits
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.mini_imagenet import WRITERS

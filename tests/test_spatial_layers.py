@@ -11,7 +11,7 @@ from torch import nn
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
-from mpl_scale.spatial import SplitLayer, compare_split, parallelize, partition_rule, plan_layout, traffic
+from mpl_scale.spatial import SplitLayer, compare_partitioned, parallelize, partition_rule, plan_layout, traffic
 from mpl_scale.spatial.halo import WidthGroup, exchange, gather_rows, to_rows
 from mpl_scale.spatial.layout import Window, balanced, derived, route, same_padding, shares, slices
 from mpl_scale.spatial.rules import RULES, class_name
@@ -207,7 +207,7 @@ def wrong_split_is_seen() -> float:
         network.passes = Passes()
         return network
 
-    return compare_split(make, mesh=mesh, image_size=6, batch=2).worst
+    return compare_partitioned(make, mesh=mesh, image_size=6, batch=2).worst
 
 
 def test_the_comparison_sees_a_difference() -> None:

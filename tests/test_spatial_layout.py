@@ -1,4 +1,4 @@
-"""The integer layout of the width split: for every geometry, ranks that exchange as it says compute the whole layer."""
+"""The integer layout of the width partition: ranks that exchange as it says compute the whole layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpl_scale.spatial import input_columns, split_table
+from mpl_scale.spatial import input_columns, partition_table
 from mpl_scale.spatial.layout import (
     Bounds,
     Window,
@@ -165,7 +165,7 @@ def test_l2_at_512_over_16() -> None:
 
     model = convert(model, passes=Passes(), group=None)
     plain, block_input, switched = (
-        split_table(model, image_size=512, width=16, **how)
+        partition_table(model, image_size=512, width=16, **how)
         for how in ({}, {"halo": "block_input"}, {"switch_at": "auto"})
     )
     rows = {row.stage: (row.columns, row.local, dict(row.windows), row.hops) for row in plain.rows}

@@ -68,12 +68,12 @@ class _Files:
 
 
 def parts(tiny: bool) -> list[Part]:
-    """One."""
+    """The one part of this module."""
     return [Part("decode", decode, 60, needs=("nvidia.dali",))]
 
 
 def decode(setting: Setting) -> Result:
-    """By format and view: rates of both pipelines, and how far their first batches differ."""
+    """Rates of both pipelines and the difference of their first batches, by format and view."""
     side, batch, batches = (32, 4, 2) if setting.tiny else (448, 64, 16)
     rows: Result = {}
     for kind in ("PNG", "JPEG"):

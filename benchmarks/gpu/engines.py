@@ -26,7 +26,7 @@ PATIENCE = 60.0
 
 
 def parts(tiny: bool) -> list[Part]:
-    """In order of worth."""
+    """The parts of this module, the most valuable first."""
     return [
         Part("two_ranks", two_ranks, 120, joins=False),
         Part("deepspeed_stages", deepspeed_stages, 150, needs=("deepspeed",)),
@@ -48,7 +48,7 @@ def two_ranks(setting: Setting) -> Result:
 
 
 def _weights(setting: Setting, *, backend: str, world: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Of both networks after some steps on ranks of their own.
+    """The weights of both networks after some steps on ranks of their own.
 
     Raises:
         RuntimeError: a rank failed or did not end in time.

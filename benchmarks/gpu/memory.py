@@ -25,7 +25,7 @@ LARGEST = (("none", "live"), ("bn_act", "live"), ("block", "live"), ("block", "d
 
 
 def parts(tiny: bool) -> list[Part]:
-    """In order of worth."""
+    """The parts of this module, the most valuable first."""
     large = TINY_LARGE if tiny else LARGE
     shape, parameters = ((2, 8, 16, 16), 10_000) if tiny else ((8, 432, 128, 128), 2**27)
     return [

@@ -57,7 +57,7 @@ class Setting:
         report.write(self.folder / "result.json", result)
 
     def kept(self) -> Result:
-        """What was written last."""
+        """The result on disk; {} where there is none."""
         path = self.folder / "result.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
@@ -191,7 +191,7 @@ def touch(setting: Setting) -> Result:
 
 
 def first_line(error: BaseException) -> str:
-    """Of an error, with its type."""
+    """The type of an error and the first line of its message."""
     return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 

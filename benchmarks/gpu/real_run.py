@@ -30,7 +30,7 @@ NETWORKS = ("teacher", "student", "ema", "state")
 
 
 def parts(tiny: bool) -> list[Part]:
-    """In order of worth."""
+    """The parts of this module, the most valuable first."""
     return [Part("calibrate", calibrate, 60), Part("real_run", real_run, 150, joins=False)]
 
 

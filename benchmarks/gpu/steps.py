@@ -42,7 +42,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Shown and stored."""
+        """Model, size, batch and recomputation: the key of the case in results."""
         suffix = "" if self.recompute == "none" else f"_{self.recompute}"
         return f"{self.model}_{self.size}_{self.labelled}x{self.mu}{suffix}"
 
@@ -81,7 +81,7 @@ TINY_LARGE = Case("digits_cnn", 8, 1, 2, "rmsprop", "bn_act")
 
 
 def parts(tiny: bool) -> list[Part]:
-    """One for each case."""
+    """One part for each case."""
     return [
         Part(f"step_{case.name}", partial(compare_steps, case), seconds)
         for case, seconds in (TINY if tiny else FULL).items()
@@ -114,7 +114,7 @@ class _Turns:
         self.steps[name], self.peaks[name] = step, peak_bytes(device)
 
     def ours(self, name: str, **parallel: Any) -> Callable[[], Any]:
-        """The step of a new workload."""
+        """The step of a new workload with these `parallel` settings."""
         setting = self.setting
         load = make_workload(self.case.config(setting, **parallel), device=setting.torch_device)
         self.loads[name] = load
@@ -184,6 +184,6 @@ def _batch(run: RunConfig, device: torch.device) -> Batch:
 
 
 def _count(step: Callable[[], Any], turn: float, device: torch.device) -> int:
-    """Steps that fill a turn."""
+    """Number of steps that take `turn` seconds; at least 1."""
     seconds = interleave({"step": step}, rounds=1, count=1, device=device)["step"][0]
     return max(1, min(50, int(turn / seconds)))

@@ -8,13 +8,16 @@ up every pixel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from mpl_scale.augment import large, magnitudes
+from mpl_scale.augment.large import OfOne
 from mpl_scale.augment.lookup import sample
 from mpl_scale.augment.parameters import BITS, affine_map
-from mpl_scale.augment.registry import Given, bands, on_device, register_op
+from mpl_scale.augment.registry import Amount, Apply, Given, bands, on_device, register_op
 
 _LARGEST_INT32 = 4096
 """Sides up to it keep sums of two 16-bit fixed-point coordinates of slope 2 within 32 bits."""
@@ -108,45 +111,35 @@ def _sheared(amount: np.ndarray, length: int) -> np.ndarray:
     return (slope[:, None] * np.arange(length) + offset[:, None]).astype(np.int64) >> BITS
 
 
-@register_op(
-    "shear_x",
-    amount=magnitudes.shear,
-    of_one=large.shear_x,
-    static=lambda amount, centres, size: affine_map(b=amount),
-)
+def _one_coefficient(name: str, coefficient: str, *, amount: Amount, of_one: OfOne) -> Callable[[Apply], Apply]:
+    """Register an operation whose amount is one coefficient, a to f, of PIL's `data`."""
+    return register_op(
+        name,
+        amount=amount,
+        of_one=of_one,
+        static=lambda amount, centres, size: affine_map(**{coefficient: amount}),
+    )
+
+
+@_one_coefficient("shear_x", "b", amount=magnitudes.shear, of_one=large.shear_x)
 def shear_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, amount, 0, 0, 1, 0)."""
     return move_rows(images, right=_sheared(amount, images.shape[2]), fill=given.fill)
 
 
-@register_op(
-    "shear_y",
-    amount=magnitudes.shear,
-    of_one=large.shear_y,
-    static=lambda amount, centres, size: affine_map(d=amount),
-)
+@_one_coefficient("shear_y", "d", amount=magnitudes.shear, of_one=large.shear_y)
 def shear_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, amount, 1, 0)."""
     return move_columns(images, down=_sheared(amount, images.shape[3]), fill=given.fill)
 
 
-@register_op(
-    "translate_x",
-    amount=magnitudes.columns,
-    of_one=large.translate_x,
-    static=lambda amount, centres, size: affine_map(c=amount),
-)
+@_one_coefficient("translate_x", "c", amount=magnitudes.columns, of_one=large.translate_x)
 def translate_x(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, pixels, 0, 1, 0)."""
     return translate(images, amount, np.zeros_like(amount), fill=given.fill)
 
 
-@register_op(
-    "translate_y",
-    amount=magnitudes.rows,
-    of_one=large.translate_y,
-    static=lambda amount, centres, size: affine_map(f=amount),
-)
+@_one_coefficient("translate_y", "f", amount=magnitudes.rows, of_one=large.translate_y)
 def translate_y(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
     """data = (1, 0, 0, 0, 1, pixels)."""
     return translate(images, np.zeros_like(amount), amount, fill=given.fill)

@@ -155,7 +155,7 @@ def solarize(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Te
 
 @register_op("invert", of_one=large.invert, static=lambda amount, centres, size: _line(-1.0, offset=255.0))
 def invert(images: torch.Tensor, amount: np.ndarray, given: Given) -> torch.Tensor:
-    """ImageOps.invert."""
+    """ImageOps.invert: 255 - value."""
     return ~images
 
 

@@ -167,7 +167,7 @@ def _bands(image: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 
 def _luminance(wide: np.ndarray) -> np.ndarray:
-    """float32 [3, h, w] to [h, w]."""
+    """Grey levels float32 [h, w] of an image float32 [3, h, w]."""
     grey, part = wide[0] * _LUMA[0], wide[1] * _LUMA[1]
     grey += part
     grey += np.multiply(wide[2], _LUMA[2], out=part)

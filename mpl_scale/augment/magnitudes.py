@@ -19,7 +19,7 @@ _MOST_BITS = 8
 
 
 def degrees(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
-    """Counter-clockwise."""
+    """Angle in degrees, counter-clockwise."""
     return limits.rotate * strength
 
 
@@ -29,12 +29,12 @@ def shear(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> 
 
 
 def columns(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
-    """Whole pixels, to the left."""
+    """Shift to the left, whole pixels."""
     return np.round(strength * limits.translate * size[1])
 
 
 def rows(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
-    """Whole pixels, upwards."""
+    """Shift upwards, whole pixels."""
     return np.round(strength * limits.translate * size[0])
 
 

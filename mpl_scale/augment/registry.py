@@ -35,7 +35,7 @@ class Given:
     centres: np.ndarray | None = None
 
     def rows(self, which: slice | np.ndarray) -> Given:
-        """A part of the rows."""
+        """What belongs to some rows of the batch."""
         if self.partners is None and self.centres is None:
             return self
         partners = self.partners

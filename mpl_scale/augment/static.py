@@ -85,7 +85,7 @@ class _Parameters:
         self._columns = {np.dtype(np.int32): columns, np.dtype(np.float32): columns.view(torch.float32)}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """[B, 1]."""
+        """A parameter by name, [B, 1]."""
         return self.span(name, name)
 
     def span(self, first: str, last: str) -> torch.Tensor:
@@ -129,7 +129,7 @@ def _colours(
 def _looked_up(
     images: torch.Tensor, own: _Parameters, used: frozenset[str], grid: _Grid, mean: torch.Tensor | None
 ) -> torch.Tensor:
-    """Every pixel through the table of its image and channel; mean: float32 [B], the mean luminance."""
+    """Look every pixel up in the table of its image and channel; mean: float32 [B], the mean luminance."""
     flat, table = images.flatten(2), grid.levels[None]
     index = flat.long()
     if used & LINE:

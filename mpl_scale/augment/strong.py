@@ -47,7 +47,7 @@ class Drawn:
     crop: np.ndarray
 
     def rows(self, part: slice) -> Drawn:
-        """A part of the rows."""
+        """What was drawn for some rows of the batch."""
         return Drawn(self.which[part], self.strength[part], self.places[part], self.cutout[part], self.crop[part])
 
 
@@ -224,7 +224,7 @@ class StrongView:
     def _view(
         self, images: torch.Tensor, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> torch.Tensor:
-        """All that is drawn, in order."""
+        """The drawn operations in order, then cutout, crop and flip; images uint8 [B, 3, H, W]."""
         for number in range(self._config.num_ops):
             given = Given(self._config.fill, partners, drawn.places[:, number])
             images = self._apply_one(images, drawn.which[:, number], amounts[:, number], given)
@@ -233,7 +233,7 @@ class StrongView:
     def _view_of_one(
         self, image: np.ndarray, drawn: Drawn, amounts: np.ndarray, partners: torch.Tensor | None
     ) -> np.ndarray:
-        """As `_view`, for one image, uint8 [3, H, W]."""
+        """`_view` of one image, uint8 [3, H, W]."""
         config = self._config
         for number, position in enumerate(drawn.which[0].tolist()):
             if position < len(self._ops):
@@ -260,7 +260,7 @@ class StrongView:
         return uniform
 
     def _draw(self, uniform: np.ndarray) -> Drawn:
-        """Every decision, from the uniform numbers [U, columns]."""
+        """Derive every random decision from the uniform numbers [U, columns]."""
         config, rows = self._config, len(uniform)
         count = _DRAWS_PER_OP * config.num_ops
         widths = (count, _CUTOUT, _PROBABILITY, _PARTNER, _CROP)

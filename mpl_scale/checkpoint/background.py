@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 
 from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.checkpoint.entries import Entry
-from mpl_scale.checkpoint.folders import open_draft, replace_text
+from mpl_scale.checkpoint.folders import open_draft
 from mpl_scale.checkpoint.format import CheckpointError, WriteFailed, file_name
 from mpl_scale.checkpoint.writer import Written, parse_written, publish, write_shard, writing
+from mpl_scale.files import replace_text
 from mpl_scale.mesh import Mesh
 
 T = TypeVar("T")

@@ -9,19 +9,18 @@ Models that are registered here and not in timm have the same two files; `mpl_sc
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from mpl_scale.checkpoint.folders import replace_text, sync
 from mpl_scale.checkpoint.format import CheckpointError, read_index
 from mpl_scale.checkpoint.reader import read_prefix
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import import_modules
 from mpl_scale.config.schema import Config, NetworkConfig
+from mpl_scale.files import replace_text, replacing
 from mpl_scale.models.weights import FILE_NAME, to_plain
 
 NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
@@ -41,10 +40,8 @@ def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
     plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
     content = _hub_config(config, section, labels=class_names(checkpoint))
     output.mkdir(parents=True, exist_ok=True)
-    draft = output / f"{FILE_NAME}.tmp"
-    save_file(plain, draft, metadata={"format": "pt"})
-    sync(draft)
-    os.replace(draft, output / FILE_NAME)
+    with replacing(output / FILE_NAME) as draft:
+        save_file(plain, draft, metadata={"format": "pt"})
     replace_text(output / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     return content
 

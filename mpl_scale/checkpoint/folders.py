@@ -1,4 +1,4 @@
-"""Names under a checkpoint root, and the file operations that make a save all-or-nothing.
+"""Names under a checkpoint root: how a save is made all-or-nothing.
 
 A folder gets its final name by one rename after everything in it is on disk, so a final name means complete. Steps of
 a save that a kill may interrupt leave a name with `.tmp-` in it, which the next save deletes.
@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import re
-import secrets
 import shutil
 from pathlib import Path
+
+from mpl_scale.files import draft_of, replace_text, sync
 
 LATEST_NAME = "latest"
 _FINAL_NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
@@ -46,7 +47,7 @@ def open_draft(root: Path, step: int) -> Path:
         shutil.rmtree(stale, ignore_errors=True)
     for stale in root.glob(f"{LATEST_NAME}.tmp-*"):
         stale.unlink(missing_ok=True)
-    draft = _temporary(root / f"step_{step:08d}")
+    draft = draft_of(root / f"step_{step:08d}")
     draft.mkdir()
     return draft
 
@@ -61,7 +62,7 @@ def publish_draft(draft: Path, step: int) -> Path:
         folder = root / f"step_{step:08d}.{version}"
     os.rename(draft, folder)
     sync(root)
-    replace_text(root / LATEST_NAME, folder.name + "\n")
+    replace_text(root / LATEST_NAME, folder.name + "\n", shared=True)
     return folder
 
 
@@ -83,43 +84,16 @@ def prune(root: Path, keep: int, *, keep_every: int = 0) -> None:
 
 def withdraw(root: Path, newest: Path) -> None:
     """Make a checkpoint the newest one: `latest` names it, and those after it are deleted."""
-    replace_text(root / LATEST_NAME, newest.name + "\n")
+    replace_text(root / LATEST_NAME, newest.name + "\n", shared=True)
     for folder in find(root):
         if _step_and_version(folder) > _step_and_version(newest):
             _delete(folder)
 
 
 def _delete(folder: Path) -> None:
-    doomed = _temporary(folder)
+    doomed = draft_of(folder)
     os.rename(folder, doomed)  # a kill while deleting must not leave half a checkpoint under a final name
     shutil.rmtree(doomed, ignore_errors=True)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that a kill at any moment leaves the old content or the new."""
-    temporary = _temporary(path)
-    write_text(temporary, text)
-    os.replace(temporary, path)
-    sync(path.parent)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file and wait until it is on disk."""
-    path.write_text(text, encoding="utf-8")
-    sync(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
 
 
 def _step_and_version(folder: Path) -> tuple[int, int]:

@@ -75,7 +75,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Index:
-    """The content of index.json."""
+    """The content of index.json; see the top of this file."""
 
     step: int
     world: int
@@ -85,7 +85,7 @@ class Index:
 
 
 def file_name(rank: int) -> str:
-    """The file a rank writes."""
+    """Name of the file with a rank's tensors."""
     return f"rank_{rank:05d}.safetensors"
 
 

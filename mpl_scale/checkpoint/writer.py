@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from mpl_scale.checkpoint.agree import on_main, together
 from mpl_scale.checkpoint.entries import Entry
-from mpl_scale.checkpoint.folders import open_draft, prune, publish_draft, sync, write_text
+from mpl_scale.checkpoint.folders import open_draft, prune, publish_draft
 from mpl_scale.checkpoint.format import (
     INDEX_NAME,
     CheckpointError,
@@ -32,6 +32,7 @@ from mpl_scale.checkpoint.format import (
     parse_table,
     tensor_name,
 )
+from mpl_scale.files import sync, write_text
 from mpl_scale.mesh import Mesh
 
 
@@ -102,7 +103,7 @@ def save(
 def publish(
     draft: Path, written: Sequence[Written], *, step: int, metadata: dict[str, Any], keep: int, keep_every: int
 ) -> Path:
-    """On rank 0, once every rank has written: the index, the final name, `latest`; then old checkpoints go."""
+    """On rank 0, once every rank has written: write the index, rename, set `latest`, delete old checkpoints."""
     index = _merge(written, step=step, metadata=metadata)
     _check_visible(draft, index)
     write_text(draft / INDEX_NAME, dump_index(index))

@@ -11,12 +11,12 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import emulated_bf16, refuse_misfits
+from mpl_scale.cli.fit import emulated_bf16, refuse_misfits
 from mpl_scale.config import RunConfig
 from mpl_scale.config.needs import needed_packages
 from mpl_scale.packages import missing_packages
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
     from mpl_scale.planner.job import Job, Machine
@@ -66,7 +66,7 @@ def report(
     """
     resolved = resolve(run, world=world, device="cuda" if cuda else "cpu")
     # timm: seconds, once the config is known to be good
-    from mpl_scale.trainer.input import check_models, check_names
+    from mpl_scale.trainer.preflight import check_models, check_names
 
     check_names(run)
     check_models(run)

@@ -13,9 +13,9 @@ from mpl_scale.config import RunConfig, load_config
 class Command:
     """One command. Its module imports nothing heavy: `run` does, once the command line is known to be good.
 
-    name: on the command line. help: one line. examples: whole command lines. options: adds its arguments.
-    run: takes the options, with `parser` the whole command line's; gives the exit status, 0 done, 1 a negative answer,
-    2 bad input; raises ValueError or OSError for bad input.
+    name: on the command line; aliases: former names, which work the same. help: one line. examples: whole command
+    lines. options: adds its arguments. run: takes the options, with `parser` the whole command line's; returns the exit
+    status, 0 done, 1 a negative answer, 2 bad input; raises ValueError or OSError for bad input.
     """
 
     name: str
@@ -23,6 +23,7 @@ class Command:
     examples: tuple[str, ...]
     options: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    aliases: tuple[str, ...] = ()
 
 
 def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -37,7 +37,7 @@ complete -o bashdefault -F _mpl_scale_completion mpl-scale
 
 
 def fields(section: type[BaseModel] = Config, path: str = "mpl_scale") -> Iterator[str]:
-    """Every field that --set takes, as a path; teacher's and student's too."""
+    """Dotted paths of all fields that --set takes, including the teacher's and the student's."""
     if section is Config:
         yield from TOP_LEVEL
     for name, field in section.model_fields.items():

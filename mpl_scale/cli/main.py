@@ -15,16 +15,16 @@ from mpl_scale.cli.distributions import DISTRIBUTIONS
 from mpl_scale.cli.export import EXPORT
 from mpl_scale.cli.index import INDEX
 from mpl_scale.cli.inspect import INSPECT
+from mpl_scale.cli.partition import PARTITION
 from mpl_scale.cli.plan import PLAN
 from mpl_scale.cli.report import REPORT
 from mpl_scale.cli.select import SELECT
-from mpl_scale.cli.split import SPLIT
 from mpl_scale.cli.sweep import SWEEP
 from mpl_scale.cli.train import TRAIN
 from mpl_scale.packages import find_package
 from mpl_scale.rendezvous import RanksMissing
 
-COMMANDS = (TRAIN, PLAN, CHECK, SPLIT, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT, REPORT, SWEEP, COMPLETION)
+COMMANDS = (TRAIN, PLAN, CHECK, PARTITION, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT, REPORT, SWEEP, COMPLETION)
 BAD_INPUT = 2
 
 
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
-    """Say it: what every rank finds wrong once, what one rank finds wrong with its number. Returns the status."""
+    """Print an error, once if every rank has it, else with the rank's number; returns the status."""
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
     if rank == "0" or where:
@@ -66,7 +66,7 @@ def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands, each with its examples."""
+    """The parser of all commands, with their examples."""
 
     def examples(lines: Sequence[str]) -> str:
         return "\n  ".join(["examples:", *lines])
@@ -81,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         own = commands.add_parser(
             command.name,
+            aliases=command.aliases,
             help=command.help,
             description=command.help[0].upper() + command.help[1:] + ".",
             epilog=examples(command.examples),

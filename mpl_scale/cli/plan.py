@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import emulated_bf16, what_would_fit
+from mpl_scale.cli.fit import emulated_bf16, what_would_fit
 from mpl_scale.config import Batches, RunConfig
-from mpl_scale.trainer.jobs import GIGA, main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import GIGA, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
     from mpl_scale.planner.job import Job, Machine
@@ -37,7 +37,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         nargs=2,
         metavar=("FROM", "TO"),
-        help="instead: the best plan at FROM, 2 FROM ... TO devices, with and without a width split",
+        help="instead: the best plan at FROM, 2 FROM ... TO devices, with and without a width partition",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="of --sweep: a PNG or SVG (needs matplotlib)")
     parser.add_argument("--paper", action="store_true", help="instead: what the paper's own run must have reached")
@@ -51,7 +51,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--nodes {options.nodes} does not divide --gpus {options.gpus}; use a divisor")
     # torch and timm: seconds
     from mpl_scale.resolve import choose_kernels
-    from mpl_scale.trainer.input import check_names
+    from mpl_scale.trainer.preflight import check_names
 
     check_names(run)
     cpu = options.gpu == "cpu"
@@ -173,7 +173,7 @@ def _sweep(job: Job, machine: Machine, options: argparse.Namespace) -> None:
         raise ValueError(f"--sweep {first} {last}: runs upwards; give the smaller number first")
     worlds = [first << k for k in range((last // first).bit_length())]
     found = sweep(job, worlds, machine)
-    from mpl_scale.planner.curves import lines, plot
+    from mpl_scale.planner.scaling import lines, plot
 
     _print(lines(found))
     if options.plot is not None:

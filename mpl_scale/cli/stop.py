@@ -47,7 +47,7 @@ class StopRequest:
         return self
 
     def close(self) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers from before."""
         if not self._before:
             return
         signal.set_wakeup_fd(self._descriptor_before if os.getpid() == self._owner else -1)

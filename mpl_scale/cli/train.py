@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.cli.jobs import check_this_gpu
+from mpl_scale.cli.fit import check_this_gpu
 from mpl_scale.cli.stop import StopRequest
 
 

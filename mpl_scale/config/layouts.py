@@ -15,7 +15,7 @@ BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "zero_
 
 
 def advise(run: RunConfig, *, world: int, fits: Callable[[RunConfig], bool]) -> str:
-    """Which files to run instead on `world` ranks; empty: there are none. fits: whether a file can run on them."""
+    """Advice: the files to run instead on `world` ranks; "" if there are none. fits: whether a file can run on them."""
     found = _layouts(run, fits)
     found = [path for path in found if path.stem.endswith(f"_{world}gpu")] or found
     return f"{' or '.join(map(str, found))} can run on {world} rank{'s' if world > 1 else ''}" if found else ""

@@ -38,7 +38,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def refuse_kwargs(model: ModelConfig) -> None:
-    """ValueError that names the first such argument, its value and the setting that does it."""
+    """Raise ValueError for the first argument that a setting already covers, naming its value and that setting."""
     for name in ("teacher", "student"):
         section = f"mpl_scale.model.{name}"
         for key, value in getattr(model, name).kwargs.items():

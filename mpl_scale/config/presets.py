@@ -6,6 +6,7 @@ between the three and why they exist: FIDELITY in docs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -74,9 +75,20 @@ def apply_preset(method: dict[str, Any]) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Both, section by section; where both have a value, `above` wins."""
+    """Merge two sections recursively; where both have a value, `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         nested = isinstance(value, dict) and isinstance(below.get(key), dict)
         merged[key] = merge(below[key], value) if nested else value
     return merged
+
+
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a section and of those in it, by dotted field; a list is a value, and so is an empty section."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

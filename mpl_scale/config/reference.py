@@ -31,7 +31,7 @@ _BOUNDS = (
 
 
 def reference() -> str:
-    """The page, Markdown."""
+    """The page docs/config.md, in Markdown."""
     parts = [HEAD]
     for path, section in _sections(Config, "mpl_scale"):
         parts.append(f"\n## {path}\n\n{(section.__doc__ or '').strip()}\n")
@@ -80,7 +80,7 @@ def _bounds(metadata: list[Any]) -> str:
 
 
 def _type(annotation: Any) -> str:
-    """For people: names of JSON's types, choices by their values."""
+    """The type as a page shows it: JSON's name of it, or the choices."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         bounds = _bounds([item for given in annotation.__metadata__ for item in _flat(given)])

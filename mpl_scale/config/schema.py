@@ -67,7 +67,7 @@ class NetworkConfig(Section):
 
 
 class ModelConfig(Section):
-    """Both networks and what they share."""
+    """The two networks and the settings that they share."""
 
     teacher: NetworkConfig
     student: NetworkConfig
@@ -162,7 +162,7 @@ class DataConfig(Section):
 
 
 class ParallelConfig(Section):
-    """Mesh and engine."""
+    """The device mesh, the engine and how steps are computed."""
 
     engine: Literal["auto", "deepspeed", "flat"] = Field(
         "auto", description="auto: flat for ZeRO 0-2 on a GPU, deepspeed otherwise."
@@ -221,7 +221,7 @@ class ParallelConfig(Section):
 
 
 class TrainPhase(Section):
-    """The main phase."""
+    """The main phase, in which the configured method trains both networks."""
 
     steps: Count
     evaluate_every: CountOrZero = Field(0, description="0: only at the end of the phase.")
@@ -250,7 +250,7 @@ class FinetunePhase(Section):
 
 
 class PhasesConfig(Section):
-    """In order: teacher warm-up, train, finetune."""
+    """The phases of a run, in order: teacher warm-up, train, finetune."""
 
     teacher_warmup: WarmupPhase = WarmupPhase()
     train: TrainPhase
@@ -322,7 +322,7 @@ class GuardConfig(Section):
 
 
 class Config(Section):
-    """The "mpl_scale" section."""
+    """The "mpl_scale" section of a ds_config."""
 
     paper: str | None = Field(None, description="The row of the paper this config stands for.")
     imports: list[str] = Field(

@@ -36,7 +36,7 @@ class UDAConfig(Section):
 
 
 class MethodConfig(Section):
-    """What a step does."""
+    """The training method: what one step computes."""
 
     name: str = Field(
         "mpl",
@@ -88,7 +88,7 @@ class OptimConfig(Section):
 
 
 class OptimsConfig(Section):
-    """One optimiser per network."""
+    """The optimiser of each network."""
 
     teacher: OptimConfig
     student: OptimConfig

@@ -19,7 +19,7 @@ SETTLING_SECONDS = 1.0
 
 
 class Loader(Protocol):
-    """What is prefetched from."""
+    """An iterator over batches that can be closed."""
 
     def __next__(self) -> Batch: ...
 

@@ -81,7 +81,7 @@ class ImageFiles:
 
     @property
     def refused(self) -> np.ndarray:
-        """int64 [R], sorted."""
+        """Sample ids of the refused files, int64 [R], sorted."""
         return np.array(sorted(self.reasons), np.int64)
 
     @property
@@ -90,7 +90,7 @@ class ImageFiles:
         return len(self.reasons)
 
     def read(self, sample: int) -> np.ndarray:
-        """The whole file."""
+        """The content of a file, uint8; UnreadableImage where it cannot be read."""
         try:
             encoded = read_file(str(self.paths[sample]))
         except OSError as error:

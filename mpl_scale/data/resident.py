@@ -47,12 +47,12 @@ class Layout:
 
     @property
     def line(self) -> int:
-        """Bytes of a line."""
+        """Bytes of a line of one channel, margin included."""
         return self.side + self.margin
 
     @property
     def plane(self) -> int:
-        """Bytes of a plane."""
+        """Bytes of one channel, margins included."""
         return self.line**2
 
     @property
@@ -85,7 +85,7 @@ class Places(Protocol):
     """Where what a step sees of the stored samples lies."""
 
     def windows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """By place."""
+        """Everything that can be gathered, [places, ...]: row p is what lies at place p."""
 
     def place(self, rows: np.ndarray, corners: np.ndarray | None) -> np.ndarray:
         """int64 [n], of samples `rows`, int64 [n], at corners int [n, 2]; None: whole ones."""
@@ -199,7 +199,7 @@ class ResidentImages:
         return rows
 
     def rows(self, samples: np.ndarray) -> np.ndarray:
-        """Where the images of some ids lie, int64 [n]."""
+        """Positions in memory of the images with these ids, int64 [n]."""
         return self._row_of_id[samples - self.ids[0]].astype(np.int64)
 
     def used(self, rows: Rows) -> np.ndarray:
@@ -257,7 +257,7 @@ class ResidentViews:
         return Decoded(views, used, labels)
 
     def close(self) -> None:
-        """Forget what is planned."""
+        """Forget the planned rows."""
         self._planned.clear()
 
     def _plan(self) -> None:

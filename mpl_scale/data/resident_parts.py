@@ -110,7 +110,7 @@ class ResidentParts:
 
     @cached_property
     def test(self) -> ResidentImages | None:
-        """The images that are evaluated."""
+        """The images of the evaluation; None: they are read from files."""
         view = evaluation_view(self._config.evaluation, self._image_size)
         return self._decoded("test", [self._splits.test], view)
 

@@ -49,21 +49,21 @@ class VectorSet:
 
     @property
     def refused(self) -> np.ndarray:
-        """int64 [0]."""
+        """No sample id, int64 [0]: vectors are never refused."""
         return np.zeros(0, np.int64)
 
     def read(self, sample: int) -> np.ndarray:
-        """Nothing is encoded."""
+        """Raises ValueError: vectors have no encoded images."""
         raise ValueError(
             f"mpl_scale.data.source = '{self.source}' has vectors, and this needs images; use another source"
         )
 
     def name(self, sample: int) -> str:
-        """Source and number."""
+        """The source and the sample id."""
         return f"{self.source}:{sample}"
 
     def refusals(self, most: int) -> Mapping[str, str]:
-        """None."""
+        """No reasons: vectors are never refused."""
         return {}
 
 

@@ -144,7 +144,7 @@ class DeepSpeedNetwork:
 
     @property
     def optimizer_state(self) -> dict[str, Sequence[torch.Tensor]]:
-        """As many shards per state name."""
+        """The optimiser's state by name, one tensor per shard."""
         return {name: self._shards.state(name) for name in self._shards.base.state_names}
 
     @property

@@ -67,6 +67,16 @@ class Shards(ABC):
         """Copy the master shards into the module's weights and gather them."""
         self.wrapper.update_lp_params()
 
+    def _partitions(self, *, offloaded: bool) -> Pieces:
+        if offloaded:
+            return [[master.grad] for master in self.masters]
+        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+
+    def _clear_offloaded(self) -> None:
+        self.wrapper.reset_cpu_buffers()
+        for master in self.masters:
+            master.grad.zero_()
+
 
 class ReplicatedShards(Shards):
     """Stage 0: every rank holds everything, one shard per parameter."""
@@ -85,7 +95,7 @@ class ReplicatedShards(Shards):
             self.layout.append(Slice(name, tuple(weight.shape), 0, weight.numel(), index, 0))
 
     def pieces(self) -> Pieces:
-        """The parameters' own gradients; DeepSpeed has put zeros where there was none."""
+        """The parameters' own gradients; DeepSpeed fills in zeros for parameters without one."""
         return [[weight.grad] for weight in self.weights]
 
     def clear(self) -> None:
@@ -119,10 +129,8 @@ class FlatShards(Shards):
                     self.layout.append(Slice(name, shape, low - position, high - low, index, low - begin))
 
     def pieces(self) -> Pieces:
-        """The partition's gradients, or with CPU offload the master's, which the hooks have filled."""
-        if self.wrapper.cpu_offload:
-            return [[master.grad] for master in self.masters]
-        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+        """The partition's gradients, or with CPU offload the masters', which the hooks have filled."""
+        return self._partitions(offloaded=self.wrapper.cpu_offload)
 
     def clear(self) -> None:
         """What `step` resets on an overflow, and the micro step: else the next gradient is added to this one."""
@@ -131,10 +139,8 @@ class FlatShards(Shards):
             gradients.update(dict.fromkeys(gradients))
         self.wrapper.micro_step_id = self._first_micro_step
         if self.wrapper.cpu_offload:
-            self.wrapper.reset_cpu_buffers()
+            self._clear_offloaded()
             self.wrapper._offload_accumulated_param_ids.clear()
-            for master in self.masters:
-                master.grad.zero_()
 
 
 class Bf16FlatShards(FlatShards):
@@ -150,7 +156,7 @@ class Bf16FlatShards(FlatShards):
         return [[part] for part in self.wrapper.fp32_groups_gradient_flat_partition]
 
     def average(self, group: dist.ProcessGroup) -> None:
-        """All of it: the clipping norm is taken over the whole gradient."""
+        """Average the whole gradient, not only this rank's part: its norm is needed for clipping."""
         for flat in self.wrapper.fp32_groups_gradients_flat:
             dist.all_reduce(flat, group=group)
             flat.div_(dist.get_world_size(group))
@@ -190,9 +196,7 @@ class PartitionedShards(Shards):
 
     def pieces(self) -> Pieces:
         """The gradients' partitions, or with CPU offload the masters' gradients."""
-        if self.wrapper.offload_optimizer:
-            return [[master.grad] for master in self.masters]
-        return [self.wrapper.averaged_gradients[index] for index in range(len(self.masters))]
+        return self._partitions(offloaded=self.wrapper.offload_optimizer)
 
     def clear(self) -> None:
         """zero_grad also resets the micro step; a parameter that gets no gradient next time must not keep this one."""
@@ -200,9 +204,7 @@ class PartitionedShards(Shards):
         self.wrapper.averaged_gradients.clear()
         self.wrapper.grad_partitions_flat_buffer.zero_()
         if self.wrapper.offload_optimizer:
-            self.wrapper.reset_cpu_buffers()
-            for master in self.masters:
-                master.grad.zero_()
+            self._clear_offloaded()
 
     def refresh(self) -> None:
         """Write the partitions; parameters that stay whole are dropped, the next forward gathers them again."""

@@ -153,7 +153,7 @@ class FlatNetwork:
 
     @property
     def refused_update(self) -> bool:
-        """Never: a gradient that is not finite makes its weights such."""
+        """Always False: a gradient that is not finite is applied."""
         return False
 
     @property
@@ -173,7 +173,7 @@ class FlatNetwork:
 
     @property
     def optimizer_state(self) -> dict[str, Sequence[torch.Tensor]]:
-        """As many shards per state name."""
+        """The optimiser's state by name, one tensor per shard."""
         states = self._optimizer.state
         return {name: [states[shard][name] for shard in self._master] for name in self._optimizer.state_names}
 

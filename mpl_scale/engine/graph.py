@@ -53,7 +53,7 @@ class CudaGraphs:
     """Kept for good: torch's allocators may hold a pointer to one whose capture failed."""
 
     def warm_up(self, step: Callable[[], StepMetrics]) -> StepMetrics:
-        """On a side stream, as a capture runs."""
+        """Run a step on a side stream, as a capture does."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -87,7 +87,7 @@ class CudaGraphs:
         return graph.replay, metrics
 
     def release(self) -> None:
-        """Segments of freed pools."""
+        """Free what the allocator holds of captured graphs' memory pools."""
         gc.collect()
         torch.cuda.empty_cache()
 

@@ -127,7 +127,7 @@ class BatchNorm(nn.Module):
         return x if self.act is None else self.act(x)
 
     def _normalise(self, x: torch.Tensor, functions: Loops) -> torch.Tensor:
-        """By the statistics of this batch on all ranks."""
+        """Normalise by the statistics of this batch over all ranks."""
         y, mean, variance, totals = _Normalise.apply(
             x, self.weight, self.bias, self.eps, self.group, self.statistics_columns, functions
         )
@@ -150,5 +150,5 @@ class BatchNorm(nn.Module):
         return y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Shown by print(module)."""
+        """The arguments that print(module) shows."""
         return f"{self.weight.numel()}, eps={self.eps}, momentum={self.momentum}, global={self.group is not None}"

@@ -61,7 +61,7 @@ def build_model(
 
 
 def call_builder(network: NetworkConfig, shared: ModelConfig, *, field: str, **more: Any) -> nn.Module:
-    """What the model's builder gives, as it is. more: arguments beside `network.kwargs`. ValueError: it has no such."""
+    """The model as its builder returns it. more: arguments beside `network.kwargs`. ValueError: an unknown argument."""
     kwargs = {**network.kwargs, **more}
     try:
         return find_builder(network.name, field=f"{field}.name")(num_classes=shared.num_classes, **kwargs)

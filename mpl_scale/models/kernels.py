@@ -29,7 +29,7 @@ class Activation:
     slope: float = 0.0
 
     def of(self, z: torch.Tensor) -> torch.Tensor:
-        """The function."""
+        """The activation of z, elementwise."""
         if self.name == "silu":
             return F.silu(z)
         return z if self.name == "identity" else torch.where(z > 0, z, z * self.slope)

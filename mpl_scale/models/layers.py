@@ -36,7 +36,7 @@ class Dropout(nn.Module):
         return x * (keep.to(x.dtype) / (1.0 - self.rate))
 
     def extra_repr(self) -> str:
-        """Shown by print(module)."""
+        """The arguments that print(module) shows."""
         return f"rate={self.rate}"
 
 

@@ -40,7 +40,7 @@ class Pass:
 
 
 def within(pass_: Pass | None, module: nn.Module) -> AbstractContextManager[None]:
-    """A context to run a module's forward in; None: nothing to say."""
+    """The context to run a module's forward in; None: an empty one."""
     passes: Any = module.passes if pass_ is not None else None  # nn.Module takes attributes for tensors or modules
     return nullcontext() if pass_ is None else passes(pass_)
 

@@ -100,7 +100,7 @@ def replaced_classifier(network: NetworkConfig, shared: ModelConfig, *, field: s
 
 
 def classifier_warning(network: NetworkConfig, shared: ModelConfig, *, field: str) -> str | None:
-    """What to say of a classifier that is not loaded; None: it is, or there is no file yet to look into."""
+    """A warning where the file's classifier is not loaded; None: it is loaded, or there is no file yet."""
     if network.weights is None or not _file(network.weights).exists():
         return None
     replaced = replaced_classifier(network, shared, field=field)

@@ -29,7 +29,7 @@ class ControlFiles:
     """The files of one output folder, read on one rank."""
 
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """clock: seconds."""
+        """folder: of the run; clock: a monotonic clock, in seconds."""
         self._folder, self._clock = folder, clock
         self._next = clock()
         self._last = Request.NONE

@@ -12,7 +12,10 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+
+from mpl_scale.files import replace_text
 
 HEARTBEAT_NAME = "heartbeat.json"
 BEAT_SECONDS = 5.0
@@ -46,9 +49,5 @@ class Heartbeat:
             "host": os.uname().nodename,
             "pid": os.getpid(),
         }
-        temporary = self._path.with_name(f"{HEARTBEAT_NAME}.tmp")
-        try:  # renamed without fsync: readers see whole files, and nobody needs one after a power cut
-            temporary.write_text(json.dumps(line) + "\n", encoding="utf-8")
-            temporary.replace(self._path)
-        except OSError:
-            pass
+        with suppress(OSError):  # nobody needs one after a power cut
+            replace_text(self._path, json.dumps(line) + "\n", durable=False)

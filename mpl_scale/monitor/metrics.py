@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 
 RESERVED = ("global_step", "phase", "step", "part", "wall")
 """The line's own fields."""
@@ -75,7 +75,7 @@ class MetricsWriter:
         self._last = global_step
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; nothing more can be written."""
         self._file.close()
 
 

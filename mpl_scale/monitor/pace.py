@@ -13,14 +13,14 @@ class Pace:
     """Steps per second from the times at which steps were reported."""
 
     def __init__(self, *, total: int, done: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`done` of `total` steps lie before the clock starts; clock in seconds."""
+        """done: steps, of `total`, before the clock starts; clock in seconds."""
         self.total = total
         self._clock = clock
         self._previous = self._current = (done, clock())
         self._first: tuple[int, float] | None = None
 
     def report(self, step: int) -> None:
-        """Say that `step` steps of the phase are done now.
+        """Record that `step` steps of the phase are done now.
 
         The average starts at the first report: compilation and warm-up before it are not the pace. A step that is
         reported again, after its evaluation, leaves the pace as it is: what passed since is no training.
@@ -53,7 +53,7 @@ def _rate(start: tuple[int, float], end: tuple[int, float]) -> float | None:
 
 
 def format_seconds(seconds: float) -> str:
-    """5s, 1m20s, 2h05m, 3d04h."""
+    """A duration as people write it: 5s, 1m20s, 2h05m, 3d04h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

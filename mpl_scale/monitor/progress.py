@@ -118,7 +118,7 @@ class Progress:
 
 
 def _columns(stream: TextIO) -> int:
-    """Of the terminal, now."""
+    """Width of the terminal, characters."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):  # no terminal, no descriptor

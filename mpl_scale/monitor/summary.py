@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 
 SUMMARY_NAME = "summary.json"
 DONE_NAME = "DONE"

@@ -43,7 +43,7 @@ class Writers:
             self.monitor.write_events([(f"{place}/{name}", value, global_step) for name, value in values.items()])
 
     def go_back(self, *, global_step: int) -> None:
-        """What follows a step will be written again; the monitor is not told."""
+        """Drop the metrics after a step, which will be written again; other monitors keep theirs."""
         if self.metrics is not None:
             self.metrics.go_back(global_step)
 

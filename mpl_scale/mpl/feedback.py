@@ -121,7 +121,7 @@ class LossDifference(FeedbackRule):
     """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it."""
 
     def before_update(self, state: State, batch: Batch) -> None:
-        """Measure CE at theta."""
+        """Measure the cross-entropy on x_l before the student's update."""
         self._old = labelled_loss(state, batch)["student_labelled_loss"]  # []
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:

@@ -25,7 +25,7 @@ class Kekmodel(FeedbackRule):
         self._old: list[torch.Tensor] = []  # [] of each micro-batch
 
     def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
-        """Keep CE at theta."""
+        """Keep the cross-entropy on x_l before the student's update."""
         self._old.append(cross_entropy(logits, batch.labels).mean())
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:

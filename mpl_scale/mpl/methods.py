@@ -15,7 +15,7 @@ Step = Callable[[State, Batch], StepMetrics]
 
 @dataclass(frozen=True)
 class Method:
-    """A step and what it needs."""
+    """A step and what it needs of the state and of the batches."""
 
     name: str
     step: Step
@@ -47,14 +47,7 @@ def register_method(
     """
 
     def add(step: Step) -> Step:
-        METHODS[name] = Method(
-            name=name,
-            step=step,
-            teacher=teacher,
-            student=student,
-            unlabelled=unlabelled,
-            teacher_views=teacher_views,
-        )
+        METHODS[name] = Method(name, step, teacher, student, unlabelled, teacher_views)
         return step
 
     return add

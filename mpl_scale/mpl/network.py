@@ -52,7 +52,7 @@ class Network(Protocol):
 
     @property
     def refused_update(self) -> bool:
-        """Whether the last `apply` changed nothing because its gradient was not finite; False where none looks."""
+        """Whether the last `apply` changed nothing because the gradient was not finite; False where unchecked."""
 
     @property
     def dot_group(self) -> dist.ProcessGroup | None:

@@ -56,7 +56,7 @@ class SkipNonfinite:
         return {**metrics, SKIPPED: self._skipped, IN_A_ROW: self._in_a_row}
 
     def _is_bad(self, metrics: StepMetrics, changed: list[torch.Tensor], state: State) -> torch.Tensor:
-        """Whether any rank has a number that is none: bool []."""
+        """Whether any rank has a non-finite number: bool []."""
         numbers = [*metrics.values(), *(tensor for tensor in changed if tensor.is_floating_point())]
         bad = torch.stack([number.isfinite().all() for number in numbers]).all().logical_not()
         if any(network.refused_update for network in _networks(state)):  # the other network may have moved

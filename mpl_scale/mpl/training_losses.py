@@ -31,7 +31,7 @@ class TrainingLoss:
         return batch.normalise(batch.labelled)
 
     def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-        """What it should say where it said logits [B, K]: labels int64 [B], or distributions like the logits."""
+        """The targets for logits [B, K]: labels, int64 [B], or distributions, [B, K]."""
         return batch.labels
 
     def supervised(self, method: MethodConfig, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -87,7 +87,7 @@ class Mixup(TrainingLoss):
     """CE of mixed labelled images against mixed labels (Zhang et al. 2018; Table 10)."""
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
-        """Neighbouring rows mixed."""
+        """The labelled images, each mixed with its neighbour in the batch."""
         return average(batch.normalise(batch.labelled), mixup_share(state, batch))
 
     def share(self, state: State, batch: Batch) -> torch.Tensor:
@@ -95,7 +95,7 @@ class Mixup(TrainingLoss):
         return mixup_share(state, batch)
 
     def targets(self, state: State, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-        """Their labels, mixed alike."""
+        """One-hot labels [N, K], mixed as their images are."""
         # F.one_hot reads the device on the host
         one_hot = batch.labels[:, None] == torch.arange(logits.shape[1], device=batch.labels.device)  # bool [B, K]
         return average(one_hot.to(logits.dtype), self.share(state, batch))
@@ -110,7 +110,7 @@ class CutMix(Mixup):
         return batch.normalise(torch.where(cutmix_box(state, batch), neighbours(batch.labelled), batch.labelled))
 
     def share(self, state: State, batch: Batch) -> torch.Tensor:
-        """The area outside the box."""
+        """The share of the image's area outside the pasted box."""
         return 1 - cutmix_box(state, batch).double().mean((1, 2, 3))
 
 

@@ -26,14 +26,14 @@ class Logits(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """The inputs of one pass."""
+    """The inputs of one pass of a network."""
 
     inputs: torch.Tensor  # [N, ...], floating point
     rows: torch.Tensor  # int64 [N], global
     sizes: tuple[int, ...]  # of x_l, x_u and x_s; of x_l and x_u where both views of x_u are one
 
     def split(self, logits: torch.Tensor) -> Logits:
-        """Logits [N, K] by view."""
+        """Logits of each view, from those of the whole pass [N, K]."""
         labelled, weak, *strong = logits.split(self.sizes)
         return Logits(labelled, weak, *strong or [weak])
 

@@ -133,7 +133,7 @@ class SGD(ShardOptimizer):
 
     @staticmethod
     def update(parameters, gradients, states, lr, *, momentum, nesterov):  # type: ignore[no-untyped-def,override]
-        """See ShardOptimizer."""
+        """One step in place, as ShardOptimizer.update says: heavy-ball or Nesterov momentum."""
         velocity = states["momentum"]
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, gradients)
@@ -158,7 +158,7 @@ class RMSpropTF(ShardOptimizer):
 
     @staticmethod
     def update(parameters, gradients, states, lr, *, rho, eps, momentum):  # type: ignore[no-untyped-def,override]
-        """See ShardOptimizer."""
+        """One step in place, as ShardOptimizer.update says: TensorFlow's RMSprop, eps inside the root."""
         square, velocity = states["square_average"], states["momentum"]
         torch._foreach_mul_(square, rho)
         torch._foreach_addcmul_(square, gradients, gradients, value=1.0 - rho)

@@ -6,12 +6,14 @@ import dataclasses
 import hashlib
 import json
 import os
+from contextlib import suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mpl_scale
+from mpl_scale.files import replace_text
 from mpl_scale.planner.recorder import Line, Sent, Work
 from mpl_scale.planner.trace import NetworkTrace, TraceKey, trace_network
 
@@ -43,7 +45,7 @@ def _folder() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """Of the libraries and of our own code."""
+    """SHA-256 of the libraries' versions and of this package's sources."""
     digest = hashlib.sha256(f"{version('torch')} {version('timm')}".encode())
     root = Path(mpl_scale.__file__).parent
     for folder in _SOURCES:
@@ -80,10 +82,6 @@ def _restored(raw: dict[str, Any]) -> NetworkTrace:
 
 
 def _write(path: Path, trace: NetworkTrace) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(dataclasses.asdict(trace)))
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
+        replace_text(path, json.dumps(dataclasses.asdict(trace)), durable=False, shared=True)

@@ -35,7 +35,7 @@ class Duration:
 
     @property
     def total(self) -> float:
-        """Of a step: the input is made ahead, whoever is slower decides."""
+        """Seconds of a step: the input is made ahead, so the slower of device and input decides."""
         return max(self.device, self.input)
 
     @property
@@ -139,7 +139,7 @@ def collective(operation: str, size: float, *, ranks: int, spread: int, machine:
 
 
 def _sent(sent: Iterable[Sent], images: float, choice: Choice, machine: Machine) -> dict[str, float]:
-    """What a pass sends, by cause."""
+    """Seconds that a pass spends sending, by cause."""
     found: dict[str, float] = defaultdict(float)
     for item in sent:
         ranks = choice.world if item.group == "world" else choice.width
@@ -150,7 +150,7 @@ def _sent(sent: Iterable[Sent], images: float, choice: Choice, machine: Machine)
 
 
 def _reductions(parameters: int, job: Job, choice: Choice, machine: Machine) -> float:
-    """Of the gradient: for every micro-batch where it is added up in fp32 (engine/flat_engine.py), and at stage 3."""
+    """Seconds of reducing the gradient: after every micro-batch if it is accumulated in fp32, or at stage 3."""
     size = parameters * job.dtype.itemsize
     narrow = job.dtype.itemsize < FP32
     times = choice.parts if narrow or choice.stage == 3 or choice.engine == "deepspeed" else 1
@@ -161,7 +161,7 @@ def _reductions(parameters: int, job: Job, choice: Choice, machine: Machine) -> 
 
 
 def _gather(parameters: int, job: Job, choice: Choice, machine: Machine) -> float:
-    """Of the weights: after the update; at stage 3 before every forward and backward pass."""
+    """Seconds of gathering the weights: after the update; at stage 3 before every forward and backward pass."""
     times = 2 * choice.parts if choice.stage == 3 else 1
     size = parameters * job.dtype.itemsize
     return times * collective("all_gather", size, ranks=choice.shards, spread=choice.shards, machine=machine)

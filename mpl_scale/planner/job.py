@@ -93,7 +93,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights, gradients and activations."""
+        """The dtype of weights, gradients and activations."""
         return torch.bfloat16 if self.deepspeed.get("bf16", {}).get("enabled", False) else torch.float32
 
     @property
@@ -134,7 +134,7 @@ class Job:
         return METHODS[self.settings.name].teacher_sees_images
 
     def networks(self) -> list[Literal["teacher", "student"]]:
-        """Those that the method trains."""
+        """The networks that the method trains."""
         found: list[Literal["teacher", "student"]] = []
         if self.method.teacher:
             found.append("teacher")

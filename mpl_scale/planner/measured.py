@@ -66,7 +66,7 @@ class _Census:
     most: int = 0
 
     def count(self) -> None:
-        """After a forward pass; not what lies there anyway. At ZeRO-3 the weights are gathered now."""
+        """Update the most bytes kept by a forward pass, networks excluded. At ZeRO-3 the weights are gathered now."""
         modules = [network.module for network in self.networks]
         weights = [p.data for module in modules for p in module.parameters()]
         there = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

@@ -31,12 +31,12 @@ class Memory:
 
     @property
     def total(self) -> float:
-        """Bytes of the rank."""
+        """Bytes of the rank, all categories together."""
         return sum(self.categories.values())
 
     @property
     def static(self) -> float:
-        """Those that do not depend on the batch and that the networks' engines hold."""
+        """Bytes that the networks' engines hold whatever the batch."""
         return sum(self.categories[name] for name in STATIC if name in self.categories)
 
 

@@ -29,7 +29,7 @@ _aten = torch.ops.aten
 
 
 class Direction(enum.Enum):
-    """Of the pass that runs now."""
+    """The direction of the pass that runs now."""
 
     FORWARD = "forward"
     BACKWARD = "backward"
@@ -91,7 +91,7 @@ class MeteredGroup:
         self._name, self.recorder = name, recorder
 
     def allreduce(self, tensors: list[torch.Tensor], options: object = None) -> _Done:
-        """As of torch's ProcessGroup."""
+        """Record an all-reduce; the interface of torch's ProcessGroup."""
         self._note("all_reduce", tensors)
         return _Done()
 
@@ -103,7 +103,7 @@ class MeteredGroup:
         sent_counts: list[int],
         options: object = None,
     ) -> _Done:
-        """As of torch's ProcessGroup."""
+        """Record an all-to-all; the interface of torch's ProcessGroup."""
         self._note("all_to_all", [sent])
         return _Done()
 
@@ -185,7 +185,7 @@ class Recorder(TorchDispatchMode):
         self.note(kind, macs, self.size([*inputs, *outputs]))
 
     def note(self, kind: str, macs: Line, size: Line) -> None:
-        """One kernel."""
+        """Record one kernel: multiply-accumulates and bytes moved."""
         operations, traffic = macs.at(_TYPICAL_IMAGES), size.at(_TYPICAL_IMAGES)
         bucket = round(2 * math.log2(operations / traffic)) if operations and traffic else -99
         entry = self._work[self.direction, kind, bucket]
@@ -209,7 +209,7 @@ class Recorder(TorchDispatchMode):
         return self.line(output.numel() * (weight.numel() // weight.shape[0]), output.numel())
 
     def note_sent(self, group: str, operation: str, tensors: list[torch.Tensor]) -> None:
-        """One collective."""
+        """Record one collective and the bytes of its tensors."""
         entry = self._sent[self.direction, group, operation]
         total = Line()
         for tensor in tensors:

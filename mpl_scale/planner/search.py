@@ -19,7 +19,7 @@ POLICIES = ("none", "bn_act", "block")
 
 @dataclass(frozen=True)
 class Plan:
-    """A choice and what it costs."""
+    """A choice with its memory and its time."""
 
     job: Job
     choice: Choice
@@ -27,12 +27,12 @@ class Plan:
 
     @cached_property
     def memory(self) -> Memory:
-        """Bytes of a rank."""
+        """Bytes of a rank, by category."""
         return memory(self.job, self.choice, self.machine)
 
     @cached_property
     def duration(self) -> Duration:
-        """Seconds of a step."""
+        """Seconds of a step, by phase."""
         return duration(self.job, self.choice, self.machine)
 
     @property
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def device_hours(self) -> float:
-        """Of the phase's steps, over all ranks."""
+        """Device-hours of the phase's steps, over all ranks."""
         return 24 * self.days * self.choice.world
 
 
@@ -70,12 +70,12 @@ class Found:
 
     @property
     def smallest(self) -> Plan | None:
-        """The plan of the fewest bytes."""
+        """The plan with the least memory; None: there is no plan."""
         return min(self.plans, key=lambda plan: plan.memory.total, default=None)
 
 
 def _order(plan: Plan) -> tuple[float, ...]:
-    """By time, of three digits; where the input decides, the device's; then the simplest, then the smallest."""
+    """Sort key: time to three digits (the device's where the input decides), then simplicity, then memory."""
     choice = plan.choice
     policy = POLICIES.index(choice.recompute) if choice.recompute in POLICIES else len(POLICIES)
     times = (float(f"{seconds:.3g}") for seconds in (plan.duration.total, plan.duration.device))
@@ -181,7 +181,7 @@ def as_configured(job: Job, resolved: Resolved, *, world: int, machine: Machine)
 
 
 def sweep(job: Job, worlds: Sequence[int], machine: Machine) -> dict[int, tuple[Plan | None, Plan | None]]:
-    """For each number of ranks the fastest plan without a width split and the fastest with one; None: none fits."""
+    """For each number of ranks the fastest plan without a width partition and the fastest with one; None: none fits."""
     found = {}
     for world in worlds:
         fitting = search(job, world, machine).fitting

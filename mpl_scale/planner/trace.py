@@ -126,7 +126,7 @@ class NetworkTrace:
     switched: bool
 
     def kept_bytes(self, images: float) -> float:
-        """Of a forward pass on this many images of the width group."""
+        """Bytes that a forward pass on this many images of the width group keeps."""
         return sum(line.at(images) for line in self.kept.values()) if images else 0.0
 
     def kept_whole(self, elements: int) -> int:
@@ -230,7 +230,7 @@ def _mesh(key: TraceKey, recorder: Recorder) -> Mesh:
 
 
 def _trust_shapes(model: nn.Module) -> None:
-    """Do not ask the other ranks for their shapes: there are none."""
+    """Remove the hooks that compare shapes with other ranks: a trace has no other ranks."""
     hooks = model._forward_pre_hooks
     for handle in [handle for handle, hook in hooks.items() if isinstance(hook, ShapeAgreement)]:
         del hooks[handle]

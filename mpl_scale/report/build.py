@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 from mpl_scale.report.drawing import Drawn, Plot, render, require_matplotlib
 from mpl_scale.report.figures import FIGURES
 from mpl_scale.report.material import Material

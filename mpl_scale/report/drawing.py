@@ -69,7 +69,7 @@ class Plot:
 
 
 def require_matplotlib() -> None:
-    """ValueError that says how to install it, where it is not there."""
+    """Raise ValueError, with the way to install it, where matplotlib is missing."""
     require_packages([("mpl-scale report", "matplotlib")])
 
 

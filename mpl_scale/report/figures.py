@@ -112,7 +112,7 @@ def training_accuracy(material: Material) -> list[Plot]:
 
 
 def _best(material: Material, curves: Sequence[Training]) -> list[Training]:
-    """Of every kind the SHOWN whose runs ended best."""
+    """The SHOWN curves of every kind whose runs ended with the best accuracy."""
 
     def rank(curve: Training) -> float:
         return -material.returned(curve.source, curve.method, curve.labels)

@@ -31,7 +31,7 @@ class Outcome:
 
     @property
     def returned(self) -> float | None:
-        """Of the network that the paper returns, percent: the finetuned student where there is one."""
+        """Accuracy of the network that the paper returns, percent: the finetuned student where there is one."""
         return self.top1.get("finetuned", self.top1.get("student"))
 
 
@@ -110,7 +110,7 @@ class Origin:
 
 @dataclass
 class Material:
-    """Everything that was read."""
+    """Everything that was read: the runs and results that a report shows."""
 
     outcomes: list[Outcome] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
@@ -162,5 +162,5 @@ def group_names(groups: Sequence[Group]) -> list[str]:
 
 
 def top1_of(runs: Sequence[Outcome], network: str) -> list[float]:
-    """Accuracies of one network, percent, of the runs that have it."""
+    """Accuracies of one network, percent, over the runs that have it."""
     return [run.top1[network] for run in runs if network in run.top1]

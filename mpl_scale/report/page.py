@@ -58,7 +58,7 @@ class Picture:
 
 
 def make_page(material: Material, pictures: Sequence[Picture], *, title: str) -> str:
-    """The whole document."""
+    """The whole HTML document."""
     sections = [
         ("results", "Final accuracies", _results(material)),
         *((picture.name, picture.title, _figure(picture)) for picture in pictures),

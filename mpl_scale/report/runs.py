@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_scale.config.presets import flatten
+from mpl_scale.files import read_object
 from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
 from mpl_scale.report.material import Curve, Group, Material, Origin, Outcome, Training
 
@@ -116,30 +118,6 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def read_object(path: Path, *, fix: str) -> dict[str, Any]:
-    """A JSON object. ValueError naming the file and the fix."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; {fix}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}; {fix}") from None
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: a JSON object is expected, not a {type(document).__name__}; {fix}")
-    return document
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted field; a list is a value."""
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, Mapping) and value:
-            found |= flatten(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
 def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Fields whose values are not the same in all, in order of first appearance; a field that is absent differs."""
     fields = dict.fromkeys(field for one in settings for field in one)
@@ -147,7 +125,7 @@ def differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def add_runs(material: Material, runs: Sequence[Run]) -> None:
-    """Group the runs and add what they say."""
+    """Group the runs and add their results and curves."""
     grouped: dict[str, list[Run]] = {}
     for run in runs:
         kept = {name: value for name, value in run.settings.items() if name != SEED}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.files import replacing
 
 _ROWS = 1 << 16  # images hashed between writes
 
@@ -68,12 +68,11 @@ def write_hashes(index: Path, output: Path, *, root: Path | None = None) -> tupl
         except UnreadableImage:
             return None
 
-    lost, aside = len(refused), output.with_name(f".{output.name}.writing")
-    with ThreadPoolExecutor() as threads, open(aside, "w", encoding="utf-8") as file:
+    lost = len(refused)
+    with ThreadPoolExecutor() as threads, replacing(output) as draft, open(draft, "w", encoding="utf-8") as file:
         for start in range(0, len(images), _ROWS):
             samples = [row for row in range(start, min(start + _ROWS, len(images))) if row not in refused]
             for digest in threads.map(hash_of, samples):
                 lost += digest is None
                 file.write("" if digest is None else f"{digest}\n")
-    os.replace(aside, output)
     return len(images) - lost, lost

@@ -41,7 +41,7 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What the rules are told.
+    """The settings of a selection rule.
 
     classes: how many there are. count: images of each class. least: of the probability. duplicate: whether images are
     repeated where a class has fewer than `count`. argmax_only: an image stands for its most probable class alone.
@@ -144,7 +144,7 @@ class _BestPerClass:
             self._settle()
 
     def result(self) -> Found:
-        """By class, then falling probability, then id."""
+        """The chosen rows, sorted by class, then falling probability, then id."""
         self._settle()
         return self._best
 
@@ -180,5 +180,5 @@ def _repeats(found: Found, distinct: np.ndarray, settings: RuleSettings) -> np.n
 
 
 def _position_in_class(labels: np.ndarray) -> np.ndarray:
-    """Of each row among those of its label; int64 [n]. Labels are sorted."""
+    """Position of each row among the rows of its label, int64 [n]; labels are sorted."""
     return np.arange(len(labels)) - np.searchsorted(labels, labels)

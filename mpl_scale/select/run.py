@@ -25,15 +25,15 @@ from mpl_scale.config.names import require_known
 from mpl_scale.data import Quarantine
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import sha256_of
+from mpl_scale.files import replace_text
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import Progress
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.resolve import choose_layout, choose_numerics
 from mpl_scale.select.hashes import read_hashes
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings
 from mpl_scale.select.scores import HashedImages, ScoreFiles, score_chunks
 from mpl_scale.select.write import write_selected
-from mpl_scale.trainer.agree import do_together, value_on_main
+from mpl_scale.trainer.bad_input import do_together, value_on_main
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.stored_network import load_network
 

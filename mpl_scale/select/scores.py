@@ -8,7 +8,6 @@ depend on who made it.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.normalise import Normalise
+from mpl_scale.files import replacing
 from mpl_scale.select.hashes import matches
 from mpl_scale.select.rules import Scores
 
@@ -37,7 +37,7 @@ class HashedImages(IndexedImages):
         self._hashes: dict[int, bytes] = {}
 
     def read(self, sample: int) -> np.ndarray:
-        """As IndexedImages.read; keeps the hash."""
+        """The encoded image; its hash is kept for `take_hash`."""
         encoded = super().read(sample)
         self._hashes[sample] = hashlib.sha256(encoded.data).digest()
         return encoded
@@ -58,12 +58,12 @@ class ScoreFiles:
 
     @property
     def chunks(self) -> int:
-        """Number of chunks."""
+        """Number of chunks, the last of which may be shorter."""
         return -(-self.count // self.size)
 
     @property
     def dtype(self) -> np.dtype:
-        """Of a row: classes by falling probability, or -1 throughout where the image could not be read."""
+        """The dtype of a row: classes by falling probability, all -1 where the image could not be read."""
         fields = [("classes", "<i4", (self.top,)), ("probabilities", "<f4", (self.top,)), ("sha256", "u1", (32,))]
         return np.dtype(fields)
 
@@ -77,13 +77,8 @@ class ScoreFiles:
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
         """Leave the file of a chunk."""
-        path = self._path(chunk)
-        aside = path.with_name(f".{path.name}.writing")
-        with open(aside, "wb") as file:
+        with replacing(self._path(chunk)) as draft, open(draft, "wb") as file:
             np.save(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
 
     def read(self, chunk: int) -> np.ndarray:
         """A chunk's rows, memory-mapped."""
@@ -128,7 +123,7 @@ def score_chunks(
     channels_last: bool = False,
     report: Callable[[int], None] = lambda images: None,
 ) -> None:
-    """Leave the files of some chunks. Images are seen as `data.evaluation` says; what the index refused is left out.
+    """Score some chunks, in views of `data.evaluation`, and write their files; refused images are left out.
 
     Args:
         chunks: by number.

@@ -12,7 +12,7 @@ import numpy as np
 from mpl_scale.config import Config
 from mpl_scale.data.index.reader import IndexedImages, read_meta
 from mpl_scale.data.index.subset import write_subset
-from mpl_scale.monitor.atomic import replace_text
+from mpl_scale.files import replace_text
 from mpl_scale.select.rules import SELECTION_RULES, Chosen, RuleSettings
 from mpl_scale.select.scores import ScoreFiles
 
@@ -123,7 +123,7 @@ def _write_distributions(folder: Path, files: ScoreFiles, chosen: Chosen, classe
 
 
 def _class_names(config: Config, images: IndexedImages) -> list[str]:
-    """Of the data set the network was trained on where it is indexed; else the index's own, if it has as many."""
+    """Class names of the network's training set where it is indexed, else the index's own if their number fits."""
     for found in ([read_meta(Path(config.data.index))["classes"]] if config.data.index else []) + [images.classes]:
         if len(found) == config.model.num_classes:
             return list(found)

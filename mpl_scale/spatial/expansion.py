@@ -51,7 +51,7 @@ def with_block_input(model: nn.Module, layout: Layout) -> Layout:
 
 
 def _held(split: Split) -> tuple[Share, ...]:
-    """For every rank the columns it needs to have: its own, for the statistics, and those that the layer reads."""
+    """The columns that each rank must hold: its own, for the statistics, and those that the layer reads."""
     assert split.reads is not None
     found = []
     for (start, stop), share in zip(slices(split.inputs), split.reads, strict=True):

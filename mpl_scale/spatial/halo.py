@@ -1,4 +1,4 @@
-"""Communication inside a width group, differentiable: halo exchange, sums, and width split <-> batch split.
+"""Communication inside a width group, differentiable: halo exchange, sums, and width partition <-> batch partition.
 
 Each is one collective with splits that are known before the run: no host sync, no data-dependent shape, so a CUDA
 graph can capture it and gloo runs the same path. Gradient convention: every rank computes the whole loss from the
@@ -26,7 +26,7 @@ class Traffic:
     bytes: int = 0
 
     def reset(self) -> None:
-        """Back to zero."""
+        """Set all counters to zero."""
         self.exchanges = self.messages = self.bytes = 0
 
 

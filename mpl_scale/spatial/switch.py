@@ -1,4 +1,4 @@
-"""From width split to batch split in the middle of a network.
+"""From width partition to batch partition in the middle of a network.
 
 Deep stages have fewer columns than a kernel: a rank then receives more than it owns. From such a stage on every rank
 takes whole images of its share of the group's batch: one all-to-all at the stage, one gather of the logits at the

@@ -1,4 +1,4 @@
-"""What a split would cost, from the layout alone: widths, halos, hops, messages and bytes per stage."""
+"""What a width partition costs, from the layout alone: widths, halos, hops, messages and bytes per stage."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class SplitTable:
+class PartitionTable:
     """The table of one network at one resolution and width."""
 
     rows: tuple[StageRow, ...]
@@ -64,7 +64,7 @@ class SplitTable:
         return "\n".join([header, *map(str, self.rows), f"{total}, forward and backward"])
 
 
-def split_table(
+def partition_table(
     model: str | nn.Module,
     *,
     image_size: int,
@@ -72,8 +72,8 @@ def split_table(
     switch_at: str = "never",
     halo: Halo = "plain",
     element_bytes: int = 2,
-) -> SplitTable:
-    """What the split of a network costs per stage; needs no weights and no ranks.
+) -> PartitionTable:
+    """What the width partition of a network costs per stage; needs no weights and no ranks.
 
     Args:
         model: a registered or timm name, or what `build_model` returned.
@@ -100,7 +100,7 @@ def split_table(
     rows = [_row(name, sites, image, element_bytes) for name, sites in groups.items() if _worth_a_row(sites)]
     if layout.switch is not None:
         rows.append(_switch_row(layout, element_bytes))
-    return SplitTable(tuple(rows), layout.switch)
+    return PartitionTable(tuple(rows), layout.switch)
 
 
 def _worth_a_row(sites: list[Site]) -> bool:

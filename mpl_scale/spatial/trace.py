@@ -158,7 +158,7 @@ class _Tracer(TorchFunctionMode):
         return None
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Behind a module: its output belongs to whom its rule says."""
+        """After a module: mark its output's owners as the rule says."""
         path = self.paths.pop()
         if module is not self.ruled:
             return

@@ -39,7 +39,7 @@ class Differences:
         return max(self.logits, self.gradients, self.buffers, self.images)
 
 
-def compare_split(
+def compare_partitioned(
     build: Build,
     *,
     mesh: Mesh,

@@ -139,7 +139,7 @@ class SplitSqueezeExcite(_Gate):
 
 @partition_rule("timm.layers.squeeze_excite.SEModule")
 class SplitSEModule(_Gate):
-    """Of timm's ResNets and RegNets."""
+    """Squeeze-excite of timm's ResNets and RegNets."""
 
     def gate_of(self, mean: torch.Tensor) -> torch.Tensor:
         layer: Any = self

@@ -119,7 +119,7 @@ class SplitMaxPool2d(_Windowed, nn.MaxPool2d):
 
 @partition_rule("timm.layers.pool2d_same.MaxPool2dSame")
 class SplitMaxPool2dSame(SplitMaxPool2d):
-    """As above, with SAME padding."""
+    """The pool with SAME padding."""
 
     same = True
 
@@ -162,7 +162,7 @@ class SplitAvgPool2d(_Windowed, nn.AvgPool2d):
 
 @partition_rule("timm.layers.pool2d_same.AvgPool2dSame")
 class SplitAvgPool2dSame(SplitAvgPool2d):
-    """As above, with SAME padding."""
+    """The pool with SAME padding."""
 
     same = True
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.sweep.folder import Task
 from mpl_scale.sweep.spec import Spec
-from mpl_scale.trainer.input import check_models, check_names
+from mpl_scale.trainer.preflight import check_models, check_names
 
 
 def check_tasks(spec: Spec, tasks: Sequence[Task], *, ranks: int, cuda: bool) -> None:
@@ -39,7 +39,7 @@ def check_tasks(spec: Spec, tasks: Sequence[Task], *, ranks: int, cuda: bool) ->
 
 
 def _networks(run: RunConfig) -> str:
-    """What `check_models` looks at."""
+    """The settings that decide how networks are built; runs that share them need one check."""
     mpl = run.mpl
     parts = (mpl.model.model_dump(mode="json"), mpl.parallel.model_dump(mode="json"), mpl.method.name)
     return json.dumps(parts, sort_keys=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from mpl_scale.config import load_config
+from mpl_scale.files import replace_text
 from mpl_scale.monitor import config_hash
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.monitor.summary import DONE_NAME, SUMMARY_NAME
 from mpl_scale.sweep.spec import Spec, nested
 
@@ -34,7 +34,7 @@ CANDIDATES = ("finetuned.top1", "student.top1")
 
 
 class State(Enum):
-    """Progress of a run."""
+    """How far a run of a sweep is."""
 
     NEW = "not begun"
     BEGUN = "begun"
@@ -68,7 +68,7 @@ class Task:
         return State.BEGUN if (self.folder / "metrics.jsonl").exists() else State.NEW
 
     def results(self) -> dict[str, Any]:
-        """Of its summary; empty where it has not ended. ValueError names a file that cannot be read."""
+        """Results from the run's summary; {} where it has not ended. ValueError names a file that cannot be read."""
         if self.state() is not State.DONE:
             return {}
         path = self.folder / SUMMARY_NAME
@@ -215,5 +215,5 @@ def measured(results: dict[str, Any], metric: str) -> float | None:
 
 
 def names(results: dict[str, Any]) -> list[str]:
-    """All results, by trial name."""
+    """Names of all results, as student.top1."""
     return [f"{network}.{measure}" for network, values in results.items() for measure in values]

@@ -68,7 +68,7 @@ class Runner:
         return not self._asked
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         self._pool.shutdown()
 
     def _run_one(self, task: Task) -> None:

@@ -10,13 +10,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mpl_scale.config.names import require_known, suggest
+from mpl_scale.config.presets import flatten
+from mpl_scale.files import read_object
 from mpl_scale.sweep.space import Draw, parse, uniform
 
 SEED = "mpl_scale.seed"
@@ -56,7 +57,7 @@ class Spec:
     def trial(self, index: int) -> dict[str, Any]:
         """Fields and values of a trial: a function of the space, the seed and the index."""
         drawn = {field: draw(uniform(seed=self.seed, index=index, field=field)) for field, draw in self.space.items()}
-        return {**self.settings, **flattened(drawn)}
+        return {**self.settings, **flatten(drawn)}
 
     def final(self, index: int, *, seed: int) -> dict[str, Any]:
         """A trial's fields and values for a final run on that seed."""
@@ -64,34 +65,16 @@ class Spec:
 
 
 def read_spec(path: Path, *, trials: int | None = None, seed: int | None = None) -> Spec:
-    """Read a spec; trials and seed stand in for the file's own.
+    """Read a spec; `trials` and `seed`, where given, replace the file's.
 
     Raises:
         ValueError: names the file, the field, the value and the fix.
     """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give the JSON that declares a sweep") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: the top level must be a JSON object")
+    raw = read_object(path, fix="give the JSON that declares a sweep")
     try:
         return _parsed(path, raw, trials=trials, seed=seed)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def flattened(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value that is a section becomes its fields, which an include merges over those of the base."""
-    found: dict[str, Any] = {}
-    for field, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flattened({f"{field}.{key}": inner for key, inner in value.items()})
-        else:
-            found[field] = value
-    return found
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,7 +101,7 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
     space, settings, final = (_section(raw, key) for key in ("space", "set", "final_set"))
     if not space:
         raise ValueError("space is empty: name at least one field, or train once with train.py")
-    settings, final = flattened(settings), flattened(final)
+    settings, final = flatten(settings), flatten(final)
     _refuse_overlaps({**dict.fromkeys(space, "space"), **dict.fromkeys(settings, "set")}, len(space) + len(settings))
     seeds = raw.get("seeds", [])
     if not isinstance(seeds, list) or not all(_whole(value, 0) for value in seeds) or len(set(seeds)) != len(seeds):
@@ -156,7 +139,7 @@ def _section(raw: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _refuse_overlaps(fields: Mapping[str, str], given: int) -> None:
-    """No field twice, and none inside another."""
+    """Raise ValueError where a field is given twice or lies inside another."""
     if len(fields) != given:
         raise ValueError("a field stands both in space and in set; remove one")
     for field in fields:

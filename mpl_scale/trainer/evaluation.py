@@ -95,7 +95,7 @@ def count_right(
 
 
 def _sums(logits: torch.Tensor, labels: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """Of the valid rows of a batch."""
+    """Sums over the valid rows, float64 [4]: top-1 and top-5 correct, cross-entropy, count."""
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
     rows = torch.stack([top[:, 0], top.any(1), cross_entropy(logits, labels), torch.ones_like(labels)])
     return (rows.double() * valid).sum(1)

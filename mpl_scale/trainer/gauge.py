@@ -23,8 +23,8 @@ from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.planner.measured import measure_step
 from mpl_scale.resolve import Resolved
-from mpl_scale.trainer.jobs import GIGA, configured_plan, less_memory, main_job, make_jobs, make_machine
 from mpl_scale.trainer.phases import Phase
+from mpl_scale.trainer.planning import GIGA, configured_plan, less_memory, main_job, make_jobs, make_machine
 from mpl_scale.types import Batch, StepMetrics
 
 MAIN = "train"

@@ -24,7 +24,7 @@ from mpl_scale.config.deepspeed_half import settings_of
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import SECTION
 from mpl_scale.data.samples.manifest import content, describe_splits
-from mpl_scale.trainer.agree import differences
+from mpl_scale.trainer.bad_input import differences
 
 if TYPE_CHECKING:
     from mpl_scale.trainer.run import Trainer
@@ -105,7 +105,7 @@ RULES = _table()
 
 
 def rule_of(field: str) -> Rule | None:
-    """The rule of a field or of the innermost section that has one; None: there is none."""
+    """The rule of a field, or of the innermost section that has a rule; None: no rule."""
     while field:
         if field in RULES:
             return RULES[field]
@@ -158,7 +158,7 @@ class Progress:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is left."""
+        """Whether every phase has ended."""
         return not any(map(self.is_left, PHASES))
 
     def why_not(self, rule: Rule, known: Mapping[str, Any]) -> str | None:
@@ -187,7 +187,7 @@ class Verdict:
     done: bool
 
     def notes(self) -> list[str]:
-        """A line for each field."""
+        """One line for each field that differs."""
         return [f"{field}: {json.dumps(old)} -> {json.dumps(new)}" for field, (old, new) in self.changed.items()]
 
 
@@ -246,7 +246,7 @@ def _normal(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _steps(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> Mapping[str, int]:
-    """Of each phase, as the checkpoint's run had them."""
+    """Steps of each phase in the checkpoint's run."""
     if "steps" in stored.get("identity", {}):
         return dict(stored["identity"]["steps"])
     phases, most = stored["config"][SECTION]["phases"], wanted["identity"]["max_steps"] or math.inf

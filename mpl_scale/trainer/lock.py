@@ -6,7 +6,6 @@ would see checkpoints come and go. The lock is the operating system's (flock) an
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from mpl_scale.checkpoint import CheckpointError
+from mpl_scale.files import lock
 
 LOCK_NAME = ".lock"
 POLL_SECONDS = 0.5
@@ -31,18 +31,16 @@ def lock_output(folder: Path, *, patience: float, note: Callable[[str], None]) -
         CheckpointError: the other run is still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    file = (folder / LOCK_NAME).open("a+")
+    path = folder / LOCK_NAME
     deadline = time.monotonic() + patience
     waited = False
     while True:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = lock(path, wait=False)
             break
         except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = path.read_text(encoding="utf-8").strip() or "another process"
             if time.monotonic() >= deadline:
-                file.close()
                 raise CheckpointError(
                     f"--output {folder} is in use by {holder}; stop that run, or choose another folder"
                 ) from None

@@ -29,7 +29,7 @@ class MetricsLogger:
     record: Record
 
     def log(self, run: PhaseRun, metrics: StepMetrics) -> dict[str, float] | None:
-        """The line of this step, after the guard has seen it; None: it has none."""
+        """The metrics line of this step, checked by the guard; None: this step is not logged."""
         if run.step % self.every and not run.finished:
             return None
         bad = torch.tensor(float(self.quarantine.count * self.mesh.world), device=self.mesh.device)
@@ -42,7 +42,7 @@ class MetricsLogger:
         return values
 
     def show_progress(self, run: PhaseRun) -> None:
-        """Start the progress bar where the phase stands."""
+        """Start the progress bar at the phase's current step."""
         if self.writers.progress is not None:
             images = run.phase.labelled + run.phase.unlabelled
             self.writers.progress.start(run.phase.name, total=run.phase.steps, done=run.step, images_per_step=images)

@@ -23,16 +23,16 @@ class LossWatch:
         self.start_anew(step)
 
     def start_anew(self, step: int) -> None:
-        """Forget all lines."""
+        """Forget all losses; `step` is now the last good one."""
         self._lines: deque[float] = deque(maxlen=self._settings.window)
         self._high, self.last_good = 0, step
 
     def state_dict(self) -> dict[str, Any]:
-        """What it knows, as plain JSON."""
+        """The recorded losses and counters, as plain JSON."""
         return {"lines": list(self._lines), "high": self._high, "last_good": self.last_good}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Know as much as before a restart."""
+        """Restore what `state_dict` returned."""
         self._lines.extend(saved["lines"])
         self._high, self.last_good = saved["high"], saved["last_good"]
 

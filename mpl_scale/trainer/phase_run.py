@@ -33,15 +33,15 @@ class Record:
     began: float = field(default_factory=time.monotonic)
 
     def seconds(self) -> float:
-        """Of training, over all starts."""
+        """Seconds of training in this phase, earlier starts included."""
         return self.earlier_seconds + time.monotonic() - self.began
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """Results, seconds and `kept`, for a checkpoint's metadata."""
         return {"results": self.results, "seconds": self.seconds(), **self.kept}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """From a checkpoint's metadata."""
+        """Restore results and seconds from a checkpoint's metadata."""
         self.results, self.earlier_seconds = dict(saved["results"]), saved["seconds"]
 
 
@@ -83,7 +83,7 @@ class PhaseRun:
         return self.step >= self.phase.steps
 
     def next_batch(self) -> Batch:
-        """The batch of the next step; the wait for it counts as such."""
+        """The batch of the next step; the wait is counted as waiting for data."""
         with self.clock.waiting():
             return next(self.loader)
 
@@ -104,7 +104,7 @@ class PhaseRun:
         return {"rewinds": self.rewinds, "data_offset": self.data_offset, "loss_watch": watch}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """From a checkpoint's metadata; those of earlier versions lack some of it."""
+        """Restore from a checkpoint's metadata, of which earlier versions lack some."""
         self.rewinds, self.data_offset = saved.get("rewinds", 0), saved.get("data_offset", 0)
         if self.watch is not None and saved.get("loss_watch") is not None:
             self.watch.load_state_dict(saved["loss_watch"])

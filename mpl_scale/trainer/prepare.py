@@ -34,16 +34,16 @@ from mpl_scale.monitor import (
 )
 from mpl_scale.packages import require_packages
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.agree import check_same_on_all_ranks, do_together, is_agreed
+from mpl_scale.trainer.bad_input import check_same_on_all_ranks, do_together, is_agreed
 from mpl_scale.trainer.components import Options, Prepared, build_trainer
-from mpl_scale.trainer.input import (
+from mpl_scale.trainer.lock import lock_output
+from mpl_scale.trainer.preflight import (
     check_models,
     check_names,
     check_output,
     load_splits,
     record_splits,
 )
-from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.start import find_start
 

@@ -36,6 +36,6 @@ class Requests:
         return Request(int(asked.item()))
 
     def answered(self, request: Request) -> None:
-        """The state is saved."""
+        """Delete the file of a request once the state is saved."""
         if self.control is not None and request:
             self.control.answered(request)

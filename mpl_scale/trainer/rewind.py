@@ -17,7 +17,7 @@ from mpl_scale.trainer.vitals import Vitals
 
 @dataclass
 class Rewinder:
-    """settings: None: off."""
+    """Goes back to an earlier checkpoint where the loss diverges; settings None: never."""
 
     settings: RewindConfig | None
     snapshots: Snapshots

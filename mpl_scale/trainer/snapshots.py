@@ -26,10 +26,11 @@ from mpl_scale.checkpoint import (
     shard_entries,
 )
 from mpl_scale.checkpoint.agree import on_main, together
-from mpl_scale.checkpoint.folders import LATEST_NAME, withdraw, write_text
+from mpl_scale.checkpoint.folders import LATEST_NAME, withdraw
 from mpl_scale.checkpoint.format import read_index
 from mpl_scale.checkpoint.writer import writing
 from mpl_scale.config.schema import CheckpointConfig
+from mpl_scale.files import write_text
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
 from mpl_scale.trainer.phases import Phase

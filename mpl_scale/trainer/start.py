@@ -14,9 +14,9 @@ from typing import Any
 
 from mpl_scale.data.samples.manifest import read_manifest
 from mpl_scale.monitor import DONE_NAME, SUMMARY_NAME
-from mpl_scale.trainer.agree import value_on_main
+from mpl_scale.trainer.bad_input import value_on_main
 from mpl_scale.trainer.identity import Verdict, describe, judge, refusal
-from mpl_scale.trainer.input import check_resumed
+from mpl_scale.trainer.preflight import check_resumed
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshot
 

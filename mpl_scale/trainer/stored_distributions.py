@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import torch
 
 from mpl_scale.config import RunConfig
 from mpl_scale.data import evaluation_batches
+from mpl_scale.files import replacing
 from mpl_scale.mesh import build_mesh
 from mpl_scale.resolve import choose_numerics
-from mpl_scale.trainer.input import load_splits
+from mpl_scale.trainer.preflight import load_splits
 from mpl_scale.trainer.stored_network import load_network
 
 
@@ -45,18 +45,17 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
         config=run.mpl.data, splits=replace(splits, test=ids), image_size=run.mpl.model.image_size, mesh=mesh
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.writing")
-    values = np.lib.format.open_memmap(aside, mode="w+", dtype=np.dtype("<f2"), shape=(count, classes))
-    values[:] = 1.0 / classes
-    done = 0
-    for images, _, valid in batches:
-        probabilities = module(images).float().softmax(1)
-        if not torch.isfinite(probabilities).all():
-            raise ValueError(f"{checkpoint}: the network's probabilities are NaN; take an earlier checkpoint")
-        own = ids[done : done + len(images)]
-        good = valid[: len(own)].cpu().numpy()  # rows past the last image are padding
-        values[own[good]] = probabilities[: len(own)].cpu().numpy()[good]
-        done += len(own)
-    values.flush()
-    os.replace(aside, output)
+    with replacing(output) as draft:
+        values = np.lib.format.open_memmap(draft, mode="w+", dtype=np.dtype("<f2"), shape=(count, classes))
+        values[:] = 1.0 / classes
+        done = 0
+        for images, _, valid in batches:
+            probabilities = module(images).float().softmax(1)
+            if not torch.isfinite(probabilities).all():
+                raise ValueError(f"{checkpoint}: the network's probabilities are NaN; take an earlier checkpoint")
+            own = ids[done : done + len(images)]
+            good = valid[: len(own)].cpu().numpy()  # rows past the last image are padding
+            values[own[good]] = probabilities[: len(own)].cpu().numpy()[good]
+            done += len(own)
+        values.flush()
     return count

@@ -13,7 +13,7 @@ from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import Config
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.trainer.agree import value_on_main
+from mpl_scale.trainer.bad_input import value_on_main
 
 NETWORKS = ("teacher", "student", "ema")
 
@@ -67,7 +67,7 @@ def _named(checkpoint: Path, name: str | None) -> str:
 
 
 def _read(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
-    """As read_prefix; nothing where the network has no such values (buffers, without batch norm)."""
+    """checkpoint.reader.read_prefix, or {} where the network has no such values (buffers, without batch norm)."""
     if not any(key.startswith(f"{prefix}/") for key in read_index(checkpoint).table):
         return {}
     return read_prefix(checkpoint, prefix)

@@ -44,6 +44,6 @@ class Vitals:
         self.tell("train", run)
 
     def close(self) -> None:
-        """Stop the watchdog."""
+        """Stop the watchdog's thread."""
         if self.watchdog is not None:
             self.watchdog.close()

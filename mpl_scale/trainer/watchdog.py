@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import mpl_scale
+from mpl_scale.files import replace_text
 from mpl_scale.mesh import Mesh
 
 HANG_STATUS = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -90,7 +91,7 @@ class Watchdog:
         self._deadline = None
 
     def close(self) -> None:
-        """End the thread."""
+        """Stop the thread."""
         self._closed.set()
 
     def _watch(self) -> None:
@@ -101,7 +102,7 @@ class Watchdog:
                 return
 
     def _report(self) -> None:
-        """Leave the stacks and a sighting, say who is behind, leave."""
+        """Write the stacks and a sighting, name the rank that is behind, end the process."""
         try:
             own = self._sighting(hangs=True)
             with self._path(own.rank, "txt").open("w") as file:
@@ -144,10 +145,7 @@ class Watchdog:
         return self._folder / f"rank{rank:05d}.{ending}"
 
     def _write(self, sighting: Sighting) -> None:
-        path = self._path(sighting.rank, "json")
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(sighting)) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        replace_text(self._path(sighting.rank, "json"), json.dumps(asdict(sighting)) + "\n", durable=False)
 
     def _read(self, rank: int) -> Sighting | None:
         try:

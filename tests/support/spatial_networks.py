@@ -21,7 +21,7 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
-from mpl_scale.spatial import Differences, compare_split
+from mpl_scale.spatial import Differences, compare_partitioned
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "conv": lambda: nn.Conv2d(8, 8, 3, padding=1),
@@ -95,7 +95,7 @@ def compare_layer(name: str, width: int, sizes: list[int], **how: Any) -> list[D
     """On a rank: the differences of a layer's network at every image size, split over `width` ranks and unsplit."""
     mesh = build_mesh(device=torch.device("cpu"), width=width)
     return [
-        compare_split(lambda group: layer_network(name, group), mesh=mesh, image_size=size, batch=2, **how)
+        compare_partitioned(lambda group: layer_network(name, group), mesh=mesh, image_size=size, batch=2, **how)
         for size in sizes
     ]
 
@@ -118,6 +118,6 @@ def build(name: str, group: dist.ProcessGroup | None, **settings: Any) -> nn.Mod
 def compare(name: str, settings: dict[str, Any], width: int, image_size: int, batch: int, **how: Any) -> Differences:
     """On a rank: the differences between the network split over `width` ranks and unsplit."""
     mesh = build_mesh(device=torch.device("cpu"), width=width)
-    return compare_split(
+    return compare_partitioned(
         lambda group: build(name, group, **settings), mesh=mesh, image_size=image_size, batch=batch, **how
     )

@@ -36,7 +36,7 @@ _PARTLY_UNDECODABLE = "DALI cannot decode the part that is seen"
 
 
 class Rows(NamedTuple):
-    """Images of one list."""
+    """The images of a batch that come from one list, and their random numbers."""
 
     samples: np.ndarray  # int64 [n], sample ids
     uniform: np.ndarray  # float64 [n, the view's columns], in (0, 1)
@@ -48,7 +48,7 @@ DecodeRequest = Sequence[Rows]
 
 
 class Decoded(NamedTuple):
-    """One batch."""
+    """One batch of decoded views."""
 
     views: torch.Tensor  # uint8 [n, 3, H, W]
     samples: np.ndarray  # int64 [n], the ids that were decoded: those of the request, but for substitutes

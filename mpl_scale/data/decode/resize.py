@@ -50,7 +50,7 @@ class Resizer:
         return views
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown()
 

@@ -43,7 +43,7 @@ class UnreadableImage(ValueError):
 
 
 class Header(NamedTuple):
-    """What an image says of itself. kind: its format. height, width: as stored, pixels.
+    """Facts from an image's header. kind: its format. height, width: as stored, pixels.
 
     sideways: whether the decoded image has height and width swapped. by_pil: whether PIL decodes it, not DALI.
     """
@@ -66,7 +66,7 @@ class Header(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The format, for people."""
+        """The format's name, as messages show it."""
         return f"{self.kind} (decoded by PIL)" if self.by_pil else self.kind
 
 

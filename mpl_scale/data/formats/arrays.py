@@ -74,7 +74,7 @@ class Arrays:
 
 
 def _labels(path: Path, count: int) -> np.ndarray:
-    """int64 [count]. Raises BadLabel."""
+    """The labels, int64 [count]; BadLabel where the file holds anything else."""
     try:
         labels, _ = read_npy(path)
     except MalformedShard as error:

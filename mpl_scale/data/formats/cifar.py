@@ -19,6 +19,7 @@ from mpl_scale.data.index.format import (
     Layout,
     MalformedShard,
     Part,
+    PlainFormat,
     Refusal,
     Scan,
     ScanOptions,
@@ -36,13 +37,10 @@ _LONGEST_PICKLE = 1 << 30  # bytes; a batch of 10,000 images has 31 MB
 
 
 @register_format("cifar10")
-class Cifar10:
-    """Both versions: the order of the images is that of the files, as appendix C.1 has it."""
+class Cifar10(PlainFormat):
+    """CIFAR-10 in either version; images are in the order of the files (appendix C.1)."""
 
     layout: Layout = "planes"
-    first_label: int | None = None
-    checksums = False
-    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         binary = existing(root, [(f"{name}.bin", part) for name, part in _BATCHES])

@@ -15,7 +15,16 @@ import numpy as np
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.encoded.probe import probe_file
 from mpl_scale.data.index.census import Census
-from mpl_scale.data.index.format import ENTRY, Layout, Refusal, Scan, ScanOptions, Shard, register_format
+from mpl_scale.data.index.format import (
+    ENTRY,
+    Layout,
+    PlainFormat,
+    Refusal,
+    Scan,
+    ScanOptions,
+    Shard,
+    register_format,
+)
 from mpl_scale.data.index.parts import is_part, left_over, part_of, parts_line, walk
 from mpl_scale.data.registry import ImageFiles, register_source
 
@@ -76,13 +85,10 @@ def read_folder(root: Path | None) -> ImageFiles:
 
 
 @register_format("folder")
-class FolderTree:
-    """The same, for an index: each folder, at any depth, is a shard of named files."""
+class FolderTree(PlainFormat):
+    """The format of an index: each folder, at any depth, is a shard of named files."""
 
     layout: Layout = "file"
-    first_label: int | None = None
-    checksums = False
-    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         return _folders(root)

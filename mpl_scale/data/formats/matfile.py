@@ -92,7 +92,7 @@ class _Stream:
         self._ready = b""
 
     def read(self, count: int) -> bytes:
-        """Exactly `count` bytes."""
+        """The next `count` bytes; MalformedShard where the array ends before."""
         parts, missing = [], count
         while missing > 0:
             part = self._ready[:missing] if self._ready else self._more(missing)[:missing]

@@ -19,6 +19,7 @@ from mpl_scale.data.index.format import (
     Layout,
     MalformedShard,
     Part,
+    PlainFormat,
     Scan,
     ScanOptions,
     Shard,
@@ -36,13 +37,10 @@ _LARGEST_IMAGE = 1 << 24  # bytes
 
 
 @register_format("svhn")
-class Svhn:
-    """Cropped digits ("format 2")."""
+class Svhn(PlainFormat):
+    """SVHN's cropped digits ("format 2")."""
 
     layout: Layout = "rows"
-    first_label: int | None = None
-    checksums = False
-    sidecars = ()
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, _PARTS)

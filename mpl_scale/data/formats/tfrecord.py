@@ -41,7 +41,7 @@ _DATA_CRC = "wrong checksum of the record's data"
 
 @register_format("tfrecord")
 class TFRecord:
-    """Inception's layout."""
+    """Shards of tf.train.Example in Inception's layout."""
 
     layout: Layout = "encoded"
     first_label: int | None = 1

@@ -43,7 +43,7 @@ _LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
 
 @register_format("webdataset")
 class WebDataset:
-    """Tar files."""
+    """Tar files of images and labels."""
 
     layout: Layout = "encoded"
     first_label: int | None = 0

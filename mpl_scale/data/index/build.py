@@ -6,7 +6,6 @@ not changed since. One build at a time per output: others wait, and find it done
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import sys
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -28,6 +26,7 @@ from mpl_scale.data.index.format import ENTRY, FORMATS, Refusal, Scan, ScanOptio
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import PartFiles, write_index
+from mpl_scale.files import lock
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 Report = Callable[[int, int, int], None]
@@ -36,7 +35,7 @@ Report = Callable[[int, int, int], None]
 
 @dataclass(frozen=True)
 class Built:
-    """What a build did."""
+    """The result of a build."""
 
     folder: Path
     images: int
@@ -79,7 +78,7 @@ def build_index(
         raise ValueError(f"--output '{output}' is there and is no index; choose another folder, or remove it")
     shards = FORMATS[source].shards(root)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output):
+    with lock(output.with_name(f".{output.name}.lock")):
         partial = output.with_name(f"{output.name}.partial")
         beside = sidecars.record(root, FORMATS[source].sidecars)  # before: a change while it is read makes it stale
         identity = {"source": source, "root": str(root), "options": asdict(options), "sidecars": beside}
@@ -103,7 +102,7 @@ def open_or_build(
     except ValueError:
         pass  # none, or stale; told below, once
     output.parent.mkdir(parents=True, exist_ok=True)
-    with locked(output.with_name(f"{output.name}.open")):
+    with lock(output.with_name(f".{output.name}.open.lock")):
         try:
             return IndexedImages(output)  # another process was faster
         except StaleIndex as error:
@@ -115,14 +114,6 @@ def open_or_build(
         return IndexedImages(output)
     except StaleIndex as error:
         raise ValueError(f"{error}; or it is being written to right now") from error
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold the lock beside `output`; waits for whoever has it. Freed by the system where a process dies."""
-    with open(output.with_name(f".{output.name}.lock"), "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class _Task(NamedTuple):

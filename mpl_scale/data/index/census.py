@@ -33,7 +33,7 @@ class Census:
         self.names = (self.names + other.names)[:NAMED]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
+        """The counts as JSON values."""
         return {"kinds": dict(self.kinds), "unused": dict(self.unused), "names": self.names}
 
     @classmethod

@@ -131,6 +131,14 @@ class Format(Protocol):
         """Names, where the format or a file beside the shards has them; None: taken from the labels found."""
 
 
+class PlainFormat:
+    """Defaults of a Format: labels are the format's, there are no checksums and no files beside the shards."""
+
+    first_label: int | None = None
+    checksums = False
+    sidecars: Sequence[str] = ()
+
+
 FORMATS: Registry[Format] = Registry("data format")
 
 
@@ -170,7 +178,7 @@ class ScanBuilder:
         self._refusals.append(Refusal(self._file, offset, reason))
 
     def scan(self) -> Scan:
-        """The complete scan."""
+        """Everything added so far as a Scan."""
         return Scan(np.array(self._rows, ENTRY), self._refusals, class_names=self.class_names, census=self.census)
 
 

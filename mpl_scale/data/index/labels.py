@@ -178,7 +178,7 @@ def label_problem(meta: Mapping[str, Any]) -> LabelProblem | None:
 
 
 def set_offset(offset: int) -> str:
-    """How users set it."""
+    """Advice: the setting, and the command-line option, of a label offset."""
     return f"set mpl_scale.data.label_offset = {offset} (mpl-scale index --label_offset {offset})"
 
 

@@ -18,7 +18,7 @@ Record = dict[str, list[int | str] | None]
 
 
 def record(root: Path, names: Sequence[str]) -> Record:
-    """How these files are now."""
+    """Size and SHA-256 of each file, or its modification time where it is large; None where there is no file."""
     return {name: _describe(root / name) for name in names}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.data.index.reader import ARRAYS, IndexedImages, pixels_name, sha256_of
-from mpl_scale.data.index.writer import publish, sync
+from mpl_scale.files import replacing_folder
 
 _ROWS = 1 << 20  # samples copied at once
 
@@ -38,51 +38,47 @@ def write_subset(
         about: more keys for meta.json.
         extra: writes further files into the folder, before it gets its name.
     """
-    folder = output.with_name(f"{output.name}.writing")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "pixels").mkdir(parents=True)
-    names = _Names(images.folder, folder, len(ids)) if images.meta["layout"] == "file" else None
-    written = {name: _create(folder / f"{name}.npy", dtype, len(ids)) for name, dtype in ARRAYS.items()}
-    sources = {name: np.load(images.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name != "label"}
-    for start in range(0, len(ids), _ROWS):
-        rows = slice(start, start + _ROWS)
-        written["label"][rows] = labels[rows]
-        for name, source in sources.items():
-            written[name][rows] = source[ids[rows]]
+    with replacing_folder(output) as folder:
+        (folder / "pixels").mkdir()
+        names = _Names(images.folder, folder, len(ids)) if images.meta["layout"] == "file" else None
+        written = {name: _create(folder / f"{name}.npy", dtype, len(ids)) for name, dtype in ARRAYS.items()}
+        sources = {name: np.load(images.folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS if name != "label"}
+        for start in range(0, len(ids), _ROWS):
+            rows = slice(start, start + _ROWS)
+            written["label"][rows] = labels[rows]
+            for name, source in sources.items():
+                written[name][rows] = source[ids[rows]]
+            if names is not None:
+                names.add(ids[rows])
+        for array in written.values():
+            array.flush()
         if names is not None:
-            names.add(ids[rows])
-    for array in written.values():
-        array.flush()
-    if names is not None:
-        names.close()
-    np.save(folder / "refused.npy", np.zeros(0, np.int64))
-    (folder / "refused.jsonl").touch()
-    own = sorted(path for path in folder.rglob("*") if path.is_file())
-    hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in own}
-    for number, shard in enumerate(images.shards):
-        if shard.unpacked:
-            name = pixels_name(number)
-            _link(images.folder / name, folder / name)
-            hashes[name] = images.meta["sha256"][name]
-    meta = {
-        **images.meta,
-        **about,
-        "root": str(images.root),
-        "classes": list(classes),
-        "count": len(ids),
-        "refused": 0,
-        "refusals": 0,
-        "reasons": {},
-        "labels": {"faults": 0, "examples": [], "suspicion": None, "offset": None, "confirm": None},
-        "sidecars": {},  # labels and names are its own
-        "census": {},
-        "sha256": hashes,
-    }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    extra(folder)
-    for path in [*folder.rglob("*"), folder]:
-        sync(path)
-    publish(folder, output)
+            names.close()
+        np.save(folder / "refused.npy", np.zeros(0, np.int64))
+        (folder / "refused.jsonl").touch()
+        own = sorted(path for path in folder.rglob("*") if path.is_file())
+        hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in own}
+        for number, shard in enumerate(images.shards):
+            if shard.unpacked:
+                name = pixels_name(number)
+                _link(images.folder / name, folder / name)
+                hashes[name] = images.meta["sha256"][name]
+        meta = {
+            **images.meta,
+            **about,
+            "root": str(images.root),
+            "classes": list(classes),
+            "count": len(ids),
+            "refused": 0,
+            "refusals": 0,
+            "reasons": {},
+            "labels": {"faults": 0, "examples": [], "suspicion": None, "offset": None, "confirm": None},
+            "sidecars": {},  # labels and names are its own
+            "census": {},
+            "sha256": hashes,
+        }
+        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        extra(folder)
 
 
 class _Names:
@@ -96,7 +92,7 @@ class _Names:
         self._rows = self._bytes = 0
 
     def add(self, ids: np.ndarray) -> None:
-        """Those of the next samples."""
+        """Append the names of these samples."""
         ends = np.asarray(self._source_ends[ids])
         begins = np.where(ids > 0, self._source_ends[np.maximum(ids - 1, 0)], 0)
         lengths = ends - begins
@@ -107,7 +103,7 @@ class _Names:
         self._rows, self._bytes = self._rows + len(ids), self._bytes + int(own_ends[-1])
 
     def close(self) -> None:
-        """Everything is on disk."""
+        """Flush both files."""
         self._file.close()
         self._ends.flush()
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +16,7 @@ from mpl_scale.data.index.format import FORMATS, Refusal, Scan, ScanOptions, Sha
 from mpl_scale.data.index.labels import LabelCensus, first_label, set_offset
 from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
+from mpl_scale.files import replace_text, replacing_folder
 
 
 class _Part(NamedTuple):
@@ -59,9 +58,7 @@ class PartFiles:
             "labels": labels,
             "census": scan.census.to_json(),
         }
-        aside = self.about.with_suffix(".writing")
-        aside.write_text(json.dumps(about), encoding="utf-8")
-        aside.rename(self.about)
+        replace_text(self.about, json.dumps(about), durable=False)
 
     def images_of(self, shard: Shard, size: int, mtime_ns: int) -> int | None:
         """Images of the part, if it is complete and of this very shard; otherwise None, and its files are removed."""
@@ -94,9 +91,14 @@ def write_index(
     Raises:
         ValueError: no shard holds a usable image.
     """
-    folder = output.with_name(f"{output.name}.writing")
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "pixels").mkdir(parents=True)
+    with replacing_folder(output) as folder:
+        (folder / "pixels").mkdir()
+        return _fill(folder, partial, shards, identity)
+
+
+def _fill(
+    folder: Path, partial: Path, shards: Sequence[Shard], identity: dict[str, Any]
+) -> tuple[int, int, Counter[str]]:
     parts = [PartFiles(partial, number) for number in range(len(shards))]
     count = sum(len(part.read().entries) for part in parts)
     source, root, options = identity["source"], Path(identity["root"]), ScanOptions(**identity["options"])
@@ -108,7 +110,6 @@ def write_index(
         named=None if classes is None else len(classes), assumed=adjustable and options.label_offset is None
     )
     if count == len(refused):
-        shutil.rmtree(folder)
         if labels["suspicion"] is not None:
             first.append(labels["suspicion"])
         if labels["offset"] is not None:
@@ -140,9 +141,6 @@ def write_index(
         "shards": described,
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-    for path in [*files, folder / "meta.json", folder]:
-        sync(path)
-    publish(folder, output)
     return count, sum(reasons.values()), reasons
 
 
@@ -204,33 +202,14 @@ def kind_of(reason: str) -> str:
 
 
 def _refusals(part: _Part) -> Iterator[Refusal]:
-    """In the order of the shard."""
+    """The refusals of a shard, by offset."""
     return iter(sorted((Refusal(*entry) for entry in part.about["refusals"]), key=lambda refusal: refusal.offset or 0))
 
 
 def _create(path: Path, *, dtype: np.dtype, count: int) -> np.ndarray:
-    """An array on disk to be filled."""
+    """A new array on disk, zeros, [count] or [count, 2]."""
     shape = (count, 2) if path.stem == "size" else (count,)
     if not count:
         np.save(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
     return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-
-
-def sync(path: Path) -> None:
-    """Wait until the file, or folder, is on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(folder: Path, output: Path) -> None:
-    """Put the finished index in its place; an older one goes away after that. Open readers keep the files they have."""
-    old = output.with_name(f"{output.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        output.rename(old)
-    folder.rename(output)
-    shutil.rmtree(old, ignore_errors=True)

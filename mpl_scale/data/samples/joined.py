@@ -35,7 +35,7 @@ class JoinedImages:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """int32 [N, 2]."""
+        """Heights and widths, int32 [N, 2]."""
         return np.concatenate([self.first.sizes, self.second.sizes])
 
     @property
@@ -45,21 +45,21 @@ class JoinedImages:
 
     @cached_property
     def refused(self) -> np.ndarray:
-        """int64 [R], sorted."""
+        """Sample ids of refused images, int64 [R], sorted."""
         return np.concatenate([self.first.refused, self.second.refused + len(self.first)])
 
     @property
     def bad(self) -> int:
-        """Refused in either set."""
+        """Number of refused images in both sets."""
         return self.first.bad + self.second.bad
 
     def read(self, sample: int) -> np.ndarray:
-        """From the set that the sample is of."""
+        """The encoded image, from the set that the sample belongs to."""
         images, own = self._of(sample)
         return images.read(own)
 
     def name(self, sample: int) -> str:
-        """As the set that the sample is of names it."""
+        """The sample's name in the set that it belongs to."""
         images, own = self._of(sample)
         return images.name(own)
 

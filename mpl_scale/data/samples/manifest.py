@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.registry import ImageSet
 from mpl_scale.data.samples.joined import JoinedImages
 from mpl_scale.data.samples.splits import Splits
+from mpl_scale.files import replace_text, replacing
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
 _CHUNK = 1 << 20  # ids hashed at once
@@ -31,19 +31,14 @@ def write_manifest(splits: Splits, folder: Path, *, manifest: Mapping[str, Any] 
         manifest: of the splits, as `describe_splits` returns it; None: it is made here.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "manifest.json"
     manifest = describe_splits(splits) if manifest is None else manifest
     before = read_manifest(folder)
     if before == manifest:
         return False
     for name in PARTS:
-        aside = folder / f".{name}.npy"
-        with open(aside, "wb") as file:
+        with replacing(folder / f"{name}.npy") as draft, open(draft, "wb") as file:
             np.save(file, getattr(splits, name))
-        os.replace(aside, folder / f"{name}.npy")
-    aside = folder / ".manifest.json"
-    aside.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    os.replace(aside, path)  # last: it vouches for the arrays
+    replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")  # last: it vouches for the arrays
     return before is not None and not same_samples(before, manifest)
 
 
@@ -124,7 +119,7 @@ def _hash(numbers: np.ndarray) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest that `write_manifest` left in a folder; None where there is none that can be read."""
+    """The manifest in a folder; None where there is no readable one."""
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

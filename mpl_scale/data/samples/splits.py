@@ -168,7 +168,7 @@ def _leading(images: ImageSet, config: DataConfig, *, held_out: int, labelled: i
 def _by_class(
     images: ImageSet, config: DataConfig, seed: int, *, pool: np.ndarray, counts: np.ndarray, tests: np.ndarray
 ) -> Parts:
-    """Of each class of the pool, in an order drawn by the seed: its test images, its labelled ones, the rest."""
+    """For each class of the pool, in an order drawn by the seed: test images, labelled images, the rest."""
     for name, count, test in zip(images.classes, counts, tests, strict=True):
         if count - test < config.labelled_per_class:
             raise ValueError(
@@ -190,7 +190,7 @@ def _by_class(
 
 
 def _training(images: ImageSet) -> np.ndarray:
-    """All images but those of the data set's own test part."""
+    """Ids of all images outside the data set's own test part."""
     if isinstance(images, IndexedImages | ImageFiles):
         return concatenate([images.ids_of("train"), images.ids_of("extra")])
     return np.arange(len(images), dtype=np.int64)

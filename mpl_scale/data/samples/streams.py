@@ -8,7 +8,7 @@ STREAM_LIMIT = 1 << 24
 
 
 class Purpose(IntEnum):
-    """What the numbers are for."""
+    """What a stream of random numbers is used for."""
 
     SPLIT = 0
     LABELLED_ORDER = 1

@@ -43,7 +43,7 @@ def lines(found: Swept) -> list[str]:
 
 
 def _verdict(found: Swept) -> list[str]:
-    """Where splitting images pays."""
+    """At which numbers of devices a width partition is faster than whole images, or the only plan that fits."""
     only = [world for world, (whole, split) in found.items() if whole is None and split is not None]
     faster = [
         world
@@ -52,9 +52,9 @@ def _verdict(found: Swept) -> list[str]:
     ]
     said = []
     if faster:
-        said.append(f"the width split is faster at {', '.join(map(str, faster))} devices")
+        said.append(f"the width partition is faster at {', '.join(map(str, faster))} devices")
     if only:
-        said.append(f"only the width split can be at {', '.join(map(str, only))} devices")
+        said.append(f"only a width partition fits at {', '.join(map(str, only))} devices")
     return [*said] or ["whole images are faster at every number of devices"]
 
 

@@ -1,4 +1,4 @@
-"""Bad input that one rank finds is said by all, in its own words; other failures as checkpoint/agree.py has them."""
+"""Bad input that one rank finds is said by all, in its own words; other failures: see checkpoint/agree.py."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def differences(first: Any, second: Any, name: str = "") -> Iterator[tuple[str, 
 
 
 def value_on_main(mesh: Mesh, work: Callable[[], R]) -> R:
-    """As agree.on_main, with a ValueError as it is on every rank."""
+    """checkpoint.agree.on_main, but a ValueError is raised unchanged on every rank."""
 
     def attempt() -> R | ValueError:
         try:

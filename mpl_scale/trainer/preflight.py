@@ -1,4 +1,4 @@
-"""What can be wrong with a run's input beyond its config file: names, images, models, the output folder.
+"""Checks of a run's input beyond its config file: names, images, models, the output folder.
 
 All of it is checked before the ranks join, and raises ValueError with the field or file and the fix.
 """
@@ -26,9 +26,9 @@ from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
+from mpl_scale.files import replace_text
 from mpl_scale.models import build_model
 from mpl_scale.models.weights import check_weights, replaced_classifier
-from mpl_scale.monitor.atomic import replace_text
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
@@ -36,7 +36,7 @@ from mpl_scale.trainer.phases import initial_seed, recomputed
 
 
 def check_names(run: RunConfig) -> None:
-    """Every registered name of the config is known."""
+    """Raise ValueError for a name in the config that is not registered, or settings that exclude each other."""
     method, optim = run.mpl.method, run.mpl.optim
     require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)

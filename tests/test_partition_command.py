@@ -1,4 +1,4 @@
-"""`mpl-scale split`, and runs whose networks cannot be split: a table, a proof, or one line that says why not."""
+"""`mpl-scale partition`, and runs whose networks cannot be split: a table, a proof, or one line that says why not."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.configs import tiny, write
 
 def test_the_table_of_the_papers_network_is_that_of_the_design(capsys: pytest.CaptureFixture[str]) -> None:
     """DESIGN 5: EfficientNet-L2 at 512 pixels over 16 ranks; 177 exchanges, 85 MB an image and rank (bf16)."""
-    assert main(["split", "--model", "tf_efficientnet_l2", "--size", "512", "--width", "16"]) == 0
+    assert main(["partition", "--model", "tf_efficientnet_l2", "--size", "512", "--width", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:-1]}
     assert rows["conv_stem"].startswith("512->256 32->16 3/2 x1 0,1 1 ")
@@ -23,11 +23,30 @@ def test_the_table_of_the_papers_network_is_that_of_the_design(capsys: pytest.Ca
     assert lines[-1].startswith("total: 177 exchanges, 84595712 bytes per image")
 
 
+def test_the_former_name_of_the_command_works_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "digits_cnn", "--size", "8", "--width", "2"]
+    assert main(["partition", *options]) == main(["split", *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed == 2 * printed[: len(printed) // 2]
+
+
 @pytest.mark.parametrize("more", [["--switch_at", "auto"], []], ids=str)
 def test_verify_proves_equality_on_local_ranks(capfd: pytest.CaptureFixture[str], more: list[str]) -> None:
-    command = ["split", "--model", "digits_cnn", "--size", "9", "--width", "2", "--classes", "10", "--verify", *more]
+    command = [
+        "partition",
+        "--model",
+        "digits_cnn",
+        "--size",
+        "9",
+        "--width",
+        "2",
+        "--classes",
+        "10",
+        "--verify",
+        *more,
+    ]
     assert main(command) == 0
-    assert "split over 2 ranks equals whole images in float64" in capfd.readouterr().out
+    assert "partitioned over 2 ranks equals whole images in float64" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -37,12 +56,15 @@ def test_verify_proves_equality_on_local_ranks(capfd: pytest.CaptureFixture[str]
         (["--model", "digits_cmn", "--size", "8", "--width", "2"], "--model.name = 'digits_cmn' is unknown"),
         (["--model", "digits_cnn", "--size", "4", "--width", "8"], "images have 4 columns; use at most 4"),
         (["--model", "digits_cnn", "--size", "8", "--width", "2", "--switch_at", "stage"], "switch_at = 'stage'"),
-        (["--model", "digits_cnn", "--size", "8", "--width", "1", "--verify"], "nothing is split; use a width of 2"),
+        (
+            ["--model", "digits_cnn", "--size", "8", "--width", "1", "--verify"],
+            "nothing is partitioned; use a width of 2",
+        ),
     ],
     ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
 )
 def test_refusals_are_one_line(capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
-    assert main(["split", *options]) == 2
+    assert main(["partition", *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1

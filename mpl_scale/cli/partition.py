@@ -1,4 +1,4 @@
-"""`mpl-scale split`: how a model is cut by width, and a proof that the parts equal the whole."""
+"""`mpl-scale partition`: how a model is partitioned by width, and a proof that the parts equal the whole."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--classes", type=positive, default=1000)
     parser.add_argument("--switch_at", default="never", metavar="auto|never|PATH", help="default: never")
     parser.add_argument("--halo", default="plain", choices=("plain", "block_input"))
-    parser.add_argument("--verify", action="store_true", help="run split and whole on N local processes and compare")
+    parser.add_argument(
+        "--verify", action="store_true", help="run partitioned and whole on N local processes and compare"
+    )
     parser.add_argument("--batch", type=positive, default=2, help="images of --verify")
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mpl_scale.cli.split_run import split  # torch: seconds
+    from mpl_scale.cli.partition_run import partition  # torch: seconds
 
-    return split(options)
+    return partition(options)
 
 
-SPLIT = Command(
-    name="split",
-    help="show, and --verify, how a model is split by width",
+PARTITION = Command(
+    name="partition",
+    aliases=("split",),  # its former name
+    help="show, and --verify, how a model is partitioned by width",
     examples=(
-        "mpl-scale split --model tf_efficientnet_l2 --size 512 --width 16",
-        "mpl-scale split --model tf_efficientnet_b0 --size 64 --width 4 --verify",
+        "mpl-scale partition --model tf_efficientnet_l2 --size 512 --width 16",
+        "mpl-scale partition --model tf_efficientnet_b0 --size 64 --width 4 --verify",
     ),
     options=_options,
     run=_run,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from mpl_scale.config import RunConfig
 from mpl_scale.resolve import Resolved, resolve
-from mpl_scale.trainer.jobs import GIGA, configured_plan, main_job, make_jobs, make_machine
+from mpl_scale.trainer.planning import GIGA, configured_plan, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
     from mpl_scale.planner.job import Machine

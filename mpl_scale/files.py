@@ -1,0 +1,117 @@
+"""Files and folders that a kill leaves as they were or complete, JSON files of users, and locks between processes.
+
+Everything is written under a draft's name beside the final one, and gets the final name by one rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+
+@contextmanager
+def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
+    """The path of a draft to write, which replaces the file at `path` at the end; an exception deletes it.
+
+    Args:
+        path: of the file; its folder exists.
+        durable: whether to wait until the content and the name are on disk. Otherwise a power cut may lose both.
+        shared: whether several processes may write the file at once: the draft's name is then random. Otherwise it is
+            the same every time, so that drafts of killed processes do not add up.
+    """
+    draft = draft_of(path) if shared else path.with_name(f"{path.name}.tmp")
+    try:
+        yield draft
+        if durable:
+            sync(draft)
+        os.replace(draft, path)
+    except Exception:
+        draft.unlink(missing_ok=True)
+        raise
+    if durable:
+        sync(path.parent)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = True, shared: bool = False) -> None:
+    """Write a file in UTF-8; for the rest, see `replacing`. Raises OSError as the file system does."""
+    with replacing(path, durable=durable, shared=shared) as draft:
+        draft.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which replaces the one at `path` at the end, on disk; an exception deletes it.
+
+    An older folder is deleted only after that, and processes that have its files open keep them.
+    """
+    draft, old = path.with_name(f"{path.name}.writing"), path.with_name(f"{path.name}.old")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        yield draft
+        for written in [*draft.rglob("*"), draft]:
+            sync(written)
+    except Exception:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    draft.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def read_object(path: Path, *, fix: str) -> dict[str, Any]:
+    """The JSON object in a file. ValueError with the path, what is wrong with it and the fix."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; {fix}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}; {fix}") from None
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: a JSON object is expected, not a {type(document).__name__}; {fix}")
+    return document
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in UTF-8 and wait until its content is on disk."""
+    path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def draft_of(path: Path) -> Path:
+    """A random name beside `path`: its own, `.tmp-` and eight hexadecimal digits."""
+    return path.with_name(f"{path.name}.tmp-{secrets.token_hex(4)}")
+
+
+def lock(path: Path, *, wait: bool = True) -> IO[str]:
+    """Take the operating system's lock (flock) of a file, which is made; held until it is closed or the process ends.
+
+    Args:
+        path: of the file; its folder exists.
+        wait: for the process that has the lock; False: BlockingIOError where there is one.
+    """
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        file.close()
+        raise
+    return file
