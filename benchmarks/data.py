@@ -41,7 +41,7 @@ from benchmarks import data_host
 from benchmarks.report import provenance, write
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, load_images
+from mpl_scale.data import BatchSpec, Splits, TrainLoader, load_images
 from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
 from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.normalise import Normalise
@@ -157,7 +157,7 @@ def _ours(root: Path, size: int, batch: int, stage: str) -> Source:
         while True:
             yield [Rows(generator.choice(ids, batch), generator.random((batch, view.columns)), ids)]
 
-    pipeline = DecodePipeline(requests(), images=images, view=view, capacity=batch, device=CPU, threads=1, prefetch=1)
+    pipeline = DecodePipeline(requests(), images=images, view=view, capacity=batch, device=CPU)
     config = DataConfig(strong=STRONG)
     strong = StrongView(config.strong, seed=0, stream=0)
     normalise = Normalise(config, device=CPU, dtype=torch.float32)
@@ -231,16 +231,17 @@ def _stall(root: Path, options: argparse.Namespace) -> dict[str, Any]:
     ids, size, batch = np.arange(len(images)), options.sizes[0], 8
     config = DataConfig(weak=WEAK, strong=STRONG, threads=1, prefetch=2)
     loader = TrainLoader(
-        config=config,
-        splits=Splits(images=images, test=ids, labelled=ids, unlabelled=ids),
-        image_size=size,
-        labelled_batch=batch,
-        unlabelled_batch=batch,
+        config,
+        Splits(images=images, test=ids, labelled=ids, unlabelled=ids),
+        batch=BatchSpec(
+            image_size=size,
+            labelled=batch,
+            unlabelled=batch,
+            seed=0,
+            stream=0,
+            strong_view=StrongView(config.strong, seed=0, stream=0),
+        ),
         mesh=build_mesh(device=CPU),
-        seed=0,
-        stream=0,
-        start_step=0,
-        strong_view=StrongView(config.strong, seed=0, stream=0),
     )
     model = timm.create_model("resnet18", num_classes=2)
     shares = []

@@ -28,7 +28,7 @@ import torch
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Quarantine, Splits, TrainLoader, load_images, make_splits
+from mpl_scale.data import BatchSpec, Quarantine, Splits, TrainLoader, load_images, make_splits
 from mpl_scale.data.resident import ResidentImages
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.mesh import build_mesh
@@ -106,19 +106,10 @@ def _loader(
     device: torch.device,
     resident: ResidentImages | None,
 ) -> TrainLoader:
-    return TrainLoader(
-        config=config,
-        splits=splits,
-        image_size=SIDE,
-        labelled_batch=LABELLED,
-        unlabelled_batch=UNLABELLED,
-        mesh=build_mesh(device=device),
-        seed=0,
-        stream=0,
-        start_step=0,
-        strong_view=strong_view,
-        resident=resident,
+    batch = BatchSpec(
+        image_size=SIDE, labelled=LABELLED, unlabelled=UNLABELLED, seed=0, stream=0, strong_view=strong_view
     )
+    return TrainLoader(config, splits, batch=batch, mesh=build_mesh(device=device), resident=resident)
 
 
 class _Times(NamedTuple):

@@ -140,24 +140,12 @@ def _normalised(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _loader(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
-    from mpl_scale.augment import StrongView
     from mpl_scale.data import TrainLoader  # imports DALI
+    from mpl_scale.trainer.data_source import batch_spec
     from mpl_scale.trainer.input import load_splits
 
-    config = run.mpl
-    return TrainLoader(
-        config=config.data,
-        splits=load_splits(run),
-        image_size=config.model.image_size,
-        labelled_batch=phase.labelled,
-        unlabelled_batch=phase.unlabelled,
-        mesh=mesh,
-        seed=config.seed,
-        stream=phase.index,
-        start_step=0,
-        strong_view=StrongView(config.data.strong, seed=config.seed, stream=phase.index),
-        columns=input_columns(config.model.image_size, mesh.width),
-    )
+    splits = load_splits(run)
+    return TrainLoader(run.mpl.data, splits, batch=batch_spec(phase, run.mpl, splits, width=mesh.width), mesh=mesh)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -13,7 +13,7 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig, ModelConfig, NetworkConfig, OptimConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, load_images, make_splits
+from mpl_scale.data import BatchSpec, Splits, TrainLoader, load_images, make_splits
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.models import build_model
@@ -60,20 +60,17 @@ Trace = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
 def run_digits(config: DataConfig, name: str, width: int, options: dict[str, Any]) -> Trace:
     """Five MPL steps in float64 on real images: every metric of every step, and the weights and buffers at the end."""
     mesh = build_mesh(device=torch.device("cpu"), width=width)
-    loader = TrainLoader(
-        config=config,
-        splits=splits_of(config),
+    batch = BatchSpec(
         image_size=SIZE,
-        labelled_batch=6,
-        unlabelled_batch=10,
-        mesh=mesh,
+        columns=input_columns(SIZE, width),
+        dtype=torch.float64,
+        labelled=6,
+        unlabelled=10,
         seed=0,
         stream=1,
-        start_step=0,
         strong_view=StrongView(config.strong, seed=0, stream=1),
-        columns=input_columns(SIZE, width) if width > 1 else None,
-        dtype=torch.float64,
     )
+    loader = TrainLoader(config, splits_of(config), batch=batch, mesh=mesh)
     teacher, student = (digits_network(name, seed, mesh, options) for seed in (1, 2))
     state = make_state(SETTINGS, teacher, student, mesh)
     metrics = []

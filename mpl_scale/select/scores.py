@@ -19,7 +19,7 @@ from torch import nn
 
 from mpl_scale.config import Config
 from mpl_scale.data import Quarantine
-from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows
+from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.normalise import Normalise
@@ -157,11 +157,8 @@ def score_chunks(
         view=evaluation_view(data.evaluation, config.model.image_size),
         capacity=data.evaluation_batch,
         device=device,
-        threads=data.threads,
-        prefetch=data.prefetch,
         quarantine=quarantine,
-        max_pixels=data.max_pixels,
-        channels_last=channels_last,
+        decoding=Decoding.of(data, channels_last=channels_last),
     )
     normalise = Normalise(data, device=device, dtype=torch.float32, channels_last=channels_last)
     done, position = 0, 0
