@@ -147,7 +147,11 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "TF32": why_tf32,
             "algorithms": CONFIGURED,
         },
-        warnings=(*_warnings(run.mpl, device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
+        warnings=(
+            *run.notes,
+            *_warnings(run.mpl, device, bf16=bf16),
+            *without_effect(run.deepspeed, flat=engine == "flat"),
+        ),
     )
 
 
