@@ -265,6 +265,11 @@ class LoggingConfig(Section):
     progress: Literal["auto", "bar", "lines", "off"] = Field(
         "auto", description="auto: a bar on a terminal, else lines."
     )
+    cost: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the bytes and the time of the main phase's steps are measured, and planned, for the "
+        "summary. auto: on a GPU, whose allocator counts; on a CPU one step is counted storage by storage.",
+    )
 
 
 class CheckpointConfig(Section):
