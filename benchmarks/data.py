@@ -156,7 +156,7 @@ def _ours(root: Path, size: int, batch: int, stage: str) -> Source:
         while True:
             yield [Rows(generator.choice(ids, batch), generator.random((batch, view.columns)), ids)]
 
-    pipeline = DecodePipeline(requests(), images=images, view=view, capacity=batch, device=CPU, threads=1, prefetch=1)
+    pipeline = DecodePipeline(requests(), images=images, view=view, capacity=batch, device=CPU)
     config = DataConfig(strong=STRONG)
     strong = StrongView(config.strong, seed=0, stream=0)
     normalise = Normalise(config, device=CPU, dtype=torch.float32)

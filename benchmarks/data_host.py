@@ -28,7 +28,7 @@ import torch
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Quarantine, Splits, TrainLoader, load_images, make_splits
+from mpl_scale.data import BatchSpec, Quarantine, Splits, TrainLoader, load_images, make_splits
 from mpl_scale.data.resident import ResidentImages
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.mesh import build_mesh
@@ -108,19 +108,11 @@ def make_loader(
     resident: ResidentImages | None = None,
 ) -> TrainLoader:
     """The loader of a run of one rank. size: of the images, pixels; batches: labelled and unlabelled images."""
-    return TrainLoader(
-        config=config,
-        splits=splits,
-        image_size=size,
-        labelled_batch=batches[0],
-        unlabelled_batch=batches[1],
-        mesh=build_mesh(device=device),
-        seed=0,
-        stream=0,
-        start_step=0,
-        strong_view=strong_view,
-        resident=resident,
+    labelled, unlabelled = batches
+    batch = BatchSpec(
+        image_size=size, labelled=labelled, unlabelled=unlabelled, seed=0, stream=0, strong_view=strong_view
     )
+    return TrainLoader(config, splits, batch=batch, mesh=build_mesh(device=device), resident=resident)
 
 
 class _Times(NamedTuple):

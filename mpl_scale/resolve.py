@@ -32,7 +32,8 @@ class Resolved:
     """The settings as they take effect.
 
     device: cuda or cpu. shard_size: ranks that share one copy of the state, as the mesh has it. replayed: the step is
-    a CUDA graph. why: the reason for each of `values`. warnings: what will work, but badly.
+    a CUDA graph. cost: bytes and times are measured. why: the reason for each of `values`. warnings: what will work,
+    but badly.
     """
 
     batches: Batches
@@ -46,6 +47,7 @@ class Resolved:
     deferred_teacher: bool
     bf16: bool
     numerics: Numerics
+    cost: bool
     why: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -72,6 +74,7 @@ class Resolved:
             "precision": "bf16" if self.bf16 else "fp32",
             "TF32": "on" if self.numerics.tf32 else "off",
             "algorithms": "deterministic" if self.numerics.deterministic else "fastest",
+            "cost": "measured" if self.cost else "not measured",
         }
 
     def table(self) -> list[str]:
@@ -121,6 +124,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
     )
     deferred, why_teacher = _teacher(run, batches)
     numerics, why_tf32 = choose_numerics(run.mpl, device)
+    cost, why_cost = _cost(run.mpl, cuda=cuda)
     why_captured = "auto: engine flat on a GPU" if parallel.graph == "auto" else CONFIGURED
     bf16 = bool(run.deepspeed.get("bf16", {}).get("enabled", False))
     return Resolved(
@@ -135,6 +139,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
         deferred_teacher=deferred,
         bf16=bf16,
         numerics=numerics,
+        cost=cost,
         why={
             "engine": why_engine,
             "ZeRO": why_shards,
@@ -146,8 +151,13 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "precision": CONFIGURED,
             "TF32": why_tf32,
             "algorithms": CONFIGURED,
+            "cost": why_cost,
         },
-        warnings=(*_warnings(run.mpl, device, bf16=bf16), *without_effect(run.deepspeed, flat=engine == "flat")),
+        warnings=(
+            *run.notes,
+            *_warnings(run.mpl, device, bf16=bf16),
+            *without_effect(run.deepspeed, flat=engine == "flat"),
+        ),
     )
 
 
@@ -216,6 +226,13 @@ def _teacher(run: RunConfig, batches: Batches) -> tuple[bool, str]:
     if wanted != "auto":
         return deferred, CONFIGURED
     return deferred, f"auto: {batches.micro_batches} micro-batch{'es' if batches.micro_batches > 1 else ''}"
+
+
+def _cost(config: Config, *, cuda: bool) -> tuple[bool, str]:
+    """Whether the plan of a run is measured."""
+    if config.logging.cost != "auto":
+        return config.logging.cost == "on", CONFIGURED
+    return cuda, "auto: a GPU's allocator counts" if cuda else "auto: on a CPU counting takes time"
 
 
 def _short_average(config: Config) -> str | None:

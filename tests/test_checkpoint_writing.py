@@ -33,6 +33,7 @@ from mpl_scale.checkpoint import (
 )
 from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import load_config
+from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.trainer import snapshots
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.checkpoints import build, check_load, load_newest_here, save_step
@@ -59,8 +60,8 @@ def start(root: str, step: int, timeout_seconds: float = 60.0) -> BackgroundSave
     """Begin a save of `step`, then change every value: what is written must be the copy."""
     mesh, network, entries = build()
     network.fill(step)
-    options: dict[str, Any] = {"metadata": {**METADATA, "step": step}, "mesh": mesh, "keep": 3}
-    saving = BackgroundSave.start(Path(root), step=step, entries=entries, timeout_seconds=timeout_seconds, **options)
+    settings, metadata = CheckpointConfig(timeout_seconds=timeout_seconds), {**METADATA, "step": step}
+    saving = BackgroundSave(Path(root), settings, step=step, entries=entries, metadata=metadata, mesh=mesh)
     network.fill(999)
     return saving
 

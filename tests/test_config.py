@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel
 from mpl_scale.config import check, load_config
 from mpl_scale.config.presets import PRESETS
 from mpl_scale.config.schema import Config, FeedbackConfig, MethodConfig
+from mpl_scale.resolve import resolve
 from tests.support.configs import DIGITS, tiny, write
 
 
@@ -133,6 +135,24 @@ def test_the_feedback_of_earlier_versions_loads(tmp_path: Path) -> None:
     port = {"rule": "loss_difference", "weight": -0.5, "old_loss": "update_pass", "target": "strong_argmax"}
     migrated = with_feedback(tmp_path, port)
     assert (migrated.rule, migrated.weight) == ("kekmodel", 0.5)
+
+
+def test_the_finetuning_of_earlier_versions_loads_with_a_note_and_is_refused_beside_the_new_name(
+    tmp_path: Path,
+) -> None:
+    raw = tiny()
+    former = {"steps": 4, "optimizer": "lars", "lr": 0.5, "momentum": 0.1, "trust": 0.2}
+    raw["mpl_scale"]["phases"]["finetune"] = former
+    found = load_config(write(tmp_path, raw))
+    optim = found.mpl.phases.finetune.optim
+    assert (optim.name, optim.lr, optim.momentum, optim.trust, optim.schedule) == ("lars", 0.5, 0.1, 0.2, "constant")
+    assert len(found.notes) == 4
+    warnings = resolve(found, world=1, device="cpu").warnings
+    assert any("finetune.optimizer is now mpl_scale.phases.finetune.optim.name" in line for line in warnings)
+    assert load_config(write(tmp_path, found.resolved())) == replace(found, notes=())
+    former["optim"] = {"lr": 0.5}
+    with pytest.raises(ValueError, match=r"finetune\.lr = 0.5 is now mpl_scale\.phases\.finetune\.optim\.lr.*remove"):
+        load_config(write(tmp_path, raw))
 
 
 @pytest.mark.parametrize(

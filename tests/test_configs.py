@@ -122,8 +122,8 @@ def test_l2_finetunes_with_lars() -> None:
 
 
 def test_an_unknown_finetune_optimizer_is_named() -> None:
-    with pytest.raises(ValueError, match=r"phases.finetune.optimizer = 'larss' is unknown; did you mean lars"):
-        check_names(config("l2", ("mpl_scale.phases.finetune.optimizer=larss",)))
+    with pytest.raises(ValueError, match=r"phases.finetune.optim.name = 'larss' is unknown; did you mean lars"):
+        check_names(config("l2", ("mpl_scale.phases.finetune.optim.name=larss",)))
 
 
 # ---- 20 real steps
@@ -198,7 +198,7 @@ def test_trains_twenty_steps_on_two_ranks(tmp_path: Path, name: str) -> None:
         assert all(math.isfinite(value) for value in line.values() if isinstance(value, float)), line
         side = "teacher" if phase == "teacher_warmup" else "student"
         optim = getattr(section.optim, side)
-        rate = section.phases.finetune.lr if phase == "finetune" else last_rate(optim)
+        rate = section.phases.finetune.optim.lr if phase == "finetune" else last_rate(optim)
         assert line[f"{side}_lr"] == pytest.approx(rate, rel=1e-5)  # the schedule is float32
 
 

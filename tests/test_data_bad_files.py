@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageOps
 
 from mpl_scale.config.schema import DataConfig, WeakConfig
-from mpl_scale.data import Splits, TrainLoader, evaluation_batches
-from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data import ImageFormat, Splits, TrainLoader, evaluation_batches
+from mpl_scale.data.decode.pipeline import DecodePipeline, Decoding, Rows
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import View, weak_view
 from mpl_scale.data.encoded.header import UnreadableImage
@@ -259,7 +259,7 @@ def test_bombs_are_not_unpacked() -> None:
         capacity=2,
         device=CPU,
         quarantine=quarantine,
-        max_pixels=10_000,
+        decoding=Decoding(max_pixels=10_000),
     )
     assert pipeline.next().samples.tolist() == [1, 1]
     assert quarantine.bad == {
@@ -272,7 +272,7 @@ def test_evaluation_counts_readable_images_only() -> None:
     splits = splits_of(images)
     quarantine = Quarantine(max_fraction=1.0)
     config = DataConfig(evaluation_batch=3)
-    found = evaluation_batches(config=config, splits=splits, image_size=8, mesh=mesh(), quarantine=quarantine)
+    found = evaluation_batches(config, splits, images=ImageFormat(image_size=8), mesh=mesh(), quarantine=quarantine)
     labels = [int(label) for batch in found for label in batch.labels[batch.valid]]
     assert labels == sorted(set(splits.test.tolist()) - {2, 11})
     assert quarantine.bad.keys() == {2, 11}
@@ -289,7 +289,7 @@ def test_errors_that_are_no_image_s_are_passed_on() -> None:
         capacity=1,
         device=CPU,
         quarantine=quarantine,
-        dali_resizes=True,
+        decoding=Decoding(dali_resizes=True),
     )
     with pytest.raises(RuntimeError):
         pipeline.next()

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import ImageSet, Splits, evaluation_batches, load_images
+from mpl_scale.data import ImageFormat, ImageSet, Splits, evaluation_batches, load_images
 from mpl_scale.data.formats.pickled import read_pickle
 from mpl_scale.data.formats.tfrecord import masked_crc32c
 from mpl_scale.data.index.build import build_index
@@ -39,11 +39,10 @@ def decoded(images: ImageSet) -> list[tuple[bytes, int]]:
     splits = Splits(images=images, test=everything, labelled=everything, unlabelled=everything)
     found = []
     for batch in evaluation_batches(
-        config=DataConfig(**PLAIN, evaluation_batch=64),
-        splits=splits,
-        image_size=mini.SIDE,
+        DataConfig(**PLAIN, evaluation_batch=64),
+        splits,
+        images=ImageFormat(image_size=mini.SIDE, dtype=torch.float64),
         mesh=build_mesh(device=torch.device("cpu")),
-        dtype=torch.float64,
     ):
         pixels = (batch.images[batch.valid] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
         found += [(p.tobytes(), int(label)) for p, label in zip(pixels, batch.labels[batch.valid], strict=True)]

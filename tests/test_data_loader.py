@@ -14,7 +14,7 @@ from sklearn.datasets import load_digits
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Splits, evaluation_batches, load_images
+from mpl_scale.data import ImageFormat, Splits, evaluation_batches, load_images
 from mpl_scale.mesh import Mesh
 from mpl_scale.philox import uniform_numpy
 from mpl_scale.types import Batch
@@ -37,7 +37,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 def batches(config: DataConfig, place: Mesh, *, steps: int, start: int = 0, **changes: object) -> list[Batch]:
     strong = StrongView(config.strong, seed=0, stream=1)
-    options = {"labelled_batch": 8, "unlabelled_batch": 16, "strong_view": strong, "start_step": start} | changes
+    options = {"labelled": 8, "unlabelled": 16, "strong_view": strong, "start_step": start} | changes
     return [normalised(batch) for batch in take(train_loader(config, splits_of(config), place, **options), steps)]
 
 
@@ -151,7 +151,7 @@ def test_sample_pairing_gives_the_same_strong_views_on_1_2_and_4_ranks(photograp
     assert (view.partners(photographs.unlabelled, np.zeros(48, np.int64)) >= 0).sum() >= 2
 
     def taken(place: Mesh) -> list[Batch]:
-        changes = {"image_size": size, "unlabelled_batch": 16, "strong_view": view}
+        changes = {"image_size": size, "unlabelled": 16, "strong_view": view}
         return take(train_loader(config, photographs, place, **changes), 3)
 
     single = taken(mesh())
@@ -165,7 +165,7 @@ def test_sample_pairing_gives_the_same_strong_views_on_1_2_and_4_ranks(photograp
 def test_partners_are_seen_as_their_own_rows_would_be(photographs: Splits) -> None:
     config = DataConfig(weak=VIEWS["random_resized_crop"], **PLAIN)
     strong = Pairing(photographs.unlabelled)
-    changes = {"image_size": 24, "labelled_batch": 1, "unlabelled_batch": 48, "strong_view": strong}
+    changes = {"image_size": 24, "labelled": 1, "unlabelled": 48, "strong_view": strong}
     loader = train_loader(config, photographs, mesh(), **changes)
     views = {}  # by id and epoch: a step is an epoch here
     for epoch, batch in enumerate(take(loader, 3)):
@@ -218,7 +218,7 @@ def test_labels_and_pixels_are_those_of_scikit_learn(digits: DataConfig) -> None
         np.round(image * 255 / 16).astype(np.uint8).tobytes(): label for image, label in zip(grey, labels, strict=True)
     }
     assert len(known) == 1797  # no two digits are alike
-    for batch in batches(config, mesh(), steps=6, labelled_batch=40, dtype=torch.float64):
+    for batch in batches(config, mesh(), steps=6, labelled=40, dtype=torch.float64):
         pixels = (batch.labelled * 255).round().to(torch.uint8)
         assert torch.equal(pixels[:, :1].expand(-1, 3, -1, -1), pixels)
         assert [known[image[0].numpy().tobytes()] for image in pixels] == batch.labels.tolist()
@@ -235,7 +235,7 @@ def test_weak_view_is_a_padded_crop_then_a_flip(digits: DataConfig) -> None:
             window = padded[top : top + 8, left : left + 8]
             allowed[window.tobytes()] = allowed[window[:, ::-1].tobytes()] = splits.images.labels[sample]
     seen = set()
-    for batch in batches(config, mesh(), steps=10, labelled_batch=40, dtype=torch.float64):
+    for batch in batches(config, mesh(), steps=10, labelled=40, dtype=torch.float64):
         views = (batch.labelled[:, 0] * 255).round().to(torch.uint8).numpy()
         assert [allowed[view.tobytes()] for view in views] == batch.labels.tolist()
         seen |= {view.tobytes() for view in views}
@@ -257,7 +257,7 @@ def test_normalisation_and_strong_view(digits: DataConfig) -> None:
 
 
 def test_no_unlabelled_images(digits: DataConfig) -> None:
-    batch = batches(digits, mesh(), steps=1, unlabelled_batch=0)[0]
+    batch = batches(digits, mesh(), steps=1, unlabelled=0)[0]
     assert batch.labelled.shape == (8, 3, 8, 8)
     assert batch.weak.shape == batch.strong.shape == (0, 3, 8, 8)
 
@@ -266,7 +266,7 @@ def test_nothing_trains_on_the_test_split(digits: DataConfig) -> None:
     splits = splits_of(digits)
     assert abs(len(splits.test) - 1797 / 3) <= 5  # rounded once per class
     assert len(splits.labelled) == 40
-    loader = train_loader(digits, splits, mesh(), labelled_batch=100, unlabelled_batch=600)
+    loader = train_loader(digits, splits, mesh(), labelled=100, unlabelled=600)
     used = set()
     for request in itertools.islice(loader._requests(0), 5):
         used |= {sample for rows in request for sample in rows.samples.tolist()}
@@ -282,7 +282,7 @@ def test_evaluation_covers_each_test_image_once(digits: DataConfig, data: int, p
     expected = sorted(np.asarray(Image.open(path)).tobytes() for path in splits.images.paths[splits.test])
     seen, shapes = [], set()
     for index in range(data):
-        taken = list(evaluation_batches(config=config, splits=splits, image_size=8, mesh=mesh(data, index)))
+        taken = list(evaluation_batches(config, splits, images=ImageFormat(image_size=8), mesh=mesh(data, index)))
         assert all(len(batch.images) <= per_rank for batch in taken)
         shapes.add((len(taken), *{batch.images.shape for batch in taken}))
         for images, labels, valid in taken:
@@ -296,7 +296,7 @@ def test_evaluation_covers_each_test_image_once(digits: DataConfig, data: int, p
 def test_other_sizes_are_resized(tmp_path: Path) -> None:
     write_folder(tmp_path / "root", images=12, side=20)
     config = DataConfig(source="folder", root=str(tmp_path / "root"), **PLAIN)
-    (batch,) = evaluation_batches(config=config, splits=splits_of(config), image_size=10, mesh=mesh())
+    (batch,) = evaluation_batches(config, splits_of(config), images=ImageFormat(image_size=10), mesh=mesh())
     path = splits_of(config).images.paths[splits_of(config).test[0]]
     expected = np.asarray(Image.open(path).resize((10, 10), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
     difference = ((batch.images[0] * 255).round().numpy() - expected)[:, 1:-1, 1:-1]
@@ -306,9 +306,9 @@ def test_other_sizes_are_resized(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "changes", "message"),
     [
-        (4, {"labelled_batch": 10}, r"labelled batch 10 = 4 data ranks x 2\.5 images per rank, not a whole number"),
-        (4, {"unlabelled_batch": 6}, r"unlabelled batch 6 = 4 data ranks x 1\.5 images per rank"),
-        (64, {"labelled_batch": 64, "unlabelled_batch": 0}, r"= 4 x 10 classes = 40 labelled images for 64 data ranks"),
+        (4, {"labelled": 10}, r"labelled batch 10 = 4 data ranks x 2\.5 images per rank, not a whole number"),
+        (4, {"unlabelled": 6}, r"unlabelled batch 6 = 4 data ranks x 1\.5 images per rank"),
+        (64, {"labelled": 64, "unlabelled": 0}, r"= 4 x 10 classes = 40 labelled images for 64 data ranks"),
     ],
 )
 def test_impossible_layouts_are_refused(digits: DataConfig, data: int, changes: dict[str, int], message: str) -> None:

@@ -16,7 +16,7 @@ import torch
 from mpl_scale.augment import StrongView
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig, EvaluationConfig, StrongConfig, WeakConfig
-from mpl_scale.data import Quarantine, Splits, evaluation_batches, load_images, make_splits
+from mpl_scale.data import ImageFormat, Quarantine, Splits, evaluation_batches, load_images, make_splits
 from mpl_scale.data.decode.pipeline import DecodePipeline
 from mpl_scale.data.evaluation import EvaluationBatch
 from mpl_scale.data.prefetch import Prefetcher
@@ -58,8 +58,8 @@ def batches(
     strong = StrongView(config.strong, seed=3, stream=1, candidates=splits.unlabelled)
     options: dict[str, Any] = {
         "image_size": size,
-        "labelled_batch": 6,
-        "unlabelled_batch": 10,
+        "labelled": 6,
+        "unlabelled": 10,
         "seed": 3,
         "strong_view": strong,
         "quarantine": Quarantine(max_fraction=1.0),
@@ -72,11 +72,9 @@ def batches(
 def evaluated(
     config: DataConfig, splits: Splits, size: int, *, parts: ResidentParts | None, place: Mesh, **changes: Any
 ) -> list[EvaluationBatch]:
-    options: dict[str, Any] = {"quarantine": Quarantine(max_fraction=1.0)} | changes
-    resident = None if parts is None else parts.test
-    return list(
-        evaluation_batches(config=config, splits=splits, image_size=size, mesh=place, resident=resident, **options)
-    )
+    quarantine = changes.pop("quarantine", Quarantine(max_fraction=1.0))
+    images, resident = ImageFormat(image_size=size, **changes), None if parts is None else parts.test
+    return list(evaluation_batches(config, splits, images=images, mesh=place, quarantine=quarantine, resident=resident))
 
 
 def assert_same(one: list[Batch], other: list[Batch]) -> None:
@@ -149,10 +147,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> tuple[DataConfig, Splits
     "changes",
     [
         {"strong_view": None},
-        {"unlabelled_batch": 0},
-        {"unlabelled_batch": 0, "strong_view": None},
+        {"unlabelled": 0},
+        {"unlabelled": 0, "strong_view": None},
         {"channels_last": True},
-        {"labelled_batch": 2000, "unlabelled_batch": 3000},
+        {"labelled": 2000, "unlabelled": 3000},
         {"labelled_view": "strong"},
         {"distributions": "distributions.npy"},
         {"weak": WeakConfig()},
@@ -267,8 +265,8 @@ def test_a_gpu_makes_the_batches_of_a_cpu(digits: tuple[DataConfig, Splits]) -> 
             config,
             splits,
             dataclasses.replace(mesh(), device=images.pixels.device),
-            labelled_batch=100,
-            unlabelled_batch=700,
+            labelled=100,
+            unlabelled=700,
             seed=3,
             strong_view=StrongView(config.strong, seed=3, stream=1),
             resident=images,
@@ -286,7 +284,7 @@ def compare_columns(config: DataConfig, splits: Splits) -> None:
     """On a rank of a width group: its columns of all images are those of the path from files."""
     place, columns = build_mesh(device=CPU, width=2), [(0, 5), (5, 8)]
     parts = parts_of(config, splits, 8)
-    options: dict[str, Any] = {"mesh": place, "columns": columns, "labelled_batch": 5, "unlabelled_batch": 7}
+    options: dict[str, Any] = {"mesh": place, "columns": columns, "labelled": 5, "unlabelled": 7}
     files = batches(config, splits, 8, 6, parts=None, **options)
     assert files[0].weak.shape == (7, 3, 8, 5 - 2 * place.width_index)
     assert_same(files, batches(config, splits, 8, 6, parts=parts, **options))

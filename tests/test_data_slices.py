@@ -15,7 +15,7 @@ import torch
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config.schema import DataConfig, StrongConfig, WeakConfig
-from mpl_scale.data import ImageFiles, Splits, evaluation_batches, load_images
+from mpl_scale.data import ImageFiles, ImageFormat, Splits, evaluation_batches, load_images
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.slices import Columns, share
 from mpl_scale.mesh import Mesh, build_mesh
@@ -68,8 +68,8 @@ def counted_reads() -> Iterator[list[str]]:
 def train_batches(config: DataConfig, mesh: Mesh, size: int, **changes: Any) -> list[Batch]:
     options: dict[str, Any] = {
         "image_size": size,
-        "labelled_batch": 6 * mesh.data,
-        "unlabelled_batch": 10 * mesh.data,
+        "labelled": 6 * mesh.data,
+        "unlabelled": 10 * mesh.data,
         "start_step": 2,
         "strong_view": StrongView(config.strong, seed=0, stream=1),
     }
@@ -123,10 +123,10 @@ def test_slices_are_those_of_whole_images(digits: DataConfig, world: int, width:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"labelled_batch": 1, "unlabelled_batch": 2},
-        {"labelled_batch": 1, "unlabelled_batch": 0},
+        {"labelled": 1, "unlabelled": 2},
+        {"labelled": 1, "unlabelled": 0},
         {"strong_view": None},
-        {"labelled_batch": 5, "unlabelled_batch": 3},
+        {"labelled": 5, "unlabelled": 3},
     ],
     ids=str,
 )
@@ -142,9 +142,10 @@ def compare_evaluation(config: DataConfig, width: int, size: int) -> tuple[int, 
     columns, splits = CUTS[size][width], splits_of(config)
     start, stop = columns[mesh.width_index]
     with counted_reads() as paths:
-        sliced = list(evaluation_batches(config=config, splits=splits, image_size=size, mesh=mesh, columns=columns))
+        images = ImageFormat(image_size=size, columns=columns)
+        sliced = list(evaluation_batches(config, splits, images=images, mesh=mesh))
     read = len(paths)
-    whole = list(evaluation_batches(config=config, splits=splits, image_size=size, mesh=unsplit(mesh)))
+    whole = list(evaluation_batches(config, splits, images=ImageFormat(image_size=size), mesh=unsplit(mesh)))
     for ours, expected in zip(sliced, whole, strict=True):
         assert torch.equal(ours.images, expected.images[..., start:stop])
         assert torch.equal(ours.labels, expected.labels)
@@ -170,7 +171,7 @@ def compare_spoilt(config: DataConfig, splits: Splits, spoilt: str) -> tuple[str
     start, stop = columns[mesh.width_index]
 
     def load(place: Mesh, quarantine: Quarantine, columns: Columns | None) -> list[Batch]:
-        changes = {"labelled_batch": 2, "unlabelled_batch": 4, "columns": columns, "quarantine": quarantine}
+        changes = {"labelled": 2, "unlabelled": 4, "columns": columns, "quarantine": quarantine}
         return take(train_loader(config, splits, place, **changes), 20)
 
     own = Quarantine(max_fraction=1.0)
@@ -210,7 +211,7 @@ def test_a_bad_file_is_replaced_on_the_whole_group(tmp_path: Path, kind: str, pa
 def end_early(config: DataConfig, splits: Splits) -> str:
     """On a rank: the error it ends with."""
     mesh = build_mesh(device=torch.device("cpu"), width=2)
-    loader = train_loader(config, splits, mesh, labelled_batch=2, unlabelled_batch=4, columns=CUTS[8][2])
+    loader = train_loader(config, splits, mesh, labelled=2, unlabelled=4, columns=CUTS[8][2])
     with pytest.raises(ValueError, match=r"unreadable image.*delete or replace") as caught:
         take(loader, 40)
     return str(caught.value)

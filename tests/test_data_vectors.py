@@ -13,7 +13,7 @@ import torch
 from benchmarks.in_memory import Batches, PointViews, Samples
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import Quarantine, evaluation_batches, load_images, make_splits
+from mpl_scale.data import ImageFormat, Quarantine, evaluation_batches, load_images, make_splits
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet, resident_vectors
 from mpl_scale.mesh import build_mesh
@@ -42,8 +42,8 @@ def batches(*, ranks: int, start: int, steps: int, labelled: int = 8, unlabelled
         "image_size": 1,
         "strong_view": Jitter(seed=0, stream=1, deviation=JITTER),
         "resident": resident_vectors(splits.images, CPU),
-        "labelled_batch": labelled,
-        "unlabelled_batch": unlabelled,
+        "labelled": labelled,
+        "unlabelled": unlabelled,
         "start_step": start,
     }
     own = [train_loader(data, splits, data_rank(ranks, rank), **changes) for rank in range(ranks)]
@@ -106,7 +106,7 @@ def test_every_point_is_evaluated_once() -> None:
     found = []
     for rank in range(3):
         mesh = replace(build_mesh(device=CPU), data=3, data_index=rank, world=3)
-        for images, labels, valid in evaluation_batches(config=data, splits=splits, image_size=1, mesh=mesh):
+        for images, labels, valid in evaluation_batches(data, splits, images=ImageFormat(image_size=1), mesh=mesh):
             found.append(torch.cat([images, labels[:, None]], 1)[valid])
     rows = torch.cat(found)
     assert isinstance(splits.images, VectorSet)

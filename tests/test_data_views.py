@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from timm.data import create_transform
 
 from mpl_scale.config.schema import EvaluationConfig, WeakConfig
-from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.pipeline import DecodePipeline, Decoding, Rows
 from mpl_scale.data.decode.views import ATTEMPTS, View, evaluation_view, weak_view
 from mpl_scale.data.encoded.header import UnreadableImage, examine
 from tests.support.photographs import ImagesInMemory, encoded, photograph
@@ -41,9 +41,7 @@ def views_of(
         view=view,
         capacity=len(files),
         device=torch.device("cpu"),
-        channels_last=channels_last,
-        dali_resizes=dali_resizes,
-        threads=threads,
+        decoding=Decoding(channels_last=channels_last, dali_resizes=dali_resizes, threads=threads),
     )
     decoded = pipeline.next()
     pipeline.close()

@@ -6,6 +6,7 @@ of each.
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -114,6 +115,33 @@ def test_links_between_pages_lead_somewhere() -> None:
             titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert not anchor or anchor in slugs, f"{page}: {target}#{anchor}"
+
+
+def test_the_walks_name_files_and_functions_that_exist() -> None:
+    page = (REPOSITORY / "docs" / "concepts.md").read_text()
+    for title in ("batch", "config value"):
+        walk = page.partition(f"## The walk of a {title}\n")[2].partition("\n## ")[0]
+        rows = [line for line in walk.splitlines() if line.startswith("|")][2:]
+        assert len(rows) == 10
+        for row in rows:
+            named = re.findall(r"\[`([^`]+)`\]\(\.\./mpl_scale/([^)]+)\)((?:,? `[^`]+`)+)", row)
+            assert named, row
+            for shown, path, functions in named:
+                assert shown == path
+                tree = ast.parse((REPOSITORY / "mpl_scale" / path).read_text())
+                for function in re.findall("`([^`]+)`", functions):
+                    assert function in definitions(tree), f"{path}: {function}"
+
+
+def definitions(tree: ast.Module) -> set[str]:
+    """Names of a file's functions and classes, and of its methods as Class.method."""
+    found, kinds = set(), (ast.FunctionDef, ast.ClassDef)
+    for node in tree.body:
+        if isinstance(node, kinds):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
 
 
 def fresh_copy(folder: Path) -> dict[str, str]:

@@ -26,7 +26,7 @@ def run_digits(folder: Path, device: torch.device, *, graph: str) -> dict[str, A
     """The results of a run of three phases whose images DALI decodes."""
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat", "graph": graph}
-    raw["mpl_scale"]["phases"] |= {"teacher_warmup": {"steps": 5}, "finetune": {"steps": 5, "lr": 0.002}}
+    raw["mpl_scale"]["phases"] |= {"teacher_warmup": {"steps": 5}, "finetune": {"steps": 5, "optim": {"lr": 0.002}}}
     raw["mpl_scale"]["data"]["resident"] = "off"
     folder.mkdir()
     summary = train(load_config(write(folder, raw)), Options(folder / "out"))

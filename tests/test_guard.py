@@ -12,7 +12,7 @@ from mpl_scale.checkpoint import find, read_prefix
 from mpl_scale.config import check, load_config
 from mpl_scale.data import TrainLoader
 from mpl_scale.mesh import build_mesh
-from mpl_scale.trainer.data_source import batch_ids
+from mpl_scale.trainer.data_source import batch_ids, batch_spec
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.preflight import load_splits
 from mpl_scale.trainer.prepare import Options, train
@@ -89,18 +89,7 @@ def test_the_ids_are_those_the_loader_draws(tmp_path: Path) -> None:
     splits = load_splits(config)
     mesh = build_mesh(device=torch.device("cpu"))
     phase = plan_phases(config.mpl, check(config, world=1, cuda=False), max_steps=None)[1]
-    loader = TrainLoader(
-        config=config.mpl.data,
-        splits=splits,
-        image_size=config.mpl.model.image_size,
-        labelled_batch=phase.labelled,
-        unlabelled_batch=phase.unlabelled,
-        mesh=mesh,
-        seed=config.mpl.seed,
-        stream=phase.index,
-        start_step=2,
-        strong_view=None,
-    )
+    loader = TrainLoader(config.mpl.data, splits, batch=batch_spec(phase, config.mpl, splits), mesh=mesh, start_step=2)
     batch = next(loader)
     loader.close()
     said = batch_ids(phase, config=config.mpl, splits=splits, step=3)

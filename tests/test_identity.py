@@ -52,7 +52,15 @@ def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
     assert [field for field in (*OURS, *THEIRS) if rule_of(field) is None] == []
     known = [*OURS, *THEIRS, "--max_steps", "ranks", "batch", "data", "splits", "distributions"]
     assert [rule for rule in RULES if not any(f"{field}.".startswith(f"{rule}.") for field in known)] == []
-    for mixed in ("data", "optim", "optim.student", "phases", "phases.finetune", "phases.train"):
+    for mixed in (
+        "data",
+        "optim",
+        "optim.student",
+        "phases",
+        "phases.finetune",
+        "phases.finetune.optim",
+        "phases.train",
+    ):
         assert rule_of(f"mpl_scale.{mixed}.new_field") is None
 
 
@@ -108,8 +116,8 @@ LAST = DONE[1]
         ("mpl_scale.optim.student.schedule=constant", (WARMING, TRAINING)),
         ("mpl_scale.optim.student.name=rmsprop", (WARMING,)),
         ("mpl_scale.optim.teacher.momentum=0.5", ()),
-        ("mpl_scale.phases.finetune.lr=0.5", (WARMING, TRAINING, TUNING)),
-        ("mpl_scale.phases.finetune.optimizer=lars", (WARMING, TRAINING)),
+        ("mpl_scale.phases.finetune.optim.lr=0.5", (WARMING, TRAINING, TUNING)),
+        ("mpl_scale.phases.finetune.optim.name=lars", (WARMING, TRAINING)),
         ("mpl_scale.phases.finetune.steps=9", EVERYWHERE),
         ("mpl_scale.phases.finetune.steps=2", (WARMING, TRAINING, TUNING)),
         ("mpl_scale.phases.finetune.steps=0", (WARMING, TRAINING)),
@@ -184,7 +192,7 @@ def test_more_steps_reopen_the_phase_and_those_after_it(tmp_path: Path) -> None:
     settings = (
         "mpl_scale.phases.train.steps=12",
         "mpl_scale.phases.finetune.steps=2",
-        "mpl_scale.phases.finetune.optimizer=lars",
+        "mpl_scale.phases.finetune.optim.name=lars",
     )
     found = verdict(tmp_path, DONE, kept(tmp_path, *settings))
     assert (found.refused, found.reopened, found.done) == ([], "train", False)
@@ -339,8 +347,8 @@ def test_what_changed_on_the_way_is_in_the_summary(tmp_path: Path) -> None:
     assert run(config, output, f"{rate}=0.5", stop_after=1) is None  # nothing changed
     with pytest.raises(ValueError, match=r"labelled_per_class: 4 -> 3|splits\.labelled: "):
         run(config, output, f"{rate}=0.5", "mpl_scale.data.labelled_per_class=3")
-    summary = run(config, output, f"{rate}=0.5", "mpl_scale.phases.finetune.lr=0.1")
+    summary = run(config, output, f"{rate}=0.5", "mpl_scale.phases.finetune.optim.lr=0.1")
     assert [(entry["phase"], entry["step"], entry["changed"]) for entry in summary["history"]] == [
         ("train", 2, {rate: [first, 0.5]}),
-        ("train", 6, {"mpl_scale.phases.finetune.lr": [0.002, 0.1]}),
+        ("train", 6, {"mpl_scale.phases.finetune.optim.lr": [0.002, 0.1]}),
     ]

@@ -18,7 +18,7 @@ from benchmarks.paired import Kept, paired
 from benchmarks.small_digits import Digits, make_digits
 from mpl_scale.augment import StrongView
 from mpl_scale.config import check, load_config
-from mpl_scale.data import TrainLoader, load_images, make_splits
+from mpl_scale.data import BatchSpec, TrainLoader, load_images, make_splits
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import FEEDBACK_RULES
 from mpl_scale.trainer.phases import plan_phases
@@ -90,18 +90,15 @@ def test_batches_in_memory_are_the_loaders() -> None:
     run = load_config(DIGITS, overrides=["mpl_scale.seed=5"])
     config, phase = run.mpl, plan_phases(run.mpl, check(run, world=1, cuda=False), max_steps=None)[0]
     splits = make_splits(load_images(config.data), config=config.data, seed=5)
-    loader = TrainLoader(
-        config=config.data,
-        splits=splits,
+    batch = BatchSpec(
         image_size=8,
-        labelled_batch=phase.labelled,
-        unlabelled_batch=phase.unlabelled,
-        mesh=build_mesh(device=CPU),
+        labelled=phase.labelled,
+        unlabelled=phase.unlabelled,
         seed=5,
         stream=phase.index,
-        start_step=0,
         strong_view=StrongView(config.data.strong, seed=5, stream=phase.index),
     )
+    loader = TrainLoader(config.data, splits, batch=batch, mesh=build_mesh(device=CPU))
     pixels = [np.array(Image.open(io.BytesIO(splits.images.read(i))).convert("RGB")) for i in range(len(splits.images))]
     labels = torch.from_numpy(np.asarray(splits.images.labels, np.int64))
     samples = Samples(

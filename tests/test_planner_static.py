@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.models import Passes
 from mpl_scale.models.layers import convert
 from mpl_scale.mpl import MovingAverage
-from mpl_scale.planner import reachable_bytes, static_bytes
+from mpl_scale.planner import EngineSettings, TrainedNetwork, reachable_bytes, static_bytes
 from tests.support.ranks import pool
 
 LAYOUTS = [
@@ -59,17 +61,10 @@ def measured_and_expected(engine: str, stage: int, bf16: bool, optimizer: str, c
     network.discard()
     if engine == "deepspeed":
         network._engine.destroy()  # type: ignore[attr-defined]
+    dtype = torch.bfloat16 if bf16 else torch.float32
     expected = static_bytes(
-        parameters,
-        buffers,
-        stage=stage,
-        shard_size=mesh.shard_size,
-        engine=engine,  # type: ignore[arg-type]
-        weights_dtype=torch.bfloat16 if bf16 else torch.float32,
-        optimizer=optimizer,
-        ema=True,
-        clipping=clip > 0,
-        reduce_bucket=BUCKET,
+        TrainedNetwork(parameters, buffers, dtype=dtype, optimizer=optimizer, ema=True),
+        EngineSettings(engine, stage, mesh.shard_size, clipping=clip > 0, reduce_bucket=BUCKET),  # type: ignore[arg-type]
     )
     return found, sum(expected.values())
 
@@ -109,8 +104,8 @@ def test_the_census_follows_closures_containers_and_attributes_and_counts_a_stor
 
 
 def test_what_no_engine_has_is_refused() -> None:
-    common = {"shard_size": 2, "weights_dtype": torch.float32, "ema": False}
+    network = TrainedNetwork(10, 0, dtype=torch.float32, optimizer="sgd", ema=False)
     with pytest.raises(ValueError, match="stage = 3 with engine flat"):
-        static_bytes(10, 0, stage=3, engine="flat", optimizer="sgd", **common)  # type: ignore[arg-type]
+        static_bytes(network, EngineSettings("flat", stage=3, shard_size=2))
     with pytest.raises(ValueError, match="sgd"):
-        static_bytes(10, 0, stage=1, engine="flat", optimizer="sgdd", **common)  # type: ignore[arg-type]
+        static_bytes(replace(network, optimizer="sgdd"), EngineSettings("flat", stage=1, shard_size=2))

@@ -1,4 +1,4 @@
-"""Every run's summary has what was planned beside what the run took: bytes of a rank, and the time of a step."""
+"""A summary has what was planned beside what the run took, if asked: bytes of a rank, and the time of a step."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def make_config(folder: Path, *, network: str = "wide_resnet28_2", **top_level: 
     section = raw["mpl_scale"]
     section["model"] |= {"teacher": {"name": network}, "student": {"name": network}}
     section["phases"] = {"train": {"steps": 3}}
+    section["logging"]["cost"] = "on"
     section["data"]["test_fraction"] = 0.02  # nothing here looks at it
     return write(folder, raw)
 
@@ -58,6 +59,18 @@ def test_a_runs_summary_has_its_plan_beside_its_census(tmp_path: Path, name: str
     assert cost["step_ms"]["measured"] > 0
     assert cost["step_ms"]["planned"] is None  # rates of this machine are assumed until they are measured
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["cost"] == cost
+
+
+def test_on_a_cpu_nothing_is_measured_unless_asked(tmp_path: Path) -> None:
+    config, output = make_config(tmp_path, network="digits_cnn"), tmp_path / "out"
+    asked = ("mpl_scale.logging.cost=auto",)
+    rates = tmp_path / "rates.json"
+    rates.write_text(json.dumps({"device": {"peak": 1e9}, "reached": {}}))
+    summary = pool(1).run(run, config, str(output), asked, str(rates))[0]
+    assert summary["cost"] is None
+    assert cost_lines(summary) == []
+    assert summary["resolved"]["cost"] == {"value": "not measured", "why": "auto: on a CPU counting takes time"}
+    assert resolve(load_config(config, overrides=asked), world=1, device="cuda").cost
 
 
 def test_with_measured_rates_the_time_of_a_step_is_planned(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     section = raw["mpl_scale"]
     section["parallel"] = {"engine": "flat"}
     section["checkpoint"] = {"every": 0}
-    section["phases"] = {"train": {"steps": 4, "evaluate_every": 2}, "finetune": {"steps": 2, "lr": 0.002}}
+    section["phases"] = {"train": {"steps": 4, "evaluate_every": 2}, "finetune": {"steps": 2, "optim": {"lr": 0.002}}}
     config = write(folder, raw, "tiny.json")
     for name, overrides in RUNS.items():
         assert train(load_config(config, overrides=overrides), Options(folder / name)) is not None

@@ -41,7 +41,7 @@ def make_config(folder: Path, *, phases: dict[str, Any], stage: int = 0, engine:
     section = raw["mpl_scale"]
     section["phases"] = phases
     section["parallel"] = {"engine": engine}
-    section |= {"logging": {"every": 1}, "checkpoint": {"every": 1, "keep": 40}, **sections}
+    section |= {"logging": {"every": 1, "cost": "on"}, "checkpoint": {"every": 1, "keep": 40}, **sections}
     return write(folder, raw)
 
 

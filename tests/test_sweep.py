@@ -34,7 +34,7 @@ def write_spec(folder: Path, **changes: Any) -> Path:
     raw = tiny()
     section = raw["mpl_scale"]
     section["parallel"] = {"engine": "flat"}
-    section["phases"] = {"train": {"steps": 4}, "finetune": {"steps": 2, "lr": 0.002}}
+    section["phases"] = {"train": {"steps": 4}, "finetune": {"steps": 2, "optim": {"lr": 0.002}}}
     section["checkpoint"] = {"every": 0}
     write(folder, raw, "base.json")
     spec = {"ds_config": "base.json", "space": {LR: {"log_uniform": [0.01, 1]}}, "trials": 3} | changes

@@ -58,8 +58,8 @@ def run_digits(config: DataConfig, name: str, width: int, options: dict[str, Any
     mesh = build_mesh(device=torch.device("cpu"), width=width)
     changes = {
         "image_size": SIZE,
-        "labelled_batch": 6,
-        "unlabelled_batch": 10,
+        "labelled": 6,
+        "unlabelled": 10,
         "strong_view": StrongView(config.strong, seed=0, stream=1),
         "columns": input_columns(SIZE, width) if width > 1 else None,
         "dtype": torch.float64,

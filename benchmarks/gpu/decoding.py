@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.gpu.parts import Part, Result, Setting
 from mpl_scale.config.schema import WeakConfig
-from mpl_scale.data.decode.pipeline import DecodePipeline, Rows
+from mpl_scale.data.decode.pipeline import DecodePipeline, Decoding, Rows
 from mpl_scale.data.decode.views import View, weak_view
 
 CPU = torch.device("cpu")
@@ -56,9 +56,7 @@ class _Files:
             view=self.view,
             capacity=self.batch,
             device=device,
-            threads=threads,
-            prefetch=2,
-            dali_resizes=dali_resizes,
+            decoding=Decoding(threads=threads, prefetch=2, dali_resizes=dali_resizes),
         )
 
     def _requests(self) -> Iterator[list[Rows]]:

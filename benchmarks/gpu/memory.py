@@ -70,7 +70,7 @@ def _planned_and_measured(case: Case, setting: Setting) -> Result:
     found: Result = {"kept_bytes_per_image_bf16": _kept(case, setting)}
     try:
         load = make_workload(run, device=device)
-        gauge = Gauge(run, load.resolved, load.mesh)
+        gauge = Gauge(run, replace(load.resolved, cost=True), load.mesh)
         for _ in range(MEASURED):
             gauge(load.runner, load.phase, load.state, next(load.source))
         cost = gauge.report()

@@ -1,8 +1,8 @@
 """Save while training continues: the state is copied at a step boundary, a thread of each rank writes its copy.
 
 Collectives from a second thread are unsafe, so the threads agree through the folder: each leaves a note, of what it
-wrote or of why it could not; rank 0's thread waits for all notes and publishes, as `save` does. Only `start` and
-`finish`, in the main threads, are collective.
+wrote or of why it could not; rank 0's thread waits for all notes and publishes, as `save` does. Only the constructor
+and `finish`, in the main threads, are collective.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mpl_scale.checkpoint.entries import Entry
 from mpl_scale.checkpoint.folders import open_draft
 from mpl_scale.checkpoint.format import CheckpointError, WriteFailed, file_name
 from mpl_scale.checkpoint.writer import Written, parse_written, publish, write_shard, writing
+from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.files import replace_text
 from mpl_scale.mesh import Mesh
 
@@ -33,73 +34,64 @@ POLL_SECONDS = 0.05
 class BackgroundSave:
     """One save in flight. Daemon threads: a process that ends early leaves a draft, which the next save deletes."""
 
-    def __init__(self, result: list[Path | CheckpointError], thread: threading.Thread, mesh: Mesh) -> None:
-        self._result, self._thread, self._mesh = result, thread, mesh
-
-    @classmethod
-    def start(
-        cls,
+    def __init__(
+        self,
         root: Path,
+        settings: CheckpointConfig,
         *,
         step: int,
         entries: Sequence[Entry],
         metadata: dict[str, Any],
         mesh: Mesh,
-        keep: int,
-        keep_every: int = 0,
-        timeout_seconds: float,
-    ) -> BackgroundSave:
+    ) -> None:
         """Copy what this rank writes into the host's memory, then write it in a thread. Collective over the world.
 
-        timeout_seconds: rank 0 gives the save up where a note is missing for so long. The rest: see `save`. Raises
+        settings: what is kept, and how long rank 0 waits for the others' notes. The rest: see `save`. Raises
         WriteFailed, on all ranks alike, where not even the folder can be made.
         """
-
-        @writing(root)
-        def begin() -> Path:
-            return open_draft(root, step)
-
-        draft = on_main(mesh, begin)
-        written = [replace(entry, tensor=entry.flat.to("cpu", copy=True)) for entry in entries if entry.write]
-        result: list[Path | CheckpointError] = []
-
-        def work() -> None:
-            mine = _once_more(root, lambda: write_shard(draft, written, mesh.rank))
-            if isinstance(mine, CheckpointError):
-                (draft / file_name(mesh.rank)).unlink(missing_ok=True)  # room for the note
-            if not mesh.is_main:
-                _leave_note(draft, mesh.rank, mine)
-                return
-            notes = [mine, *_others_notes(root, draft, world=mesh.world, timeout_seconds=timeout_seconds)]
-            failures = [note for note in notes if isinstance(note, CheckpointError)]
-            shards = [note for note in notes if isinstance(note, Written)]
-            outcome = (
-                failures[0]
-                if failures
-                else _once_more(
-                    root,
-                    lambda: publish(draft, shards, step=step, metadata=metadata, keep=keep, keep_every=keep_every),
-                )
-            )
-            if isinstance(outcome, CheckpointError):
-                shutil.rmtree(draft, ignore_errors=True)
-            result.append(outcome)
-
-        thread = threading.Thread(target=work, name="checkpoint writer", daemon=True)
-        thread.start()
-        return cls(result, thread, mesh)
+        self._root, self._settings, self._step, self._metadata, self._mesh = root, settings, step, metadata, mesh
+        self._draft = on_main(mesh, self._open)
+        self._copy = [replace(entry, tensor=entry.flat.to("cpu", copy=True)) for entry in entries if entry.write]
+        self._outcome: Path | CheckpointError | None = None  # on rank 0, once the thread has ended
+        self._thread = threading.Thread(target=self._write, name="checkpoint writer", daemon=True)
+        self._thread.start()
 
     def finish(self) -> Path:
         """Wait for it: the published folder. Collective; raises, on all ranks alike, why there is none."""
         self._thread.join()
+        return on_main(self._mesh, self._published)
 
-        def outcome() -> Path:
-            assert self._result, "the thread that writes the checkpoint has died"
-            if isinstance(self._result[0], CheckpointError):
-                raise self._result[0]
-            return self._result[0]
+    def _open(self) -> Path:
+        with writing(self._root):
+            return open_draft(self._root, self._step)
 
-        return on_main(self._mesh, outcome)
+    def _write(self) -> None:
+        """In the thread: this rank's file; on rank 0 the others' notes, and the checkpoint published."""
+        draft, rank = self._draft, self._mesh.rank
+        mine = _once_more(self._root, lambda: write_shard(draft, self._copy, rank))
+        self._copy.clear()  # not in memory until the next save
+        if isinstance(mine, CheckpointError):
+            (draft / file_name(rank)).unlink(missing_ok=True)  # room for the note
+        if not self._mesh.is_main:
+            _leave_note(draft, rank, mine)
+            return
+        seconds = self._settings.timeout_seconds
+        notes = [mine, *_others_notes(self._root, draft, world=self._mesh.world, timeout_seconds=seconds)]
+        failures = [note for note in notes if isinstance(note, CheckpointError)]
+        shards = [note for note in notes if isinstance(note, Written)]
+        self._outcome = failures[0] if failures else _once_more(self._root, lambda: self._publish(shards))
+        if isinstance(self._outcome, CheckpointError):
+            shutil.rmtree(draft, ignore_errors=True)
+
+    def _publish(self, shards: list[Written]) -> Path:
+        keep, keep_every = self._settings.keep, self._settings.keep_every
+        return publish(self._draft, shards, step=self._step, metadata=self._metadata, keep=keep, keep_every=keep_every)
+
+    def _published(self) -> Path:
+        assert self._outcome is not None, "the thread that writes the checkpoint has died"
+        if isinstance(self._outcome, CheckpointError):
+            raise self._outcome
+        return self._outcome
 
 
 def _once_more(root: Path, work: Callable[[], T]) -> T | CheckpointError:

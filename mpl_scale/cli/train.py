@@ -20,7 +20,8 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration",
         metavar="FILE",
-        help="measured rates, of python -m benchmarks.calibrate: the summary has the planned time of a step, too",
+        help="measured rates, of python -m benchmarks.calibrate: with mpl_scale.logging.cost = on the summary has the "
+        "planned time of a step, too",
     )
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
 

@@ -7,19 +7,54 @@ from typing import Any
 
 PORTS_FEEDBACK = {"old_loss": "update_pass", "target": "strong_argmax"}
 """Former fields of method.feedback, as the rule kekmodel has them."""
+_SAME = ("lr", "momentum", "nesterov", "weight_decay", "rho", "eps", "trust")
+FINETUNE = {"optimizer": "name", **{name: name for name in _SAME}}
+"""Former fields of phases.finetune, and their names in its section optim."""
+
+
+def former_notes(section: Mapping[str, Any]) -> list[str]:
+    """A line for each field of the "mpl_scale" section that has another name now."""
+    where = "mpl_scale.phases.finetune"
+    given = [key for key in FINETUNE if key in _below(section, "phases", "finetune")]
+    return [f"{where}.{key} is now {where}.optim.{FINETUNE[key]}: rename it" for key in given]
 
 
 def without_former_fields(section: Mapping[str, Any]) -> dict[str, Any]:
     """The "mpl_scale" section of a JSON file without them.
 
     Raises:
-        ValueError: what they ask for is gone; names the field and the fix.
+        ValueError: what they ask for is gone, or given under both names; names the field and the fix.
     """
-    method = section.get("method")
-    feedback = method.get("feedback") if isinstance(method, Mapping) else None
-    if not isinstance(method, Mapping) or not isinstance(feedback, Mapping):
+    found = renamed(section)
+    if feedback := _below(found, "method", "feedback"):
+        found["method"] = {**found["method"], "feedback": _feedback(feedback)}
+    return found
+
+
+def renamed(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with the names of this version. ValueError: a field is given under both names."""
+    finetune = _below(section, "phases", "finetune")
+    former = {FINETUNE[key]: value for key, value in finetune.items() if key in FINETUNE}
+    if not former:
         return dict(section)
-    return {**section, "method": {**method, "feedback": _feedback(feedback)}}
+    optim = _below(finetune, "optim")
+    if twice := former.keys() & optim.keys():
+        new = min(twice)
+        old = next(key for key, name in FINETUNE.items() if name == new)
+        raise ValueError(
+            f"mpl_scale.phases.finetune.{old} = {finetune[old]} is now mpl_scale.phases.finetune.optim.{new}, which is "
+            f"given too, as {optim[new]}; remove the former"
+        )
+    kept = {key: value for key, value in finetune.items() if key not in FINETUNE}
+    return {**section, "phases": {**section["phases"], "finetune": {**kept, "optim": {**optim, **former}}}}
+
+
+def _below(section: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """The section inside, empty where there is none."""
+    found: Any = section
+    for name in names:
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 def _feedback(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_half import validated
-from mpl_scale.config.former import without_former_fields
+from mpl_scale.config.former import former_notes, without_former_fields
 from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
@@ -30,11 +30,12 @@ INCLUDE = "include"
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A validated configuration: our section, DeepSpeed's half, and where it was read."""
+    """A validated configuration: our section, DeepSpeed's half, where it was read, and what to say of it to people."""
 
     path: Path
     mpl: Config
     deepspeed: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration with every default filled in: written beside the run, loadable again."""
@@ -62,6 +63,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
     deepspeed = validated(raw, path=path, known_beside=(SECTION, INCLUDE))
+    notes = former_notes(section)
     try:
         section = without_former_fields(section)
     except ValueError as error:
@@ -75,7 +77,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_error(error)}") from None
     import_modules(mpl.imports)
-    return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed)
+    return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed, notes=tuple(f"{path}: {note}" for note in notes))
 
 
 def import_modules(modules: Sequence[str]) -> None:

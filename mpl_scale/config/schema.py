@@ -10,7 +10,14 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpl_scale.config.schema_method import FeedbackConfig, MethodConfig, OptimConfig, OptimsConfig, UDAConfig
+from mpl_scale.config.schema_method import (
+    FeedbackConfig,
+    FinetuneOptimConfig,
+    MethodConfig,
+    OptimConfig,
+    OptimsConfig,
+    UDAConfig,
+)
 from mpl_scale.config.schema_views import EvaluationConfig, StrongConfig, WeakConfig
 from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, Share
 
@@ -20,6 +27,7 @@ __all__ = [
     "DataConfig",
     "EvaluationConfig",
     "FeedbackConfig",
+    "FinetuneOptimConfig",
     "FinetunePhase",
     "GuardConfig",
     "LoggingConfig",
@@ -234,17 +242,10 @@ class WarmupPhase(Section):
 
 
 class FinetunePhase(Section):
-    """Finetuning of the student on labelled images, fixed learning rate (3.2, 3.3; LARS in section 4)."""
+    """Finetuning of the student on labelled images (3.2, 3.3)."""
 
     steps: CountOrZero = 0
-    optimizer: str = Field("sgd", description="Registered: sgd, rmsprop, lars (section 4, C.4).")
-    lr: NonNegative = 1e-5
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
-    nesterov: bool = True
-    weight_decay: NonNegative = 0.0
-    rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp, as in mpl_scale.optim.")
-    eps: Positive = Field(1e-3, description="RMSProp, as in mpl_scale.optim.")
-    trust: Positive = Field(1e-3, description="LARS, as in mpl_scale.optim.")
+    optim: FinetuneOptimConfig = FinetuneOptimConfig()
     batch_size: Count | None = Field(None, description="Global labelled batch; null: train_batch_size.")
     start_from: Literal["student", "ema"] = "student"
 
@@ -263,6 +264,11 @@ class LoggingConfig(Section):
     every: Count = Field(10, description="Steps between lines of metrics.jsonl.")
     progress: Literal["auto", "bar", "lines", "off"] = Field(
         "auto", description="auto: a bar on a terminal, else lines."
+    )
+    cost: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether the bytes and the time of the main phase's steps are measured, and planned, for the "
+        "summary. auto: on a GPU, whose allocator counts; on a CPU one step is counted storage by storage.",
     )
 
 

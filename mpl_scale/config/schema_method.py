@@ -87,6 +87,13 @@ class OptimConfig(Section):
     decay_steps: Count = Field(750, description="Exponential schedule.")
 
 
+class FinetuneOptimConfig(OptimConfig):
+    """The student's optimiser and schedule while it is finetuned: LARS in section 4."""
+
+    lr: NonNegative = 1e-5
+    schedule: Literal["cosine", "exponential", "constant"] = "constant"
+
+
 class OptimsConfig(Section):
     """The optimiser of each network."""
 

@@ -1,9 +1,10 @@
 """Images as batches: sources, splits, stateless sample order, DALI decoding (DESIGN 7)."""
 
+from mpl_scale.data.batch_spec import BatchSpec, ImageFormat, StrongViewFunction
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from mpl_scale.data.formats import arrays, cifar, digits, folder, svhn, tfrecord, webdataset
-from mpl_scale.data.loader import StrongViewFunction, TrainLoader, check_batches
+from mpl_scale.data.loader import TrainLoader, check_batches
 from mpl_scale.data.registry import SOURCES, ImageFiles, ImageSet, load_images, register_source
 from mpl_scale.data.samples import whole_training_set
 from mpl_scale.data.samples.manifest import write_manifest
@@ -11,8 +12,10 @@ from mpl_scale.data.samples.splits import Splits, make_splits
 
 __all__ = [
     "SOURCES",
+    "BatchSpec",
     "EvaluationBatch",
     "ImageFiles",
+    "ImageFormat",
     "ImageSet",
     "Quarantine",
     "Splits",

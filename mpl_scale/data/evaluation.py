@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode.pipeline import DecodePipeline, Rows, ViewSource
+from mpl_scale.data.batch_spec import ImageFormat
+from mpl_scale.data.decode.pipeline import DecodePipeline, Decoding, Rows, ViewSource
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import evaluation_view
-from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.resident import ResidentImages, ResidentViews
 from mpl_scale.data.samples.splits import Splits
-from mpl_scale.data.slices import Columns, Views, WidthExchange, share
+from mpl_scale.data.slices import Views, WidthExchange, share
 from mpl_scale.data.transfer import to_device
 from mpl_scale.data.vectors import VectorSet, resident_vectors
 from mpl_scale.mesh import Mesh
@@ -31,14 +30,11 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(
-    *,
     config: DataConfig,
     splits: Splits,
-    image_size: int,
+    *,
+    images: ImageFormat,
     mesh: Mesh,
-    columns: Columns | None = None,
-    dtype: torch.dtype = torch.float32,
-    channels_last: bool = False,
     quarantine: Quarantine | None = None,
     resident: ResidentImages | None = None,
 ) -> Iterator[EvaluationBatch]:
@@ -50,44 +46,38 @@ def evaluation_batches(
     Args:
         config: the data section.
         splits: `test` is read.
-        image_size: height and width of the images, pixels.
+        images: in which form they are given.
         mesh: this rank's place; the ranks of one width group receive the same images.
-        columns: [start, stop) of the image on each width rank, which then receives only these; None: whole images.
-        dtype: floating type of the images.
-        channels_last: memory layout of the images.
         quarantine: where bad images are kept; None: in a list of its own.
         resident: the images of `test`, decoded for this view; its quarantine is used. None: files are decoded.
     """
-    images = len(splits.test)
-    batches = -(-images // (config.evaluation_batch * mesh.data))
-    size = -(-images // (batches * mesh.data))
+    count = len(splits.test)
+    batches = -(-count // (config.evaluation_batch * mesh.data))
+    size = -(-count // (batches * mesh.data))
     rows = np.arange(mesh.data_index * size, (mesh.data_index + 1) * size)
     positions = np.arange(batches)[:, None] * (size * mesh.data) + rows  # [batches, size]
-    valid = positions < images
-    ids = splits.test[np.minimum(positions, images - 1)]
+    valid = positions < count
+    ids = splits.test[np.minimum(positions, count - 1)]
     if isinstance(splits.images, VectorSet):
         resident = resident or resident_vectors(splits.images, mesh.device)
     own, exchange = slice(0, size), None
-    if columns is not None and mesh.width > 1:
+    if images.columns is not None and mesh.width > 1:
         shares = [share(size, ranks=mesh.width, index=index) for index in range(mesh.width)]
         own = shares[mesh.width_index]
-        exchange = WidthExchange(columns, image_size=image_size, shares=[shares], mesh=mesh)
-    count = own.stop - own.start
-    requests = ([Rows(batch[own], np.zeros((count, 0)), splits.test)] for batch in ids)
+        exchange = WidthExchange(images.columns, image_size=images.image_size, shares=[shares], mesh=mesh)
+    decoded_here = own.stop - own.start
+    requests = ([Rows(batch[own], np.zeros((decoded_here, 0)), splits.test)] for batch in ids)
     source: ViewSource = (
         ResidentViews(requests, resident)
         if resident is not None
         else DecodePipeline(
             requests,
             images=splits.images,
-            view=evaluation_view(config.evaluation, image_size),
-            capacity=count,
+            view=evaluation_view(config.evaluation, images.image_size),
+            capacity=decoded_here,
             device=mesh.device,
-            threads=config.threads,
-            prefetch=config.prefetch,
             quarantine=quarantine or Quarantine(max_fraction=config.max_bad_fraction),
-            max_pixels=config.max_pixels,
-            channels_last=channels_last,
+            decoding=Decoding.of(config, channels_last=images.channels_last),
         )
     )
 
@@ -95,9 +85,7 @@ def evaluation_batches(
         decoded = source.next()
         return [decoded.views], decoded.samples
 
-    normalise: Callable[[torch.Tensor], torch.Tensor] = partial(torch.Tensor.to, dtype=dtype)  # of vectors
-    if resident is None or not resident.pixels.is_floating_point():
-        normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
+    normalise = images.normaliser(config, mesh.device, resident)
     try:
         for batch, batch_valid in zip(ids, valid, strict=True):
             (views,), samples = decode() if exchange is None else exchange(decode)

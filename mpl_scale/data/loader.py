@@ -10,42 +10,25 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows, ViewSource
+from mpl_scale.data.batch_spec import BatchSpec, PairingView
+from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows, ViewSource
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import weak_view
 from mpl_scale.data.distributions import Distributions
-from mpl_scale.data.normalise import Normalise
 from mpl_scale.data.resident import ResidentImages, ResidentViews
-from mpl_scale.data.samples.plan import Draws, SamplePlan, rows_of_rank
+from mpl_scale.data.samples.plan import Draws, rows_of_rank
 from mpl_scale.data.samples.splits import Splits
-from mpl_scale.data.samples.streams import Purpose, stream_of
-from mpl_scale.data.slices import Columns, Views, WidthExchange, share
+from mpl_scale.data.slices import Views, WidthExchange, share
 from mpl_scale.data.transfer import to_device
 from mpl_scale.mesh import Mesh
-from mpl_scale.types import Batch, as_they_are
-
-StrongViewFunction = Callable[..., torch.Tensor]
-"""(weak views uint8 [U, 3, H, W], sample ids int64 [U], epochs int64 [U]) -> uint8 [U, 3, H, W]; or a PairingView."""
-
-
-@runtime_checkable
-class PairingView(Protocol):
-    """A strong view that mixes the weak views of other images in."""
-
-    def partners(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """int64 [U]: the sample id of each row's other image, one of the unlabelled ones, or -1: it needs none."""
-
-    def __call__(
-        self, images: torch.Tensor, ids: np.ndarray, epochs: np.ndarray, partners: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """partners: uint8 [U, 3, H, W], defined in the rows that need one; None: no row does."""
+from mpl_scale.types import Batch
 
 
 class TrainLoader:
@@ -58,38 +41,21 @@ class TrainLoader:
 
     def __init__(
         self,
-        *,
         config: DataConfig,
         splits: Splits,
-        image_size: int,
-        labelled_batch: int,
-        unlabelled_batch: int,
+        *,
+        batch: BatchSpec,
         mesh: Mesh,
-        seed: int,
-        stream: int,
-        start_step: int,
-        strong_view: StrongViewFunction | None,
-        columns: Columns | None = None,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = False,
+        start_step: int = 0,
         quarantine: Quarantine | None = None,
         resident: ResidentImages | None = None,
     ) -> None:
         """Args:
         config: the data section.
         splits: sample ids to draw from.
-        image_size: height and width of the views, pixels.
-        labelled_batch: labelled images of the global batch.
-        unlabelled_batch: unlabelled images of the global batch; 0: none.
+        batch: what is drawn at each step, and in which form it is given.
         mesh: this rank's place; the global batches must divide by its data ranks.
-        seed: the run's seed.
-        stream: phases with different streams draw different orders and views; in [0, 2**24).
         start_step: the first step to yield.
-        strong_view: makes x_s from x_u; None: the weak view itself.
-        columns: [start, stop) of the image on each width rank; None: whole images. Not read where the mesh has no
-            width.
-        dtype: floating type of what networks are given.
-        channels_last: memory layout of that.
         quarantine: where bad images are kept; None: in a list of its own.
         resident: the images of `labelled` and `unlabelled`, decoded for the weak view; its quarantine is used. None:
             files are decoded at each step.
@@ -98,82 +64,39 @@ class TrainLoader:
             ValueError: batches that do not divide, too few images, or an unknown view.
         """
         check_batches(
-            config, splits, labelled_batch=labelled_batch, unlabelled_batch=unlabelled_batch, data_ranks=mesh.data
+            config, splits, labelled_batch=batch.labelled, unlabelled_batch=batch.unlabelled, data_ranks=mesh.data
         )
-        labelled_rows = rows_of_rank(labelled_batch, mesh)
-        unlabelled_rows = rows_of_rank(unlabelled_batch, mesh)
-        self._share, own_rows = slice(0, len(labelled_rows)), unlabelled_rows  # what this rank decodes
-        self._exchange: WidthExchange | None = None
-        if columns is not None and mesh.width > 1:
-            ranks = range(mesh.width)
-            labelled_shares = [share(len(labelled_rows), ranks=mesh.width, index=index) for index in ranks]
-            unlabelled_shares = [
-                share(len(unlabelled_rows), ranks=mesh.width, index=index, extra_last=True) for index in ranks
-            ]
-            self._share = labelled_shares[mesh.width_index]
-            own_rows = unlabelled_rows[unlabelled_shares[mesh.width_index]]
-            shares = [labelled_shares] + [unlabelled_shares] * (1 if strong_view is None else 2)
-            self._exchange = WidthExchange(columns, image_size=image_size, shares=shares, mesh=mesh)
-        view = weak_view(config.weak, image_size) if resident is None else resident.view
-        self._splits = splits
-        self._labelled = SamplePlan(
-            splits.labelled,
-            batch=labelled_batch,
-            rows=labelled_rows,
-            columns=view.columns,
-            seed=seed,
-            order_stream=stream_of(Purpose.LABELLED_ORDER, stream),
-            view_stream=stream_of(Purpose.LABELLED_VIEW, stream),
-        )
-        self._unlabelled = SamplePlan(
-            splits.unlabelled,
-            batch=unlabelled_batch,
-            rows=own_rows,
-            columns=view.columns,
-            seed=seed,
-            order_stream=stream_of(Purpose.UNLABELLED_ORDER, stream),
-            view_stream=stream_of(Purpose.UNLABELLED_VIEW, stream),
-        )
-        self._device = mesh.device
-        self._strong_view = strong_view
-        self._pairing = strong_view if isinstance(strong_view, PairingView) else None  # asking takes 100 microseconds
+        self._splits, self._device, self._strong_view = splits, mesh.device, batch.strong_view
+        self._pairing = batch.strong_view if isinstance(batch.strong_view, PairingView) else None  # asking takes 100 us
         self._strong_labelled = config.labelled_view == "strong"
-        self._distributions: Distributions | None = None
-        if config.distributions is not None:
-            if mesh.width > 1:
-                raise ValueError(
-                    f"mpl_scale.data.distributions with mpl_scale.parallel.width = {mesh.width}: rows of a group are "
-                    "not brought together; use width 1"
-                )
-            images = splits.images
-            self._distributions = Distributions(
-                config.distributions, images=len(images), classes=len(images.classes), device=mesh.device
-            )
-        self._normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are
-        if resident is None or not resident.pixels.is_floating_point():
-            self._normalise = Normalise(config, device=mesh.device, dtype=dtype, channels_last=channels_last)
-        self._labelled_rows = torch.from_numpy(labelled_rows).to(mesh.device)
-        self._unlabelled_rows = torch.from_numpy(unlabelled_rows).to(mesh.device)
-        self._in_flight: deque[_Step] = deque()
+        self._distributions = _distributions(config, splits, mesh)
+        self._normalise = batch.normaliser(config, mesh.device, resident)
         self._resident = resident is not None
+        self._in_flight: deque[_Step] = deque()
+        view = weak_view(config.weak, batch.image_size) if resident is None else resident.view
+        labelled, unlabelled = (rows_of_rank(count, mesh) for count in (batch.labelled, batch.unlabelled))
+        self._labelled_rows, self._unlabelled_rows = (
+            torch.from_numpy(rows).to(mesh.device) for rows in (labelled, unlabelled)
+        )
+        self._share, own, self._exchange = _divide(batch, mesh)
+        self._labelled = batch.plan("labelled", splits, rows=labelled, columns=view.columns)
+        self._unlabelled = batch.plan("unlabelled", splits, rows=unlabelled[own], columns=view.columns)
+        requests = self._requests(start_step)
         self._source: ViewSource
         if resident is not None:
             self.quarantine = resident.quarantine
-            self._source = ResidentViews(self._requests(start_step), resident)
+            self._source = ResidentViews(requests, resident)
             return
-        pairs = len(own_rows) if self._pairing is not None else 0
         self.quarantine = quarantine or Quarantine(max_fraction=config.max_bad_fraction)
+        asked = len(unlabelled[own])
         self._source = DecodePipeline(
-            self._requests(start_step),
+            requests,
             images=splits.images,
             view=view,
-            capacity=self._share.stop - self._share.start + len(own_rows) + pairs,
+            capacity=self._share.stop - self._share.start + asked * (1 if self._pairing is None else 2),
             device=mesh.device,
-            threads=config.threads,
-            prefetch=config.prefetch,
             quarantine=self.quarantine,
-            max_pixels=config.max_pixels,
-            channels_last=channels_last,
+            decoding=Decoding.of(config, channels_last=batch.channels_last),
         )
 
     def __iter__(self) -> Self:
@@ -275,6 +198,33 @@ class TrainLoader:
         uniform = unlabelled.uniform.copy()
         uniform[rows] = numbers
         return Rows(np.where(ids >= 0, ids, unlabelled.ids), uniform, self._splits.unlabelled), np.arange(len(ids))
+
+
+def _divide(batch: BatchSpec, mesh: Mesh) -> tuple[slice, slice, WidthExchange | None]:
+    """What this rank decodes of its data rank's labelled and unlabelled rows, and how a width group exchanges it."""
+    split = batch.columns is not None and mesh.width > 1
+    ranks, own = (mesh.width, mesh.width_index) if split else (1, 0)
+    labelled, unlabelled = (
+        [share(count // mesh.data, ranks=ranks, index=index, extra_last=last) for index in range(ranks)]
+        for count, last in ((batch.labelled, False), (batch.unlabelled, True))
+    )
+    exchange = None
+    if batch.columns is not None and split:
+        shares = [labelled] + [unlabelled] * (1 if batch.strong_view is None else 2)
+        exchange = WidthExchange(batch.columns, image_size=batch.image_size, shares=shares, mesh=mesh)
+    return labelled[own], unlabelled[own], exchange
+
+
+def _distributions(config: DataConfig, splits: Splits, mesh: Mesh) -> Distributions | None:
+    if config.distributions is None:
+        return None
+    if mesh.width > 1:
+        raise ValueError(
+            f"mpl_scale.data.distributions with mpl_scale.parallel.width = {mesh.width}: rows of a group are "
+            "not brought together; use width 1"
+        )
+    images = splits.images
+    return Distributions(config.distributions, images=len(images), classes=len(images.classes), device=mesh.device)
 
 
 class _Step(NamedTuple):

@@ -28,7 +28,15 @@ import numpy as np
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data.decode.pipeline import Decoded, DecodePipeline, DecodeRequest, Rows, candidates, no_substitute
+from mpl_scale.data.decode.pipeline import (
+    Decoded,
+    DecodePipeline,
+    DecodeRequest,
+    Decoding,
+    Rows,
+    candidates,
+    no_substitute,
+)
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import View
 from mpl_scale.data.registry import ImageSet
@@ -175,11 +183,8 @@ class ResidentImages:
             view=kept,
             capacity=_DECODED_AT_ONCE,
             device=device,
-            threads=config.threads,
-            prefetch=config.prefetch,
             quarantine=quarantine,
-            max_pixels=config.max_pixels,
-            count_draws=False,
+            decoding=Decoding.of(config, count_draws=False),
         )
         try:
             bad: list[int] = []

@@ -2,10 +2,12 @@
 
 from mpl_scale.planner.activations import StorageCensus, kept_bytes, to_compute_dtype
 from mpl_scale.planner.macs import count_macs, step_flops
-from mpl_scale.planner.static import reachable_bytes, static_bytes
+from mpl_scale.planner.static import EngineSettings, TrainedNetwork, reachable_bytes, static_bytes
 
 __all__ = [
+    "EngineSettings",
     "StorageCensus",
+    "TrainedNetwork",
     "count_macs",
     "kept_bytes",
     "reachable_bytes",

@@ -12,7 +12,7 @@ from mpl_scale.data.resident import stored_bytes, stored_view
 from mpl_scale.data.resident_parts import SMALL
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.planner.job import Choice, Job, Machine, NetworkPass
-from mpl_scale.planner.static import FP32, static_bytes
+from mpl_scale.planner.static import FP32, EngineSettings, TrainedNetwork, static_bytes
 
 # DeepSpeed's own defaults (docs: zero_optimization), where a configuration says nothing.
 REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
@@ -99,21 +99,24 @@ def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:
     optim = job.optim.teacher if network == "teacher" else job.optim.student
     feeds_back = job.method.name in FED_BACK and network == "student"
     threshold = zero.get("stage3_param_persistence_threshold", zero.get("param_persistence_threshold", PERSISTENCE))
-    found = static_bytes(
-        trace.parameters,
-        trace.buffers,
-        stage=choice.stage,
-        shard_size=choice.shard_size,
-        engine=choice.engine,
-        weights_dtype=job.dtype,
+    trained = TrainedNetwork(
+        parameters=trace.parameters,
+        buffers=trace.buffers,
+        dtype=job.dtype,
         optimizer=optim.name,
         ema=network == "student" and job.settings.ema_decay > 0,
         kept_gradients=2 if feeds_back else 1,
+        persistent=trace.kept_whole(_number(threshold, PERSISTENCE)) if choice.stage == 3 else 0,
+    )
+    engine = EngineSettings(
+        choice.engine,
+        stage=choice.stage,
+        shard_size=choice.shard_size,
         clipping=job.deepspeed.get("gradient_clipping", 0.0) > 0,
         accumulation=choice.parts > 1,
         reduce_bucket=_number(zero.get("reduce_bucket_size"), REDUCE_BUCKET),
-        persistent=trace.kept_whole(_number(threshold, PERSISTENCE)) if choice.stage == 3 else 0,
     )
+    found = static_bytes(trained, engine)
     if job.config.guard.nonfinite == "skip":
         master = FP32 * -(-trace.parameters // (choice.shard_size if choice.stage else 1))
         found["skip"] = master + found["optimizer"] + found["buffers"] + found["ema"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import types
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,22 +21,44 @@ from mpl_scale.optim import OPTIMIZERS
 FP32 = 4
 
 
-def static_bytes(
-    parameters: int,
-    buffers: int,
-    *,
-    stage: int,
-    shard_size: int,
-    engine: Literal["flat", "deepspeed"],
-    weights_dtype: torch.dtype,
-    optimizer: str,
-    ema: bool,
-    kept_gradients: int = 2,
-    clipping: bool = False,
-    accumulation: bool = False,
-    reduce_bucket: int = 500_000_000,
-    persistent: int = 0,
-) -> dict[str, int]:
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """One network, as an engine holds it.
+
+    parameters: P. buffers: elements of batch norm's averages, fp32 on every rank. dtype: of weights and gradients.
+    optimizer: a name in mpl_scale.optim.OPTIMIZERS. ema: whether a moving average of it is kept. kept_gradients: k,
+    gradient shards that the step holds: 2 for the student, 1 for the teacher; the flat engine has two static ones
+    whatever the network. persistent: elements that stage 3 keeps whole (parameters up to
+    stage3_param_persistence_threshold).
+    """
+
+    parameters: int
+    buffers: int
+    dtype: torch.dtype
+    optimizer: str
+    ema: bool
+    kept_gradients: int = 2
+    persistent: int = 0
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """An engine's part in it.
+
+    engine: which implementation. stage: zero_optimization.stage. shard_size: ranks that share one copy of the state.
+    clipping: gradient_clipping above 0. accumulation: gradient_accumulation_steps above 1. reduce_bucket:
+    zero_optimization.reduce_bucket_size, elements, allocated for good at stage 3.
+    """
+
+    engine: Literal["flat", "deepspeed"]
+    stage: int
+    shard_size: int
+    clipping: bool = False
+    accumulation: bool = False
+    reduce_bucket: int = 500_000_000
+
+
+def static_bytes(network: TrainedNetwork, engine: EngineSettings) -> dict[str, int]:
     """Bytes of one network on one rank between a backward pass and its update, without activations.
 
     With P parameters of w bytes and s ranks to a shard (s = 1 at stage 0):
@@ -56,50 +79,37 @@ def static_bytes(
     elements) and DeepSpeed's transient buckets during a backward pass at stages 1 and 2 are left out. What the table
     holds for gradients at stages 1 and 2 is after the reduction: a parameter that lies on two shards is held whole.
 
-    Args:
-        parameters: P, of one network.
-        buffers: elements of batch norm's averages, fp32 on every rank.
-        stage: zero_optimization.stage.
-        shard_size: ranks that share one copy of the state.
-        engine: which implementation.
-        weights_dtype: of weights and gradients.
-        optimizer: a name in mpl_scale.optim.OPTIMIZERS.
-        ema: whether a moving average of this network is kept.
-        kept_gradients: k, gradient shards that the step holds: 2 for the student, 1 for the teacher; the flat engine
-            has two static ones whatever the network.
-        clipping: gradient_clipping above 0.
-        accumulation: gradient_accumulation_steps above 1.
-        reduce_bucket: zero_optimization.reduce_bucket_size, elements, allocated for good at stage 3.
-        persistent: elements that stage 3 keeps whole (parameters up to stage3_param_persistence_threshold).
-
     Raises:
         ValueError: an optimiser nobody registered; an engine without that stage.
     """
-    require_known("optimizer", optimizer, OPTIMIZERS)
-    if stage not in range(4) or (engine == "flat" and stage == 3):
-        raise ValueError(f"zero_optimization.stage = {stage} with engine {engine}: flat has 0 to 2, deepspeed 0 to 3")
-    size, flat = shard_size if stage else 1, engine == "flat"
-    shard = -(-parameters // size)
-    width = weights_dtype.itemsize
+    require_known("optimizer", network.optimizer, OPTIMIZERS)
+    stage, flat = engine.stage, engine.engine == "flat"
+    if stage not in range(4) or (flat and stage == 3):
+        raise ValueError(
+            f"zero_optimization.stage = {stage} with engine {engine.engine}: flat has 0 to 2, deepspeed 0 to 3"
+        )
+    size = engine.shard_size if stage else 1
+    shard, buffers = -(-network.parameters // size), network.buffers * FP32
+    width = network.dtype.itemsize
     separate_master = width < FP32 or (stage > 0 and not flat)
-    states = len(OPTIMIZERS[optimizer].state_names)
+    states = len(OPTIMIZERS[network.optimizer].state_names)
     partitioned = stage == 3
     found = {
-        "weights": (shard if partitioned else parameters) * width + persistent * width,
-        "buffers": buffers * FP32,
+        "weights": ((shard if partitioned else network.parameters) + network.persistent) * width,
+        "buffers": buffers,
         "master": shard * FP32 if separate_master else 0,
         "optimizer": states * shard * FP32,
-        "gradients": (parameters if flat or stage == 0 else shard) * width,
-        "kept_gradients": (2 if flat else kept_gradients) * shard * FP32,
+        "gradients": (network.parameters if flat or stage == 0 else shard) * width,
+        "kept_gradients": (2 if flat else network.kept_gradients) * shard * FP32,
         "communication": 0,
-        "clipping": shard * FP32 if flat and clipping else 0,
-        "accumulation": shard * FP32 if flat and accumulation and width < FP32 else 0,
-        "ema": shard * FP32 + buffers * FP32 if ema else 0,
+        "clipping": shard * FP32 if flat and engine.clipping else 0,
+        "accumulation": shard * FP32 if flat and engine.accumulation and width < FP32 else 0,
+        "ema": shard * FP32 + buffers if network.ema else 0,
     }
     if flat and size > 1:
         found["communication"] = 2 * shard * width
     elif partitioned:
-        found["communication"] = reduce_bucket * width
+        found["communication"] = engine.reduce_bucket * width
     return found
 
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_scale.config.former import renamed
+from mpl_scale.config.load import SECTION
 from mpl_scale.config.presets import flatten
 from mpl_scale.files import read_object
 from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
@@ -85,7 +87,8 @@ def find_runs(path: Path) -> list[Run]:
 def read_run(folder: Path) -> Run:
     """One output folder; ValueError as of `find_runs`."""
     config = read_object(folder / "config.json", fix="give the --output of a run")
-    settings = flatten(config)
+    ours = config.get(SECTION)
+    settings = flatten({**config, SECTION: renamed(ours)} if isinstance(ours, Mapping) else config)
     for name in (SEED, METHOD):
         if name not in settings:
             raise ValueError(f"{folder / 'config.json'}: no {name}; it is not what train.py writes: run it again")

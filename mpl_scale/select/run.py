@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from mpl_scale.monitor import Progress
 from mpl_scale.resolve import choose_layout, choose_numerics
 from mpl_scale.select.hashes import read_hashes
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings
-from mpl_scale.select.scores import HashedImages, ScoreFiles, score_chunks
-from mpl_scale.select.write import write_selected
+from mpl_scale.select.scores import HashedImages, ScoreFiles, Scorer
+from mpl_scale.select.write import Wanted, write_selected
 from mpl_scale.trainer.bad_input import do_together, value_on_main
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.trainer.stored_network import load_network
@@ -100,91 +99,98 @@ def select(run: RunConfig, options: SelectOptions) -> dict[str, Any]:
 def _select(
     config: Config, options: SelectOptions, images: HashedImages, removed: frozenset[bytes], mesh: Mesh
 ) -> dict[str, Any]:
-    classes = config.model.num_classes
-    top = min(options.top or (classes if options.distributions else 10), classes)
-    partial = options.output.with_name(f"{options.output.name}.partial")
     progress = Progress(config.logging.progress if mesh.is_main else "off", show=())
     if config.parallel.width > 1:
         progress.note("mpl_scale.parallel.width is ignored: each rank scores whole images")
     with ExitStack() as held:
         held.callback(progress.close)
-        network, module = load_network(options.checkpoint, options.network, config=config, mesh=mesh)
-        identity = {
-            "index": images.fingerprint,
-            "checkpoint": value_on_main(mesh, lambda: sha256_of(options.checkpoint / "index.json")),
-            "network": network,
-            "config": _seen_as(config),
-            "chunk": options.chunk,
-            "top": top,
-        }
-        files = ScoreFiles(partial, len(images), options.chunk, top)
-
-        def enter() -> list[int]:
-            held.enter_context(lock_output(partial, patience=0.0, note=progress.note))
-            _take_up(partial, identity)
-            return files.missing()
-
-        missing = value_on_main(mesh, enter)
+        selection = _Selection(config, options, images, mesh, progress)
+        missing = value_on_main(mesh, lambda: selection.take_up(held))
         own = np.array_split(np.array(missing, np.int64), mesh.world)[mesh.rank].tolist()
-        quarantine = Quarantine(
-            max_fraction=config.data.max_bad_fraction, path=partial / f"quarantine-rank{mesh.rank}.jsonl"
-        )
-        report = _reporter(progress, images=sum(len(files.ids(chunk)) for chunk in own), config=config, mesh=mesh)
-        do_together(
-            mesh,
-            lambda: score_chunks(
-                own,
-                files=files,
-                images=images,
-                module=module,
-                config=config,
-                device=mesh.device,
-                quarantine=quarantine,
-                channels_last=choose_layout(config.parallel, mesh.device.type)[0],
-                report=report,
-            ),
-        )
+        do_together(mesh, lambda: selection.score(own))
+        summary = value_on_main(mesh, lambda: selection.write(removed))
+        if mesh.is_main and not options.keep_scores:
+            shutil.rmtree(selection.partial)
+        return summary
+
+
+class _Selection:
+    """The scores of an index in OUTPUT.partial, and the index that is made of them."""
+
+    def __init__(
+        self, config: Config, options: SelectOptions, images: HashedImages, mesh: Mesh, progress: Progress
+    ) -> None:
+        self._config, self._options, self._images, self._mesh = config, options, images, mesh
+        self._progress = progress
+        self.partial = options.output.with_name(f"{options.output.name}.partial")
+        classes = config.model.num_classes
+        top = min(options.top or (classes if options.distributions else 10), classes)
+        self._files = ScoreFiles(self.partial, len(images), options.chunk, top)
+        self._network, self._module = load_network(options.checkpoint, options.network, config=config, mesh=mesh)
+
+    def take_up(self, held: ExitStack) -> list[int]:
+        """On rank 0: lock the folder of the scores until `held` is closed; the chunks that it lacks.
+
+        Raises ValueError where it has the scores of another network, config or index.
+        """
+        held.enter_context(lock_output(self.partial, patience=0.0, note=self._progress.note))
+        self._identity = {
+            "index": self._images.fingerprint,
+            "checkpoint": sha256_of(self._options.checkpoint / "index.json"),
+            "network": self._network,
+            "config": _seen_as(self._config),
+            "chunk": self._options.chunk,
+            "top": self._files.top,
+        }
+        _take_up(self.partial, self._identity)
+        return self._files.missing()
+
+    def score(self, chunks: list[int]) -> None:
+        """This rank's part: those chunks."""
+        config, mesh = self._config, self._mesh
+        report = _Report(self._progress, config, mesh, images=sum(len(self._files.ids(chunk)) for chunk in chunks))
+        path = self.partial / f"quarantine-rank{mesh.rank}.jsonl"
+        channels_last, _ = choose_layout(config.parallel, mesh.device.type)
+        scorer = Scorer(self._files, self._images, self._module, config, mesh.device, channels_last)
+        quarantine = Quarantine(max_fraction=config.data.max_bad_fraction, path=path)
+        scorer.score(chunks, quarantine=quarantine, report=report)
+
+    def write(self, removed: frozenset[bytes]) -> dict[str, Any]:
+        """On rank 0: apply the rule and publish the index; what selection.json holds."""
+        options = self._options
         settings = RuleSettings(
-            classes=classes,
+            classes=self._config.model.num_classes,
             count=options.count,
             least=options.least,
             duplicate=options.duplicate,
             argmax_only=options.argmax_only,
-            seed=config.seed,
+            seed=self._config.seed,
         )
-        about = {**identity, "checkpoint_folder": str(options.checkpoint), "index_folder": str(images.folder)}
-        summary = value_on_main(
-            mesh,
-            lambda: write_selected(
-                files,
-                images,
-                rule=options.rule,
-                settings=settings,
-                removed=removed,
-                distributions=options.distributions,
-                config=config,
-                output=options.output,
-                about=about,
-            ),
+        folders = {"checkpoint_folder": str(options.checkpoint), "index_folder": str(self._images.folder)}
+        return write_selected(
+            self._files,
+            self._images,
+            wanted=Wanted(options.rule, settings, removed, options.distributions),
+            config=self._config,
+            output=options.output,
+            about={**self._identity, **folders},
         )
-        if mesh.is_main and not options.keep_scores:
-            shutil.rmtree(partial)
-        return summary
 
 
-def _reporter(progress: Progress, *, images: int, config: Config, mesh: Mesh) -> Callable[[int], None]:
+class _Report:
     """Shows how far this rank has come, in batches; the others are about as far."""
-    batch, shown = config.data.evaluation_batch, 0
-    progress.start("score", total=-(-images // batch), done=0, images_per_step=batch * mesh.world)
 
-    def report(done: int) -> None:
-        nonlocal shown
-        step = done // batch
-        if step >= shown + config.logging.every:
-            progress.report({}, step=step)
-            shown = step
+    def __init__(self, progress: Progress, config: Config, mesh: Mesh, *, images: int) -> None:
+        self._progress, self._every, self._shown = progress, config.logging.every, 0
+        self._batch = config.data.evaluation_batch
+        steps = -(-images // self._batch)
+        progress.start("score", total=steps, done=0, images_per_step=self._batch * mesh.world)
 
-    return report
+    def __call__(self, done: int) -> None:
+        step = done // self._batch
+        if step >= self._shown + self._every:
+            self._progress.report({}, step=step)
+            self._shown = step
 
 
 def _seen_as(config: Config) -> str:

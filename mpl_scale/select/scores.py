@@ -8,7 +8,7 @@ depend on who made it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from mpl_scale.config import Config
 from mpl_scale.data import Quarantine
-from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Rows
+from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.normalise import Normalise
@@ -111,85 +111,80 @@ class ScoreFiles:
         return rows.dtype == self.dtype and len(rows) == len(self.ids(chunk))
 
 
-def score_chunks(
-    chunks: Sequence[int],
-    *,
-    files: ScoreFiles,
-    images: HashedImages,
-    module: nn.Module,
-    config: Config,
-    device: torch.device,
-    quarantine: Quarantine,
-    channels_last: bool = False,
-    report: Callable[[int], None] = lambda images: None,
-) -> None:
-    """Score some chunks, in views of `data.evaluation`, and write their files; refused images are left out.
+@dataclass(frozen=True)
+class Scorer:
+    """Leaves the files of chunks. Images are seen as `data.evaluation` says; what the index refused is left out.
 
-    Args:
-        chunks: by number.
-        files: where they go.
-        images: the index.
-        module: the network, on the device, in evaluation mode.
-        config: its `model` and `data` sections are read.
-        device: cpu or cuda.
-        quarantine: where images that cannot be read or decoded are kept.
-        channels_last: memory layout of the images.
-        report: told after each batch how many images are done.
-
-    Raises:
-        ValueError: too many images are bad, or the network gives non-finite values.
+    files: where scores go. images: the index. module: the network, on the device, in evaluation mode. config: its
+    `model` and `data` sections are read. channels_last: memory layout of the images.
     """
-    data, refused = config.data, images.refused
-    batches = [(chunk, ids) for chunk in chunks for ids in _batches(files, chunk, refused, data.evaluation_batch)]
 
-    def requests() -> Iterator[DecodeRequest]:
-        for chunk, ids in batches:
-            yield [Rows(ids, np.zeros((len(ids), 0)), _substitutes(files, chunk, refused))]
+    files: ScoreFiles
+    images: HashedImages
+    module: nn.Module
+    config: Config
+    device: torch.device
+    channels_last: bool = False
 
-    decoder = DecodePipeline(
-        requests(),
-        images=images,
-        view=evaluation_view(data.evaluation, config.model.image_size),
-        capacity=data.evaluation_batch,
-        device=device,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        quarantine=quarantine,
-        max_pixels=data.max_pixels,
-        channels_last=channels_last,
-    )
-    normalise = Normalise(data, device=device, dtype=torch.float32, channels_last=channels_last)
-    done, position = 0, 0
-    try:
-        for chunk in chunks:
-            rows = np.zeros(len(files.ids(chunk)), files.dtype)
-            rows["classes"] = -1
-            while position < len(batches) and batches[position][0] == chunk:
-                ids = batches[position][1]
-                decoded = decoder.next()
-                classes, probabilities = _most_probable(module, normalise(decoded.views), files.top)
-                good = decoded.samples == ids  # the others are substitutes
-                own = ids[good] - chunk * files.size
-                rows["classes"][own], rows["probabilities"][own] = classes[good], probabilities[good]
-                for row, sample in zip(own.tolist(), ids[good].tolist(), strict=True):
-                    rows["sha256"][row] = np.frombuffer(images.take_hash(sample), np.uint8)
-                done, position = done + len(ids), position + 1
-                report(done)
-            files.write(chunk, rows)
-    finally:
-        decoder.close()
+    def score(
+        self, chunks: Sequence[int], *, quarantine: Quarantine, report: Callable[[int], None] = lambda images: None
+    ) -> None:
+        """Score some chunks.
 
+        Args:
+            chunks: by number.
+            quarantine: where images that cannot be read or decoded are kept.
+            report: told after each batch how many images are done.
 
-def _substitutes(files: ScoreFiles, chunk: int, refused: np.ndarray) -> np.ndarray:
-    """What is decoded in the place of a bad image: the chunk's images, and some before it, since it may be short."""
-    ids = files.ids(chunk)
-    near = np.arange(max(0, int(ids[0]) - _NEAR), int(ids[-1]) + 1, dtype=np.int64)
-    return np.setdiff1d(near, refused, assume_unique=True)
+        Raises:
+            ValueError: too many images are bad, or the network gives non-finite values.
+        """
+        data = self.config.data
+        batches = {chunk: self._batches(chunk) for chunk in chunks}
+        decoder = DecodePipeline(
+            self._requests(batches),
+            images=self.images,
+            view=evaluation_view(data.evaluation, self.config.model.image_size),
+            capacity=data.evaluation_batch,
+            device=self.device,
+            quarantine=quarantine,
+            decoding=Decoding.of(data, channels_last=self.channels_last),
+        )
+        normalise = Normalise(data, device=self.device, dtype=torch.float32, channels_last=self.channels_last)
+        done = 0
+        try:
+            for chunk in chunks:
+                rows = np.zeros(len(self.files.ids(chunk)), self.files.dtype)
+                rows["classes"] = -1
+                for ids in batches[chunk]:
+                    decoded = decoder.next()
+                    classes, probabilities = _most_probable(self.module, normalise(decoded.views), self.files.top)
+                    good = decoded.samples == ids  # the others are substitutes
+                    own = ids[good] - chunk * self.files.size
+                    rows["classes"][own], rows["probabilities"][own] = classes[good], probabilities[good]
+                    for row, sample in zip(own.tolist(), ids[good].tolist(), strict=True):
+                        rows["sha256"][row] = np.frombuffer(self.images.take_hash(sample), np.uint8)
+                    done += len(ids)
+                    report(done)
+                self.files.write(chunk, rows)
+        finally:
+            decoder.close()
 
+    def _requests(self, batches: Mapping[int, Sequence[np.ndarray]]) -> Iterator[DecodeRequest]:
+        for chunk, own in batches.items():
+            for ids in own:
+                yield [Rows(ids, np.zeros((len(ids), 0)), self._substitutes(chunk))]
 
-def _batches(files: ScoreFiles, chunk: int, refused: np.ndarray, size: int) -> list[np.ndarray]:
-    ids = np.setdiff1d(files.ids(chunk), refused, assume_unique=True)
-    return [ids[start : start + size] for start in range(0, len(ids), size)]
+    def _substitutes(self, chunk: int) -> np.ndarray:
+        """What is decoded in the place of a bad image: the chunk's images, and some before it: it may be short."""
+        ids = self.files.ids(chunk)
+        near = np.arange(max(0, int(ids[0]) - _NEAR), int(ids[-1]) + 1, dtype=np.int64)
+        return np.setdiff1d(near, self.images.refused, assume_unique=True)
+
+    def _batches(self, chunk: int) -> list[np.ndarray]:
+        size = self.config.data.evaluation_batch
+        ids = np.setdiff1d(self.files.ids(chunk), self.images.refused, assume_unique=True)
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
 
 
 @torch.no_grad()

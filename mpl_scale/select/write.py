@@ -19,27 +19,29 @@ from mpl_scale.select.scores import ScoreFiles
 _ROWS = 1 << 16  # rows of distributions copied at once
 
 
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What is chosen and written.
+
+    rule: of SELECTION_RULES. settings: of the rule. removed: SHA-256 of encoded images that are not to be chosen.
+    distributions: whether the probabilities of the chosen images are stored.
+    """
+
+    rule: str
+    settings: RuleSettings
+    removed: frozenset[bytes] = frozenset()
+    distributions: bool = False
+
+
 def write_selected(
-    files: ScoreFiles,
-    images: IndexedImages,
-    *,
-    rule: str,
-    settings: RuleSettings,
-    removed: frozenset[bytes],
-    distributions: bool,
-    config: Config,
-    output: Path,
-    about: dict[str, Any],
+    files: ScoreFiles, images: IndexedImages, *, wanted: Wanted, config: Config, output: Path, about: dict[str, Any]
 ) -> dict[str, Any]:
     """Apply a rule to the scores and publish the new index; returns what selection.json holds. On one rank.
 
     Args:
         files: the scores of all images.
         images: the index they are of.
-        rule: of SELECTION_RULES.
-        settings: of the rule.
-        removed: SHA-256 of encoded images that are not to be chosen.
-        distributions: whether the probabilities of the chosen images are stored.
+        wanted: what is chosen.
         config: where the names of the classes may be found.
         output: the new index.
         about: more keys for selection.json.
@@ -47,10 +49,12 @@ def write_selected(
     Raises:
         ValueError: as the rule does, or nothing fits it.
     """
-    chosen = SELECTION_RULES[rule](files.scores(without=removed), settings)
+    settings, removed = wanted.settings, wanted.removed
+    chosen = SELECTION_RULES[wanted.rule](files.scores(without=removed), settings)
     if not len(chosen.found.ids):
         raise ValueError(
-            f"no image of '{images.folder}' has a probability that rule {rule} asks for, {settings.least:g}; lower it"
+            f"no image of '{images.folder}' has a probability that rule {wanted.rule} asks for, "
+            f"{settings.least:g}; lower it"
         )
     unreadable, usable = 0, 0
     for chunk in range(files.chunks):
@@ -59,7 +63,7 @@ def write_selected(
     kept = sum(len(scores.ids) for scores in files.scores(without=removed)) if removed else usable
     summary = {
         **about,
-        "rule": rule,
+        "rule": wanted.rule,
         **dataclasses.asdict(settings),
         "scored": usable,
         "unreadable": unreadable,
@@ -72,7 +76,7 @@ def write_selected(
         np.save(folder / "probability.npy", chosen.found.probabilities)
         with open(folder / "unreadable.jsonl", "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in _quarantined(files.folder))
-        if distributions:
+        if wanted.distributions:
             _write_distributions(folder, files, chosen, settings.classes)
 
     write_subset(

@@ -73,6 +73,8 @@ def build_trainer(prepared: Prepared, *, stop_requested: Callable[[], bool]) -> 
         unlabelled=any(phase.unlabelled for phase in phases),
         tell=writers.note,
     )
+    if options.calibration is not None and not prepared.resolved.cost:
+        writers.note("--calibration is ignored: set mpl_scale.logging.cost = on to plan the time of a step")
     record = Record()
     seconds = settings.guard.hang_seconds
     vitals = Vitals(

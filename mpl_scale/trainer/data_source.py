@@ -8,11 +8,10 @@ import numpy as np
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config import Config
-from mpl_scale.data import Quarantine, Splits, StrongViewFunction, TrainLoader
+from mpl_scale.data import BatchSpec, Quarantine, Splits, StrongViewFunction, TrainLoader
+from mpl_scale.data.batch_spec import Kind
 from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.resident_parts import ResidentParts
-from mpl_scale.data.samples.plan import SamplePlan
-from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.data.vectors import Jitter, VectorSet
 from mpl_scale.mesh import Mesh
 from mpl_scale.spatial import input_columns
@@ -34,24 +33,33 @@ class DataSource:
 
     def batches(self, phase: Phase, *, start_step: int) -> Prefetcher:
         """The global batches of a phase from a step on, this rank's rows of them."""
-        config, mesh = self.config, self.mesh
         loader = TrainLoader(
-            config=config.data,
-            splits=self.splits,
-            image_size=config.model.image_size,
-            labelled_batch=phase.labelled,
-            unlabelled_batch=phase.unlabelled,
-            mesh=mesh,
-            seed=config.seed,
-            stream=phase.index,
+            self.config.data,
+            self.splits,
+            batch=batch_spec(phase, self.config, self.splits, width=self.mesh.width, channels_last=self.channels_last),
+            mesh=self.mesh,
             start_step=start_step,
-            strong_view=strong_view(phase, config, self.splits),
-            columns=input_columns(config.model.image_size, mesh.width),
-            channels_last=self.channels_last,
             quarantine=self.quarantine,
             resident=self.resident.train,
         )
-        return Prefetcher(loader, mesh.device)
+        return Prefetcher(loader, self.mesh.device)
+
+
+def batch_spec(
+    phase: Phase, config: Config, splits: Splits, *, width: int = 1, channels_last: bool = False
+) -> BatchSpec:
+    """The global batches of a phase, for `width` ranks to an image."""
+    size = config.model.image_size
+    return BatchSpec(
+        image_size=size,
+        columns=input_columns(size, width),
+        channels_last=channels_last,
+        labelled=phase.labelled,
+        unlabelled=phase.unlabelled,
+        seed=config.seed,
+        stream=phase.index,
+        strong_view=strong_view(phase, config, splits),
+    )
 
 
 def strong_view(phase: Phase, config: Config, splits: Splits) -> StrongViewFunction:
@@ -66,24 +74,12 @@ def batch_ids(phase: Phase, *, config: Config, splits: Splits, step: int) -> str
 
     Sample ids as the source numbers them, before a file that cannot be read is replaced by another.
     """
-    kinds = (
-        ("labelled", splits.labelled, phase.labelled, Purpose.LABELLED_ORDER),
-        ("unlabelled", splits.unlabelled, phase.unlabelled, Purpose.UNLABELLED_ORDER),
-    )
-    said = []
-    for kind, ids, batch, purpose in kinds:
-        if not batch:
+    spec, said = batch_spec(phase, config, splits), []
+    kinds: tuple[Kind, ...] = ("labelled", "unlabelled")
+    for kind in kinds:
+        if not (count := getattr(spec, kind)):
             continue
-        stream = stream_of(purpose, phase.index)
-        plan = SamplePlan(
-            ids,
-            batch=batch,
-            rows=np.arange(batch, dtype=np.int64),
-            columns=0,  # the views do not matter here
-            seed=config.seed,
-            order_stream=stream,
-            view_stream=stream,
-        )
+        plan = spec.plan(kind, splits, rows=np.arange(count, dtype=np.int64), columns=0)  # the views do not matter here
         drawn = plan.draw(step - 1).ids
         more = f" and {len(drawn) - _SHOWN_IDS} more" if len(drawn) > _SHOWN_IDS else ""
         said.append(f"{kind} {', '.join(map(str, drawn[:_SHOWN_IDS]))}{more}")

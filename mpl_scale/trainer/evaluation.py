@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mpl_scale.config import Config
-from mpl_scale.data import Quarantine, Splits, evaluation_batches
+from mpl_scale.data import ImageFormat, Quarantine, Splits, evaluation_batches
 from mpl_scale.data.evaluation import EvaluationBatch
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.mesh import Mesh
@@ -51,12 +51,12 @@ class Evaluator:
         if not METHODS[self._config.method.name].teacher_sees_images:
             weights = {name: values for name, values in weights.items() if name != "teacher"}
         modules = {name: self._loaded(name, values) for name, values in weights.items()}
+        size = self._config.model.image_size
         batches = evaluation_batches(
-            config=self._config.data,
-            splits=self._splits,
-            image_size=self._config.model.image_size,
+            self._config.data,
+            self._splits,
+            images=ImageFormat(image_size=size, columns=input_columns(size, self._mesh.width)),
             mesh=self._mesh,
-            columns=input_columns(self._config.model.image_size, self._mesh.width),
             quarantine=self._quarantine,
             resident=None if self._resident is None else self._resident.test,
         )

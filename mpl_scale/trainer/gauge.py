@@ -39,7 +39,7 @@ ALLOWANCES = ("runtime", "fragmentation")
 
 @dataclass
 class Gauge:
-    """Watches the steps of the main phase; `report` is collective.
+    """Watches the steps of the main phase, where `logging.cost` says so; `report` is collective.
 
     calibration: a file of measured rates: the time of a step is planned too.
 
@@ -65,13 +65,14 @@ class Gauge:
         """A whole step, from waiting for its batch to writing its metrics."""
         began = time.perf_counter()
         yield
-        if phase.name == MAIN and self._steps > MEASURED:  # warm, and not the one that was counted
+        measured = self.resolved.cost and phase.name == MAIN
+        if measured and self._steps > MEASURED:  # warm, and not the one that was counted
             self._seconds.append(time.perf_counter() - began)
 
     def __call__(self, run_step: StepRunner, phase: Phase, state: State, batch: Batch) -> StepMetrics:
         """Run the step; once in a run, measure it."""
         self._steps += phase.name == MAIN
-        if phase.name != MAIN or self._steps != MEASURED:
+        if not self.resolved.cost or phase.name != MAIN or self._steps != MEASURED:
             return run_step(batch)
         device = self.mesh.device
         if device.type == "cuda":
@@ -105,12 +106,14 @@ class Gauge:
         return f"mpl-scale plan would set {changes}: {sizes}"
 
     def report(self) -> dict[str, Any] | None:
-        """Planned and measured side by side, for the summary, on rank 0; None on the others. Collective.
+        """Planned and measured side by side, for the summary, on rank 0; None on the others, and where off. Collective.
 
         Returns:
             {"phase", "bytes": {name: {"planned", "measured"}}, "step_ms": likewise, "planned_bytes": by category,
             "note"}. Measured is the most of all ranks, of times the median; None where there is none, and the note why.
         """
+        if not self.resolved.cost:
+            return None
         found = [self._bytes] * self.mesh.world
         if self.mesh.world > 1:
             dist.all_gather_object(found, self._bytes, group=self.mesh.world_group)

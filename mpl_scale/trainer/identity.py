@@ -73,10 +73,7 @@ _OF_DATA = {
     Rule("content", by="distributions"): "distributions",
     Rule("unfinished"): "evaluate_on evaluation",
 }
-_OF_FINETUNE = {
-    Rule("unfinished", FINETUNE): "lr",
-    Rule("unbegun", FINETUNE): "optimizer momentum nesterov weight_decay rho eps trust batch_size start_from",
-}
+_OF_FINETUNE = {Rule("unbegun", FINETUNE): "batch_size start_from"}
 _RATES = "lr schedule warmup_steps decay_rate decay_steps"
 _HELD = "name momentum nesterov weight_decay decay_bn_and_bias rho eps trust"
 _OF_IDENTITY = {ALWAYS: "--max_steps ranks", NEVER: "batch data splits distributions"}
@@ -90,8 +87,12 @@ def _table() -> dict[str, Rule]:
         (f"{SECTION}.data.", _OF_DATA),
         (f"{SECTION}.phases.finetune.", _OF_FINETUNE),
         *(
-            (f"{SECTION}.optim.{name}.", {Rule("unfinished", phases): _RATES, Rule("unbegun", phases): _HELD})
-            for name, phases in (("teacher", TEACHER), ("student", STUDENT))
+            (f"{SECTION}.{name}.", {Rule("unfinished", phases): _RATES, Rule("unbegun", phases): _HELD})
+            for name, phases in (
+                ("optim.teacher", TEACHER),
+                ("optim.student", STUDENT),
+                ("phases.finetune.optim", FINETUNE),
+            )
         ),
     ]
     rows = [

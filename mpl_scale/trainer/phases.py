@@ -7,7 +7,7 @@ optimisers of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -40,7 +40,7 @@ class Phase:
     optim: OptimsConfig
     steps: int
     labelled: int
-    unlabelled: int
+    unlabelled: int = 0
     micro_batches: int = 1
     start_student_from: str = "student"
 
@@ -53,56 +53,46 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
         batches: the batch arithmetic.
         max_steps: shortens every phase, schedules included; None: as configured.
     """
-    method, phases = config.method, config.phases
-    finetune = phases.finetune
-    constant = OptimConfig(
-        name=finetune.optimizer,
-        lr=finetune.lr,
-        momentum=finetune.momentum,
-        nesterov=finetune.nesterov,
-        weight_decay=finetune.weight_decay,
-        rho=finetune.rho,
-        eps=finetune.eps,
-        trust=finetune.trust,
-        schedule="constant",
-    )
-    finetuned = method.model_copy(update={"student_wait_steps": 0, "ema_decay": 0.0})
-    warmed = method.model_copy(update={"student_wait_steps": 0})
+    method, optim, phases = config.method, config.optim, config.phases
     main = METHODS[method.name]
-    rows = [
-        (
-            "teacher_warmup",
-            METHODS["teacher_warmup"],
-            warmed,
-            config.optim,
-            phases.teacher_warmup.steps,
-            batches.labelled,
-        ),
-        ("train", main, method, config.optim, phases.train.steps, batches.labelled),
-        (
-            "finetune",
-            METHODS["supervised"],
-            finetuned,
-            config.optim.model_copy(update={"student": constant}),
-            phases.finetune.steps,
-            batches.finetune,
-        ),
-    ]
+    at_once = method.model_copy(update={"student_wait_steps": 0})
+    warmup = Phase(
+        name="teacher_warmup",
+        index=0,
+        method=METHODS["teacher_warmup"],
+        settings=at_once,
+        optim=optim,
+        steps=phases.teacher_warmup.steps if main.teacher else 0,
+        labelled=batches.labelled,
+    )
+    train = Phase(
+        name="train",
+        index=1,
+        method=main,
+        settings=method,
+        optim=optim,
+        steps=phases.train.steps,
+        labelled=batches.labelled,
+    )
+    finetune = Phase(
+        name="finetune",
+        index=2,
+        method=METHODS["supervised"],
+        settings=at_once.model_copy(update={"ema_decay": 0.0}),
+        optim=optim.model_copy(update={"student": phases.finetune.optim}),
+        steps=phases.finetune.steps,
+        labelled=batches.finetune,
+        start_student_from=phases.finetune.start_from,
+    )
     return [
-        Phase(
-            name=name,
-            index=index,
-            method=step,
-            settings=settings,
-            optim=optim,
-            steps=min(steps, max_steps or steps),
-            labelled=labelled,
-            unlabelled=batches.unlabelled if step.unlabelled else 0,
+        replace(
+            phase,
+            steps=min(phase.steps, max_steps or phase.steps),
+            unlabelled=batches.unlabelled if phase.method.unlabelled else 0,
             micro_batches=batches.micro_batches,
-            start_student_from=phases.finetune.start_from if name == "finetune" else "student",
         )
-        for index, (name, step, settings, optim, steps, labelled) in enumerate(rows)
-        if steps and not (name == "teacher_warmup" and not main.teacher)
+        for phase in (warmup, train, finetune)
+        if phase.steps
     ]
 
 

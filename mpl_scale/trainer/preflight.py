@@ -48,7 +48,7 @@ def check_names(run: RunConfig) -> None:
         )
     require_known("mpl_scale.optim.teacher.name", optim.teacher.name, OPTIMIZERS)
     require_known("mpl_scale.optim.student.name", optim.student.name, OPTIMIZERS)
-    require_known("mpl_scale.phases.finetune.optimizer", run.mpl.phases.finetune.optimizer, OPTIMIZERS)
+    require_known("mpl_scale.phases.finetune.optim.name", run.mpl.phases.finetune.optim.name, OPTIMIZERS)
     strong = StrongView(run.mpl.data.strong, seed=0, stream=0)
     if run.mpl.data.labelled_view == "strong" and strong.pairs:
         raise ValueError(

@@ -121,15 +121,8 @@ class Snapshots:
         entries, settings = state_entries(state, mesh=self._mesh), self._settings
         try:
             if settings.asynchronous and not wait:
-                self._in_flight = BackgroundSave.start(
-                    self.root,
-                    step=global_step,
-                    entries=entries,
-                    metadata=metadata,
-                    mesh=self._mesh,
-                    keep=settings.keep,
-                    keep_every=settings.keep_every,
-                    timeout_seconds=settings.timeout_seconds,
+                self._in_flight = BackgroundSave(
+                    self.root, settings, step=global_step, entries=entries, metadata=metadata, mesh=self._mesh
                 )
             else:
                 self._write(global_step, entries, metadata)

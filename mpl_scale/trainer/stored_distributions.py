@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mpl_scale.config import RunConfig
-from mpl_scale.data import evaluation_batches
+from mpl_scale.data import ImageFormat, evaluation_batches
 from mpl_scale.files import replacing
 from mpl_scale.mesh import build_mesh
 from mpl_scale.resolve import choose_numerics
@@ -42,7 +42,10 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
     count, classes = len(splits.images), run.mpl.model.num_classes
     ids = np.setdiff1d(np.arange(count, dtype=np.int64), splits.images.refused, assume_unique=True)
     batches = evaluation_batches(
-        config=run.mpl.data, splits=replace(splits, test=ids), image_size=run.mpl.model.image_size, mesh=mesh
+        run.mpl.data,
+        replace(splits, test=ids),
+        images=ImageFormat(image_size=run.mpl.model.image_size),
+        mesh=mesh,
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as draft:

@@ -52,7 +52,7 @@ class Jobs:
         section["phases"] = {
             "teacher_warmup": {"steps": 0},
             "train": {"steps": STEPS},
-            "finetune": {"steps": 4, "lr": 0.002},
+            "finetune": {"steps": 4, "optim": {"lr": 0.002}},
         }
         section["checkpoint"] = {"every": 20, "keep": 2}
         self.config = folder / "the config.json"

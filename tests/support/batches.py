@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mpl_scale.config.schema import DataConfig
-from mpl_scale.data import Splits, TrainLoader, load_images, make_splits
+from mpl_scale.data import BatchSpec, Splits, TrainLoader, load_images, make_splits
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.types import Batch, as_they_are
 
@@ -27,16 +27,12 @@ def splits_of(config: DataConfig) -> Splits:
 
 
 def train_loader(config: DataConfig, splits: Splits, mesh: Mesh, **changes: Any) -> TrainLoader:
-    options = {
-        "image_size": 8,
-        "labelled_batch": 4,
-        "unlabelled_batch": 8,
-        "seed": 0,
-        "stream": 1,
-        "start_step": 0,
-        "strong_view": None,
-    }
-    return TrainLoader(config=config, splits=splits, mesh=mesh, **(options | changes))
+    """changes: fields of the batch spec, and what else the loader takes."""
+    drawn = {field.name for field in dataclasses.fields(BatchSpec)}
+    spec = {"image_size": 8, "labelled": 4, "unlabelled": 8, "seed": 0, "stream": 1}
+    spec |= {name: value for name, value in changes.items() if name in drawn}
+    others = {name: value for name, value in changes.items() if name not in drawn}
+    return TrainLoader(config, splits, batch=BatchSpec(**spec), mesh=mesh, **others)
 
 
 def take(loader: TrainLoader, steps: int) -> list[Batch]:

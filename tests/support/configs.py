@@ -20,7 +20,7 @@ def tiny(**top_level: Any) -> dict[str, Any]:
     section["phases"] = {
         "teacher_warmup": {"steps": 4},
         "train": {"steps": 8, "evaluate_every": 4},
-        "finetune": {"steps": 4, "lr": 0.002},
+        "finetune": {"steps": 4, "optim": {"lr": 0.002}},
     }
     section["logging"] = {"every": 2, "progress": "off"}
     section["checkpoint"] = {"every": 3, "keep": 3}

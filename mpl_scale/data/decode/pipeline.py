@@ -12,11 +12,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
 
+from mpl_scale.config.schema import DataConfig
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.resize import Resizer
 from mpl_scale.data.decode.views import Placement, View, decoding_steps
@@ -103,6 +104,34 @@ class _Batch:
         return _crop(self.placement, row)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How files are decoded.
+
+    threads: of the CPU. prefetch: batches prepared ahead. max_pixels: larger images are bad. channels_last: memory
+    layout of the views. dali_resizes: whether DALI resizes, too; None: on a GPU. count_draws: whether the quarantine
+    counts the images, and ends the run where too many are bad.
+    """
+
+    threads: int = 1
+    prefetch: int = 1
+    max_pixels: int = MOST_PIXELS
+    channels_last: bool = False
+    dali_resizes: bool | None = None
+    count_draws: bool = True
+
+    @classmethod
+    def of(cls, config: DataConfig, *, channels_last: bool = False, count_draws: bool = True) -> Self:
+        """As the data section says."""
+        return cls(
+            threads=config.threads,
+            prefetch=config.prefetch,
+            max_pixels=config.max_pixels,
+            channels_last=channels_last,
+            count_draws=count_draws,
+        )
+
+
 class DecodePipeline:
     """Runs requests through DALI, reading and decoding a few ahead."""
 
@@ -114,13 +143,8 @@ class DecodePipeline:
         view: View,
         capacity: int,
         device: torch.device,
-        threads: int = 1,
-        prefetch: int = 1,
         quarantine: Quarantine | None = None,
-        max_pixels: int = MOST_PIXELS,
-        channels_last: bool = False,
-        dali_resizes: bool | None = None,
-        count_draws: bool = True,
+        decoding: Decoding = Decoding(),
     ) -> None:
         """Args:
         requests: one per batch, endless or not; consumed up to `prefetch` + 1 batches ahead of `next`, on a CPU by
@@ -129,24 +153,18 @@ class DecodePipeline:
         view: how they are seen.
         capacity: most images of a request; 0: nothing is decoded, and requests are consumed one by one.
         device: cpu or cuda.
-        threads: CPU threads.
-        prefetch: batches prepared ahead.
         quarantine: where bad images are kept; None: in a list of its own.
-        max_pixels: larger images are bad.
-        channels_last: memory layout of the views.
-        dali_resizes: whether DALI resizes, too; None: on a GPU.
-        count_draws: whether the quarantine counts the images, and ends the run where too many are bad.
+        decoding: how.
         """
         self._requests, self._images, self._view = requests, images, view
-        self._capacity, self._device, self._threads, self._prefetch = capacity, device, threads, prefetch
+        self._capacity, self._device, self._decoding = capacity, device, decoding
         self._quarantine = quarantine or Quarantine()
-        self._max_pixels, self._count_draws = max_pixels, count_draws
-        self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        self._layout = torch.channels_last if decoding.channels_last else torch.contiguous_format
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
-        self._dali_resizes = device.type == "cuda" if dali_resizes is None else dali_resizes
+        self._dali_resizes = device.type == "cuda" if decoding.dali_resizes is None else decoding.dali_resizes
         self._steps = decoding_steps(view, resizes=self._dali_resizes)
-        self._resizer = Resizer(view, threads=threads, layout=self._layout)
+        self._resizer = Resizer(view, threads=decoding.threads, layout=self._layout)
         # One thread, so that one batch at a time is worked on; while it has failed, nothing is.
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="decode") if device.type == "cpu" else None
         self._graph: Graph | None = None
@@ -176,7 +194,7 @@ class DecodePipeline:
         if self._worker is not None:
             self._ahead = self._worker.submit(self._make)
         asked, used = np.concatenate([rows.samples for rows in batch.request]), np.array(batch.samples, np.int64)
-        if self._count_draws:
+        if self._decoding.count_draws:
             self._quarantine.count_draws(asked, used)
         return Decoded(views, used)
 
@@ -204,8 +222,8 @@ class DecodePipeline:
                 resizes=self._dali_resizes,
                 capacity=self._capacity,
                 device=self._device,
-                threads=self._threads,
-                prefetch=self._prefetch,
+                threads=self._decoding.threads,
+                prefetch=self._decoding.prefetch,
             )
         images = self._graph.run()
         if isinstance(images, torch.Tensor):
@@ -256,7 +274,7 @@ class DecodePipeline:
     def _read(self, sample: int) -> tuple[np.ndarray, tuple[int, int]]:
         """What DALI is given for an image, and the height and width it decodes to."""
         by_pil = sample in self._quarantine.by_pil
-        return for_dali(self._images.read(sample), max_pixels=self._max_pixels, by_pil=by_pil)
+        return for_dali(self._images.read(sample), max_pixels=self._decoding.max_pixels, by_pil=by_pil)
 
     def _left_to_pil(self, sample: int) -> bool:
         """Whether PIL decodes an image of which DALI decodes nothing; from now on it is asked to."""
