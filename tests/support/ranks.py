@@ -1,14 +1,15 @@
-"""A pool of local ranks that is started once and reused by every test: importing torch and deepspeed costs seconds.
+"""Pools of local ranks that tests share: importing torch and deepspeed costs seconds, and half a gigabyte a process.
 
 `pool(4).run(function, *args)` calls `function(*args)` on each of 4 processes joined by gloo and returns the four
-results. The function and its arguments must pickle (top-level functions of a test module do).
+results. The function and its arguments must pickle (top-level functions of a test module do). Ranks are forked from a
+server that has imported everything and computed nothing, so they start in no time and share its memory.
 """
 
 from __future__ import annotations
 
 import atexit
-import functools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import sys
 import tempfile
@@ -16,7 +17,13 @@ import traceback
 from multiprocessing.connection import Connection
 from typing import Any
 
+import pytest
+
 TIMEOUT_SECONDS = 240
+MOST_RANKS = 6
+"""At once, in pools of this process: the one used longest ago ends first."""
+PRELOADED = ("pytest", "deepspeed", "mpl_scale.trainer.prepare", "torch._dynamo", "torch.distributed.fsdp")
+"""What the server imports. Not torch._inductor: it starts threads and processes."""
 
 
 def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
@@ -44,7 +51,11 @@ class RankPool:
     def __init__(self, world: int) -> None:
         self.world = world
         folder = tempfile.mkdtemp(prefix="ranks")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(list(PRELOADED))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DS_ACCELERATOR", "cpu")  # read when the server imports deepspeed
+            multiprocessing.forkserver.ensure_running()
         self._pipes, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -69,20 +80,29 @@ class RankPool:
                 failures.append(f"rank {rank}:\n{value}")
         if failures:
             self.close()
-            pool.cache_clear()
             raise AssertionError("\n".join(failures))
         return results
 
     def close(self) -> None:
         """End the processes."""
+        _pools.pop(self.world, None)
         for process in self._processes:
             if process.is_alive():
                 process.terminate()
             process.join(5)
 
 
-@functools.cache
+_pools: dict[int, RankPool] = {}
+"""By number of ranks; the one used last stands last."""
+
+
 def pool(world: int) -> RankPool:
-    """The session's pool of that size."""
-    sys.stdout.flush()
-    return RankPool(world)
+    """The pool of that size, started where there is none."""
+    found = _pools.pop(world, None)
+    if found is None:
+        while _pools and sum(_pools) + world > MOST_RANKS:
+            next(iter(_pools.values())).close()
+        sys.stdout.flush()
+        found = RankPool(world)
+    _pools[world] = found
+    return found
