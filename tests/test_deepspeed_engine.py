@@ -94,7 +94,7 @@ def test_rmsprop_equals_plain_pytorch(stage: int) -> None:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @PRECISIONS
-@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.full), 0.1])
 def test_replicated_shards(stage: int, bf16: bool, clip: float) -> None:
     """4 ranks, 2 copies of the state, each over 2 ranks: equal to the reference, copies bitwise equal."""
     check(Case(stage, bf16, clip=clip, shard_size=2), world=4)

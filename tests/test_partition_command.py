@@ -30,7 +30,7 @@ def test_the_former_name_of_the_command_works_the_same(capsys: pytest.CaptureFix
     assert printed == 2 * printed[: len(printed) // 2]
 
 
-@pytest.mark.parametrize("more", [["--switch_at", "auto"], []], ids=str)
+@pytest.mark.parametrize("more", [["--switch_at", "auto"], pytest.param([], marks=pytest.mark.full)], ids=str)
 def test_verify_proves_equality_on_local_ranks(capfd: pytest.CaptureFixture[str], more: list[str]) -> None:
     command = [
         "partition",

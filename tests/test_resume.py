@@ -18,7 +18,7 @@ ENGINES = [
     ("flat", 0),
     ("flat", 2),
     pytest.param("deepspeed", 0, marks=pytest.mark.full),
-    ("deepspeed", 1),
+    pytest.param("deepspeed", 1, marks=pytest.mark.full),
     pytest.param("deepspeed", 2, marks=pytest.mark.full),
     ("deepspeed", 3),
 ]

@@ -31,15 +31,15 @@ DROP = {"dropout": 0.2, "drop_path": 0.2}
     [
         ("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
         ("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
-        ("efficientnet_b0", DROP, 4, 64, 2),
+        pytest.param("efficientnet_b0", DROP, 4, 64, 2, marks=pytest.mark.full),
         ("resnet50", DROP, 2, 64, 2),
-        ("resnet18", DROP, 3, 75, 2),
+        pytest.param("resnet18", DROP, 3, 75, 2, marks=pytest.mark.full),
         ("wide_resnet28_2", {"dropout": 0.2}, 4, 32, 2),
         ("digits_cnn", {"dropout": 0.2}, 4, 8, 3),
         ("regnety_002", DROP, 4, 64, 2),
         ("convnext_atto", DROP, 4, 64, 2),
         ("mobilenetv4_conv_small", DROP, 2, 64, 2),  # batch norm behind the pool
-        ("b6_wide_slim", {}, 4, 64, 2),
+        pytest.param("b6_wide_slim", {}, 4, 64, 2, marks=pytest.mark.full),
     ],
 )
 def test_split_network_is_the_unsplit_one(
@@ -65,7 +65,9 @@ def test_switch_at_every_stage(stage: str, batch: int) -> None:
         assert found.worst < EXACT, found
 
 
-@pytest.mark.parametrize("stage", ["conv_stem", "blocks.4", "global_pool"])
+@pytest.mark.parametrize(
+    "stage", ["blocks.4", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("conv_stem", "global_pool"))]
+)
 def test_switch_inside_an_efficientnet(stage: str) -> None:
     """Batch 3 on 4 ranks: one rank is without images behind the switch, drop-path follows the rows."""
     found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 4, 64, 3, switch_at=stage)[0]

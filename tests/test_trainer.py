@@ -69,7 +69,13 @@ OWN = {name for name, method in METHODS.items() if method.step.__module__.starts
 """Tests register methods too."""
 
 
-@pytest.mark.parametrize("method", sorted(OWN - {"teacher_warmup", "reduced_mpl", "noisy_student"}))
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name in ("mixup", "cutmix", "pseudo_label") else [])
+        for name in sorted(OWN - {"teacher_warmup", "reduced_mpl", "noisy_student"})
+    ],
+)
 def test_every_method_learns_something(tmp_path: Path, method: str) -> None:
     """100 steps bring the test loss of the network that sees labels below ln 10, an untrained net's."""
     overrides = (
