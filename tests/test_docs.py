@@ -204,8 +204,9 @@ def run_page(page: str, folder: Path) -> list[str]:
     environment = fresh_copy(folder)
     exports: list[str] = []
     failed = []
-    prepared = [Command("prepared", text) for text in PREPARED if page == PAGES[0]]
-    for command in (*prepared, *commands(page)):
+    shown = commands(page)
+    selects = any("mpl-scale select" in command.text for command in shown)
+    for command in (*(Command(page, text) for text in PREPARED if selects), *shown):
         if command.reason is not None:
             print(f"{command.page}: not run ({command.reason}): {command.text}", flush=True)
             continue

@@ -152,6 +152,17 @@ def test_a_bar_keeps_speed_and_two_losses_whatever_was_evaluated(
     assert ("student_top1 93.2" in last) == (columns == 120)
 
 
+def test_a_bar_tells_the_test_sets_loss_from_the_training_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    stream = io.StringIO()
+    progress = Progress("bar", show=("student_loss", "test/student_loss"), stream=stream)
+    progress.start("train", total=10, done=0, images_per_step=8)
+    progress.report({"student_loss": 1.5}, step=2)
+    progress.report({"test/student_loss": 2.5}, step=2)
+    progress.close()
+    assert "student 1.5 test/student 2.5" in stream.getvalue().replace("\r", "\n").rstrip().splitlines()[-1]
+
+
 def test_pace_before_anything_is_measured() -> None:
     clock = times(0, 0, 0)
     pace = Pace(total=10, done=0, clock=lambda: next(clock))

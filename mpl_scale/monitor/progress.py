@@ -126,8 +126,10 @@ def _columns(stream: TextIO) -> int:
 
 
 def _short(name: str) -> str:
-    """A loss by whose it is, for a bar."""
-    return name.removeprefix("test/").removesuffix("_loss").removesuffix("_supervised")
+    """A loss by whose it is, for a bar; of the test set, only losses keep that they are."""
+    return (
+        name.removesuffix("_loss").removesuffix("_supervised") if name.endswith("_loss") else name.removeprefix("test/")
+    )
 
 
 def _words(values: Mapping[str, float], *, digits: int = 4) -> list[str]:

@@ -68,7 +68,7 @@ PREPARED = (
     "python train.py --ds_config my.json --output runs/supervised --max_steps 2",
     "cp -r runs/supervised runs/teacher",
 )
-"""Before the first page: what README.md's `mpl-scale select` starts from, of small sets of images."""
+"""Before pages with an `mpl-scale select`: what it starts from, of small sets of images."""
 
 STANDS_FOR = {"/data/imagenet": "data/imagenet"}
 """Paths of the pages, and where the copy has something small for them."""
