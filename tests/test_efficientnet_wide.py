@@ -47,5 +47,5 @@ def test_the_config_names_it_and_sets_its_stochastic_depth() -> None:
     shared = ModelConfig(teacher=network, student=network, num_classes=1000, image_size=512)
     model = build_model(network, shared, field="mpl_scale.model.student", seed=0, device="meta")
     assert parameters(model) == 316_649_180
-    rates = [layer.rate for layer in model.modules() if isinstance(layer, OurDropPath)]
+    rates = [layer.p for layer in model.modules() if isinstance(layer, OurDropPath)]
     assert 0.29 < max(rates) < 0.3

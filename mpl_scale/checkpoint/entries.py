@@ -12,6 +12,7 @@ import torch
 
 from mpl_scale.checkpoint.format import Kind
 from mpl_scale.mesh import Mesh
+from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.mpl.network import Network
 from mpl_scale.types import Slice
 
@@ -80,4 +81,4 @@ def network_entries(prefix: str, network: Network, *, mesh: Mesh) -> list[Entry]
         for name, tensors in state.items()
         for entry in shard_entries(f"{prefix}/{name}", network.layout, tensors=tensors, write=network.owns_shard)
     ]
-    return entries + replicated_entries(f"{prefix}/buffer", dict(network.module.named_buffers()), mesh=mesh)
+    return entries + replicated_entries(f"{prefix}/buffer", stateful_buffers(network.module), mesh=mesh)

@@ -22,6 +22,7 @@ from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.deepspeed_setup import connect, engine_config
 from mpl_scale.engine.deepspeed_shards import open_shards
 from mpl_scale.mesh import Mesh, process_group
+from mpl_scale.models.buffers import cast_constants
 from mpl_scale.models.passes import Pass, within
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.optim import build_optimizer, parameter_groups
@@ -57,6 +58,7 @@ class DeepSpeedNetwork:
         self._micro_batches, self._accumulated = int(config["gradient_accumulation_steps"]), 0
         self._dtype = torch.bfloat16 if config.get("bf16", {}).get("enabled") else torch.float32
         self._adopt_rank_0()
+        cast_constants(module, self._dtype)
         initial = self._snapshot()
         self._engine, *_ = deepspeed.initialize(
             args=SimpleNamespace(device_rank=mesh.device.index or 0),

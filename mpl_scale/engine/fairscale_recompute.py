@@ -23,18 +23,19 @@ class _Call(nn.Module):
         super().__init__()
         self.block, self._plain, self._repeat, self._ran = block, plain, repeat, False
 
-    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, *inputs: Any, **named: Any) -> torch.Tensor:
         if not self._ran:
             self._ran = True
-            return self._plain(*inputs)
+            return self._plain(*inputs, **named)
         with self._repeat:
-            return self._plain(*inputs)
+            return self._plain(*inputs, **named)
 
 
 def run_again(
     block: nn.Module,
     plain: Callable[..., torch.Tensor],
-    inputs: tuple[torch.Tensor, ...],
+    inputs: tuple[Any, ...],
+    named: dict[str, Any],
     *,
     repeat: AbstractContextManager[None],
     offload: bool,
@@ -44,9 +45,10 @@ def run_again(
     Args:
         block: whose parameters they are.
         plain: its forward.
-        inputs: tensors.
+        inputs: tensors and other arguments.
+        named: the same, by name.
         repeat: entered for the second run.
         offload: keep the inputs in the host's memory until then.
     """
     call: Any = checkpoint_wrapper(_Call(block, plain, repeat), offload_to_cpu=offload)
-    return call(*inputs)
+    return call(*inputs, **named)

@@ -17,6 +17,7 @@ from torch import nn
 
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.mesh import Mesh
+from mpl_scale.models.buffers import cast_constants
 from mpl_scale.models.kernels import Mode
 from mpl_scale.models.passes import Pass, within
 from mpl_scale.mpl.network import GradientShard
@@ -52,6 +53,7 @@ class FlatNetwork:
         self._mesh, self._clip = mesh, gradient_clipping
         groups = parameter_groups(module, optim)
         self._dtype = dtype or groups[0]["params"][0].dtype
+        cast_constants(module, self._dtype)
         self._layout: list[Slice] = []
         self._buffers = [self._flatten(index, group) for index, group in enumerate(groups)]
         wide = torch.promote_types(self._dtype, torch.float32)

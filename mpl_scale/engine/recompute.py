@@ -85,8 +85,8 @@ def _check(
     name, field = type(model).__name__, f"mpl_scale.parallel.recompute = {given}"
     if not stages and given != "none":
         raise ValueError(
-            f"{field}: {name} has no blocks (modules in a Sequential that hold a convolution and a batch norm); set "
-            "none"
+            f"{field}: {name} has no blocks (modules in a Sequential that hold a convolution and a batch norm, or a "
+            "linear layer or convolution and a layer norm); set none"
         )
     if len(policies) != len(stages):
         raise ValueError(f"{field}: {name} has {len(stages)} stages ({', '.join(stages)}); give one policy for each")
@@ -113,7 +113,7 @@ def find_stages(model: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The innermost members of Sequentials and ModuleLists that hold both a convolution and a batch norm."""
+    """The innermost members of Sequentials and ModuleLists that hold both weights and their norm."""
     for child in module.children():
         inner = list(find_blocks(child))
         if inner:
@@ -123,26 +123,29 @@ def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    layers = list(module.modules())
-    return any(isinstance(m, nn.Conv2d) for m in layers) and any(isinstance(m, BatchNorm) for m in layers)
+    """A convolution and a batch norm, or, as in a transformer, a linear layer or convolution and a layer norm."""
+    convolves, projects, batch, layer = (
+        any(isinstance(m, kind) for m in module.modules()) for kind in (nn.Conv2d, nn.Linear, BatchNorm, nn.LayerNorm)
+    )
+    return (convolves and (batch or layer)) or (projects and layer)
 
 
 @cache
 def _recomputed(base: type[nn.Module]) -> type[nn.Module]:
     """A block's class with a forward that recomputes: a swap of the class changes no key and no reference."""
 
-    def forward(self: Any, *inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self: Any, *inputs: Any, **named: Any) -> torch.Tensor:
         if not (self.training and torch.is_grad_enabled()):
-            return base.forward(self, *inputs)
+            return base.forward(self, *inputs, **named)
         how: _How = self._recompute
         plain = partial(base.forward, self)
         if how.backend == "fairscale":
             from mpl_scale.engine.fairscale_recompute import run_again  # fairscale is an extra
 
-            return run_again(self, plain, inputs, repeat=how.passes.repetition(), offload=how.offload)
+            return run_again(self, plain, inputs, named, repeat=how.passes.repetition(), offload=how.offload)
         contexts = partial(_contexts, how.passes, how.policy)
         # Random numbers are counter-based: there is no generator state to stash.
-        return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+        return checkpoint(plain, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts, **named)
 
     return type(f"Recomputed{base.__name__}", (base,), {"forward": forward})
 

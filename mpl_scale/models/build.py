@@ -12,7 +12,7 @@ from torch import nn
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.kernels import Mode
-from mpl_scale.models.layers import DropoutLinear, DropPath, convert
+from mpl_scale.models.layers import Dropout, DropoutLinear, DropPath, convert
 from mpl_scale.models.passes import Passes
 from mpl_scale.models.registry import MODELS, find_builder
 
@@ -46,13 +46,15 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         model = call_builder(network, shared, field=field, **more)
-        _initialise(model, network)
+        _initialise(model, network, field=field)
     passes = Passes()
     model.passes = passes  # type: ignore[assignment]
     model = convert(model, passes=passes, group=group, kernels=kernels)
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
             _set_statistics(layer, shared)
+    if network.name not in MODELS:
+        _drop_no_more_than(model, network)
     if network.dropout:
         _add_dropout(model, network.dropout, passes, field=field)
     if network.drop_path and not any(isinstance(layer, DropPath) for layer in model.modules()):
@@ -79,24 +81,49 @@ def _set_statistics(layer: BatchNorm, shared: ModelConfig) -> None:
     layer.momentum, layer.eps = 1.0 - shared.bn_decay, shared.bn_eps
 
 
-def _initialise(model: nn.Module, network: NetworkConfig) -> None:
+def _initialise(model: nn.Module, network: NetworkConfig, *, field: str) -> None:
     if network.init == "uniform":
         for parameter in model.parameters():
             nn.init.uniform_(parameter, -network.init_range, network.init_range)
     elif network.init == "zero_classifier":
-        for parameter in find_classifier(model)[1].parameters():
+        for parameter in _classifier(model, f"{field}.init = zero_classifier")[1].parameters():
             nn.init.zeros_(parameter)
 
 
 def find_classifier(model: nn.Module) -> tuple[str, nn.Module]:
-    """The name and the module of the last linear layer: timm's get_classifier, or `classifier`."""
+    """The name and the module of the last linear layer: timm's get_classifier, or `classifier`.
+
+    Raises LookupError or AttributeError: there is none, or several.
+    """
     find: Any = getattr(model, "get_classifier", None)
     head = find() if find else model.get_submodule("classifier")
-    return next(name for name, module in model.named_modules() if module is head), head
+    for name, module in model.named_modules():
+        if module is head:
+            return name, head
+    raise LookupError(f"{type(model).__name__} has no single classifier")
+
+
+def _classifier(model: nn.Module, setting: str) -> tuple[str, nn.Module]:
+    try:
+        return find_classifier(model)
+    except (LookupError, AttributeError) as error:
+        raise ValueError(f"{setting}: {error}; use the default") from error
+
+
+def _drop_no_more_than(model: nn.Module, network: NetworkConfig) -> None:
+    """Switch off what a timm model drops by default (GhostNet's classifier, Swin in depth): the settings decide."""
+    rate = getattr(model, "drop_rate", 0.0)
+    model.drop_rate = 0.0  # type: ignore[assignment]
+    for layer in model.modules():
+        if isinstance(layer, DropPath):
+            if not network.drop_path:
+                layer.p = layer.drop_prob = 0.0
+        elif isinstance(layer, Dropout) and layer.p == rate:
+            layer.p = 0.0
 
 
 def _add_dropout(model: nn.Module, rate: float, passes: Passes, *, field: str) -> None:
-    name, head = find_classifier(model)
+    name, head = _classifier(model, f"{field}.dropout = {rate}")
     if not isinstance(head, nn.Linear):
         raise ValueError(f"{field}.dropout = {rate}: the classifier is a {type(head).__name__}, not a Linear; set 0")
     parent, _, leaf = name.rpartition(".")

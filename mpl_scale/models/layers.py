@@ -1,7 +1,8 @@
 """The layers that must agree over ranks: batch norm over the whole batch (batch_norm.py), dropout and drop-path.
 
 `convert` swaps them into any module tree without changing a state_dict key. torch's dropout depends on how rows lie on
-ranks; here a mask is a function of the seed, the step and the global row.
+ranks; here a mask is a function of the seed, the step and the global row. timm's fused attention draws its dropout with
+torch's numbers inside a kernel: where it drops anything, it takes timm's other path, which calls the module.
 """
 
 from __future__ import annotations
@@ -16,48 +17,59 @@ from mpl_scale.models.kernels import Mode
 from mpl_scale.models.passes import Passes
 
 
-class Dropout(nn.Module):
-    """Dropout whose mask is a function of (seed, step, site, global row): the same on every layout of ranks."""
+class Dropout(nn.Dropout):
+    """Dropout whose mask is a function of (seed, step, site, global row): the same on every layout of ranks.
 
-    def __init__(self, rate: float, passes: Passes) -> None:
-        super().__init__()
-        self.rate, self.passes, self.site = rate, passes, passes.new_site()
+    Inputs are [B k, ...], the k parts of a row (windows, patches) one after the other, as timm's attention lays them.
+    A layer that runs twice in a pass draws one mask. With `of_rows` False the input is no batch but a table of relative
+    positions, with one mask for all rows.
+    """
+
+    def __init__(self, p: float, passes: Passes) -> None:
+        super().__init__(p)
+        self.passes, self.site, self.of_rows = passes, passes.new_site(), True
 
     @property
     def active(self) -> bool:
         """Whether this pass drops anything."""
-        return self.training and self.rate > 0.0 and (self.passes.current is None or self.passes.current.dropout)
+        return self.training and self.p > 0.0 and (self.passes.current is None or self.passes.current.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, ...] -> x with elements zeroed with probability `rate`, the rest divided by 1 - rate."""
+        """x [B k, ...] -> x with elements zeroed with probability `p`, the rest divided by 1 - p."""
         if not self.active:
             return x
-        keep = self.passes.uniform(self.site, x.shape[1:].numel()).view(x.shape) >= self.rate
-        return x * (keep.to(x.dtype) / (1.0 - self.rate))
-
-    def extra_repr(self) -> str:
-        """The arguments that print(module) shows."""
-        return f"rate={self.rate}"
+        if self.of_rows:
+            noise = self.passes.uniform(self.site, self.passes.parts(x) * x.shape[1:].numel())
+        else:
+            noise = self.passes.uniform(self.site, x.numel(), of_rows=False)
+        keep = noise.view(x.shape) >= self.p
+        return x * (keep.to(x.dtype) / (1.0 - self.p))
 
 
 class DropPath(Dropout):
-    """Stochastic depth: the same per sample instead of per element."""
+    """Stochastic depth: the same per part of a row instead of per element."""
+
+    def __init__(self, p: float, passes: Passes, *, scale_by_keep: bool = True) -> None:
+        super().__init__(p, passes)
+        self.drop_prob, self.scale_by_keep = p, scale_by_keep  # timm's names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, ...] -> x with whole samples zeroed with probability `rate`, the rest divided by 1 - rate."""
+        """x [B k, ...] -> x with whole parts zeroed with probability `p`, the rest divided by 1 - p."""
         if not self.active:
             return x
-        keep = self.passes.per_row(self.site).view(-1, *(1,) * (x.ndim - 1)) >= self.rate
-        return x * (keep.to(x.dtype) / (1.0 - self.rate))
+        parts = self.passes.parts(x)
+        noise = self.passes.per_row(self.site) if parts == 1 else self.passes.uniform(self.site, parts)
+        keep = noise.view(-1, *(1,) * (x.ndim - 1)) >= self.p
+        return x * (keep.to(x.dtype) / (1.0 - self.p if self.scale_by_keep else 1.0))
 
 
 class DropoutLinear(nn.Module):
     """A classifier with dropout before it; keys are those of the linear layer alone."""
 
-    def __init__(self, linear: nn.Linear, rate: float, passes: Passes) -> None:
+    def __init__(self, linear: nn.Linear, p: float, passes: Passes) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.dropout = Dropout(rate, passes)
+        self.dropout = Dropout(p, passes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, features] -> [B, classes]."""
@@ -78,7 +90,14 @@ def convert(
     if isinstance(module, nn.Dropout):
         return Dropout(module.p, passes)
     if type(module).__name__ == "DropPath":  # timm's; not imported here, timm costs seconds
-        return DropPath(float(module.drop_prob), passes)  # type: ignore[arg-type]
+        rate, scaled = float(module.drop_prob), bool(module.scale_by_keep)  # type: ignore[arg-type]
+        return DropPath(rate, passes, scale_by_keep=scaled)
+    if getattr(module, "fused_attn", False) and getattr(getattr(module, "attn_drop", None), "p", 0.0) > 0.0:
+        module.fused_attn = False  # type: ignore[assignment]
     for name, child in list(module.named_children()):
         setattr(module, name, convert(child, passes=passes, group=group, kernels=kernels))
+        if type(child).__name__ == "RelPosMlp" or name == "meta_mlp":  # timm's MLPs of relative positions
+            for layer in child.modules():
+                if isinstance(layer, Dropout):
+                    layer.of_rows = False
     return module

@@ -84,18 +84,27 @@ class Passes:
         finally:
             self.current, self._repeating = before
 
-    def uniform(self, site: int, columns: int) -> torch.Tensor:
-        """float32 [B, columns] in (0, 1) for the rows of the current pass."""
+    def parts(self, x: torch.Tensor) -> int:
+        """k of x [B k, ...] for the B rows of the current pass. Raises ValueError where B does not divide len(x)."""
+        rows = self._now().rows.shape[0]
+        if len(x) % max(rows, 1):
+            raise ValueError(f"dropout or drop-path of {list(x.shape)}, whose first dim is no multiple of {rows} rows")
+        return len(x) // max(rows, 1)
+
+    def _now(self) -> Pass:
         if self.current is None:
             raise ValueError("dropout or drop-path ran in training mode outside `with model.passes(Pass(...))`")
-        now = self.current
-        return uniform(seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=now.rows, columns=columns)
+        return self.current
+
+    def uniform(self, site: int, columns: int, *, of_rows: bool = True) -> torch.Tensor:
+        """float32 [B, columns] in (0, 1) for the rows of the current pass; [1, columns] for all rows if not of_rows."""
+        now = self._now()
+        rows = now.rows if of_rows else torch.zeros(1, dtype=torch.int64, device=now.rows.device)
+        return uniform(seed=now.seed, stream=now.stream * SITES + site, step=now.step, rows=rows, columns=columns)
 
     def per_row(self, site: int) -> torch.Tensor:
         """`uniform(site, 1)`, [B, 1]; the first site that asks draws for all of them: a pass launches Philox once."""
-        now = self.current
-        if now is None:
-            return self.uniform(site, 1)
+        now = self._now()
         if not now.drawn:
             streams = now.stream * SITES + torch.arange(self._sites, device=now.rows.device)
             now.drawn.append(uniform(seed=now.seed, stream=streams, step=now.step, rows=now.rows, columns=1))

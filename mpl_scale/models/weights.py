@@ -85,7 +85,7 @@ def replaced_classifier(network: NetworkConfig, shared: ModelConfig, *, field: s
     wanted = _shapes(model)
     try:
         name, _ = find_classifier(model)
-    except (AttributeError, StopIteration):  # a model of the user's, without get_classifier
+    except (AttributeError, LookupError):  # a model of the user's, without get_classifier
         name = ""
     keys = tuple(key for key in wanted if name and key.startswith(f"{name}."))
     if network.new_classifier is True:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.mpl.methods import Step
 from mpl_scale.mpl.network import Network
 from mpl_scale.mpl.state import State
@@ -89,7 +90,7 @@ def _changed(state: State) -> Iterator[torch.Tensor]:
         yield from network.master
         for shards in network.optimizer_state.values():
             yield from shards
-        yield from network.module.buffers()
+        yield from stateful_buffers(network.module).values()
     if state.student_average is not None:
         yield from state.student_average.shards
         yield from state.student_average.buffers.values()

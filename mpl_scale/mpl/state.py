@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from mpl_scale.config.schema import MethodConfig
+from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.passes import Pass
 from mpl_scale.mpl.network import Network
 from mpl_scale.mpl.views import Logits, Seen, Views, three_views
@@ -64,7 +65,7 @@ class MovingAverage:
     def __init__(self, network: Network, *, decay: float) -> None:
         self.decay = decay
         self.shards = [shard.detach().clone() for shard in network.master]  # [N] each
-        self.buffers = {name: buffer.detach().clone() for name, buffer in network.module.named_buffers()}
+        self.buffers = {name: buffer.detach().clone() for name, buffer in stateful_buffers(network.module).items()}
 
     @torch.no_grad()
     def update(self, network: Network, step: torch.Tensor) -> None:
@@ -72,12 +73,12 @@ class MovingAverage:
         rate = ((step.double() + 1.0) / (step.double() + 10.0)).clamp(max=self.decay)  # float64 []
         for average, shard in zip(self.shards, network.master, strict=True):
             average.lerp_(shard, (1.0 - rate).to(average.dtype))
-        for name, buffer in network.module.named_buffers():
-            average = self.buffers[name]
+        buffers = stateful_buffers(network.module)
+        for name, average in self.buffers.items():
             if average.is_floating_point():
-                average.lerp_(buffer, (1.0 - rate).to(average.dtype))
+                average.lerp_(buffers[name], (1.0 - rate).to(average.dtype))
             else:
-                average.copy_(buffer)
+                average.copy_(buffers[name])
 
 
 @dataclass

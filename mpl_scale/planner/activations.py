@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mpl_scale.models.buffers import cast_constants
 from mpl_scale.models.passes import Pass
 
 
@@ -74,7 +75,8 @@ def kept_bytes(
 
 
 def to_compute_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Parameters in the network's dtype, buffers (batch norm's averages) as they are: what the engines do; in place."""
+    """Parameters and constants in the network's dtype, batch norm's averages as they are: as the engines; in place."""
+    cast_constants(model, dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     return model

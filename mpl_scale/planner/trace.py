@@ -24,6 +24,7 @@ from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import Pass, build_model
 from mpl_scale.models.batch_norm import BatchNorm
+from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.kernels import Mode
 from mpl_scale.models.passes import within
 from mpl_scale.planner.activations import to_compute_dtype
@@ -174,7 +175,7 @@ def trace_network(key: TraceKey) -> NetworkTrace:
     return NetworkTrace(
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sizes=tuple(sorted(Counter(parameter.numel() for parameter in model.parameters()).items())),
-        buffers=sum(buffer.numel() for buffer in model.buffers() if buffer.is_floating_point()),
+        buffers=sum(buffer.numel() for buffer in stateful_buffers(model).values() if buffer.is_floating_point()),
         macs=macs,
         kept={stage: line.per(batch) for stage, line in kept.items()},
         working=(recorder.peak - left).per(batch),

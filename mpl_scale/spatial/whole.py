@@ -58,7 +58,7 @@ class SplitDropout(SplitLayer, Dropout):
 
     @classmethod
     def needed(cls, module: Any, split: Split) -> bool:
-        return module.rate > 0
+        return module.p > 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, own] -> the same shape."""
@@ -66,8 +66,8 @@ class SplitDropout(SplitLayer, Dropout):
             return x
         whole = (*x.shape[1:3], self.split.columns)
         noise = self.passes.uniform(self.site, whole[0] * whole[1] * whole[2]).view(-1, *whole)
-        keep = noise[..., slice(*slices(self.split.inputs)[self.ranks.rank])] >= self.rate
-        return x * (keep.to(x.dtype) / (1.0 - self.rate))
+        keep = noise[..., slice(*slices(self.split.inputs)[self.ranks.rank])] >= self.p
+        return x * (keep.to(x.dtype) / (1.0 - self.p))
 
 
 @partition_rule(

@@ -19,6 +19,7 @@ from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
+from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.weights import load_weights
 from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
@@ -201,7 +202,7 @@ def collect_weights(state: State, *, mesh: Mesh) -> dict[str, Weights]:
     weights: dict[str, Weights] = {}
     for name, network in (("teacher", state.teacher), ("student", state.student)):
         if network is not None:
-            weights[name] = whole(network, network.master, dict(network.module.named_buffers()))
+            weights[name] = whole(network, network.master, stateful_buffers(network.module))
     if state.student_average is not None and state.student is not None:
         weights["ema"] = whole(state.student, state.student_average.shards, state.student_average.buffers)
     return weights

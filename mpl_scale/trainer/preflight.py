@@ -27,7 +27,9 @@ from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.files import replace_text
-from mpl_scale.models import build_model
+from mpl_scale.models import Pass, build_model
+from mpl_scale.models.passes import within
+from mpl_scale.models.randomness import OnlyOurs
 from mpl_scale.models.weights import check_weights, replaced_classifier
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.optim import OPTIMIZERS
@@ -140,18 +142,31 @@ def check_models(run: RunConfig) -> None:
             _check_teaching(run)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
-        shape = (1, *(input_shape(config) if sees_images else (config.model.num_classes,)))
-        with torch.no_grad():
-            try:
-                logits = model.eval()(torch.empty(shape, device="meta"))
-            except RuntimeError as error:
-                raise ValueError(
-                    f"{field}.name = {section.name} cannot take {_called(shape)}: {str(error).splitlines()[0]}"
-                ) from error
-        if logits.shape != (1, config.model.num_classes):
-            raise ValueError(f"{field}.name = {section.name} gives {list(logits.shape)}, not one logit per class")
+        shape = (2, *(input_shape(config) if sees_images else (config.model.num_classes,)))
+        _check_forward(model, shape, config.model.num_classes, called=f"{field}.name = {section.name}")
         _check_split(model, run, field=field, name=section.name)
         recomputed(model, config.parallel)
+
+
+def _check_forward(model: nn.Module, shape: tuple[int, ...], classes: int, *, called: str) -> None:
+    """A training pass without memory gives a logit per class, and draws no random numbers but the package's."""
+    step, rows = torch.zeros((), dtype=torch.int64, device="meta"), torch.arange(shape[0], device="meta")
+    images = torch.empty(shape, device="meta")
+    try:
+        with torch.no_grad(), OnlyOurs(), within(Pass(seed=0, stream=0, step=step, rows=rows), model):
+            logits = model(images)
+    except ValueError as error:
+        raise ValueError(f"{called} cannot be trained here: {error}") from error
+    except (RuntimeError, AssertionError) as error:
+        hint = "; set image_size, or its kwargs" if isinstance(error, AssertionError) else ""
+        raise ValueError(f"{called} cannot take {_called(shape)}: {_first_line(error)}{hint}") from error
+    if not torch.is_tensor(logits) or logits.shape != (shape[0], classes):
+        found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
+        raise ValueError(f"{called} gives {found}, not one logit per class")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _check_teaching(run: RunConfig) -> None:
