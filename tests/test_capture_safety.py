@@ -39,6 +39,7 @@ def storages(state: State) -> set[int]:
         tensors += [*network.module.parameters(), *network.module.buffers(), *network.master]
         tensors += [p.grad for p in network.module.parameters() if p.grad is not None]
         tensors += [shard for shards in network.optimizer_state.values() for shard in shards]
+        tensors += network.optimizer_counters.values()
     return {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
 

@@ -21,6 +21,7 @@ OPTIMS = [
     OptimConfig(name="sgd", lr=0.05, weight_decay=1e-3),
     OptimConfig(name="rmsprop", lr=0.01, weight_decay=1e-3),
     OptimConfig(name="rmsprop", lr=0.02, weight_decay=0.0, rho=0.8),
+    OptimConfig(name="adamw", lr=0.01, weight_decay=0.1),
 ]
 
 
@@ -53,11 +54,15 @@ def trained(net: Network, batch: int) -> list[torch.Tensor]:
         net.accumulate(F.cross_entropy(net.forward(x, context), torch.arange(batch) % 10))
         net.reduce()
         net.apply(torch.tensor(lr))
-    return [*net.master, *(value for state in net.optimizer_state.values() for value in state)]
+    return [
+        *net.master,
+        *(value for state in net.optimizer_state.values() for value in state),
+        *net.optimizer_counters.values(),
+    ]
 
 
 def test_networks_and_phases_share_their_compiled_functions(counted: None) -> None:
-    """Three optimisers, networks of four sizes, batches of two: as many variants as functions were needed.
+    """Four optimisers, networks of four sizes, batches of two: as many variants as functions were needed.
 
     float64: fused multiply-adds and another order of sums, 1e-16 each, through two updates.
     """
@@ -71,6 +76,6 @@ def test_networks_and_phases_share_their_compiled_functions(counted: None) -> No
             )
             torch.testing.assert_close(own, plain, rtol=1e-10, atol=1e-12)
         found.append(counters["stats"]["unique_graphs"])
-    updates = 5  # two optimisers with and without weight decay, one without alone
+    updates = 7  # three optimisers with and without weight decay, one without alone
     normalisation = 4  # forward, of the first layer of a flat buffer (offset 0) and of the others; learn; backward
     assert found == [updates + normalisation] * 2

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine.deepspeed_engine import DeepSpeedNetwork
 from mpl_scale.mesh import build_mesh
 from tests.support.deepspeed_cases import (
     ACCUMULATE_FP32,
+    ADAMW,
     CPU,
     RMSPROP,
     ROWS,
@@ -88,8 +90,9 @@ def test_clipped_steps_equal_plain_pytorch(stage: int) -> None:
 
 
 @STAGES
-def test_rmsprop_equals_plain_pytorch(stage: int) -> None:
-    check(Case(stage, optim=RMSPROP))
+@pytest.mark.parametrize("optim", [RMSPROP, ADAMW], ids=lambda optim: optim.name)
+def test_other_optimisers_equal_plain_pytorch(stage: int, optim: OptimConfig) -> None:
+    check(Case(stage, optim=optim))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -125,9 +128,13 @@ def test_deepspeed_options(name: str) -> None:
     check(*VARIANTS[name])
 
 
-def restore(network: DeepSpeedNetwork, saved: tuple[list, dict[str, list], dict[str, torch.Tensor]]) -> None:
+def restore(
+    network: DeepSpeedNetwork, saved: tuple[list, dict[str, list], *tuple[dict[str, torch.Tensor], ...]]
+) -> None:
     """Write a copied state into an engine, as a checkpoint does."""
-    master, state, buffers = saved
+    master, state, buffers, counters = saved
+    for name, counter in network.optimizer_counters.items():
+        counter.copy_(counters[name])
     for live, copies in [(network.master, master), *((network.optimizer_state[name], state[name]) for name in state)]:
         for shard, values in zip(live, copies, strict=True):
             shard.copy_(values)
@@ -146,6 +153,7 @@ def resume(case: Case) -> bool:
             [shard.clone() for shard in network.master],
             {name: [shard.clone() for shard in shards] for name, shards in network.optimizer_state.items()},
             {name: buffer.clone() for name, buffer in network.module.named_buffers()},
+            {name: counter.clone() for name, counter in network.optimizer_counters.items()},
         )
         for network in networks
     ]
@@ -162,8 +170,9 @@ def resume(case: Case) -> bool:
 
 @STAGES
 @PRECISIONS
-def test_resume_is_bitwise(stage: int, bf16: bool) -> None:
-    assert all(pool(2).run(resume, Case(stage, bf16, optim=RMSPROP)))
+@pytest.mark.parametrize("optim", [RMSPROP, ADAMW], ids=lambda optim: optim.name)
+def test_resume_is_bitwise(stage: int, bf16: bool, optim: OptimConfig) -> None:
+    assert all(pool(2).run(resume, Case(stage, bf16, optim=optim)))
 
 
 @pytest.mark.parametrize("name", ["bf16-optimizer", "persistent-parameters", "sub-groups", "round-robin", "offload-3"])

@@ -70,6 +70,7 @@ def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -
         *EVERY_STEP,
         Case(optimizer="rmsprop", micro_batches=2, deferred=True),
         Case(optimizer="lars", skipping=True),
+        Case(optimizer="adamw", skipping=True),
         Case(network="test_efficientnet", size=32, recompute="block"),
     ],
     ids=str,

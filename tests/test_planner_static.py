@@ -75,7 +75,13 @@ def every_layout(bf16: bool, optimizer: str, clip: float) -> dict[tuple[str, int
 
 @pytest.mark.parametrize(
     ("ranks", "bf16", "optimizer", "clip"),
-    [(1, False, "rmsprop", 0.0), (2, False, "sgd", 1.0), (2, True, "rmsprop", 0.0), (4, True, "sgd", 0.0)],
+    [
+        (1, False, "rmsprop", 0.0),
+        (2, False, "sgd", 1.0),
+        (2, True, "rmsprop", 0.0),
+        (4, True, "sgd", 0.0),
+        (2, True, "adamw", 1.0),
+    ],
 )
 def test_the_closed_form_is_what_the_engines_hold(ranks: int, bf16: bool, optimizer: str, clip: float) -> None:
     """Within 2%: shards are padded, and DeepSpeed keeps a layer on two shards whole."""

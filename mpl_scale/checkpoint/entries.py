@@ -1,6 +1,7 @@
 """What is saved: named pieces of global tensors, and how a sharded network's state is cut into them.
 
-Keys of a network: {prefix}/master/{parameter}, {prefix}/{state}/{parameter}, {prefix}/buffer/{buffer}.
+Keys of a network: {prefix}/master/{parameter}, {prefix}/{state}/{parameter}, {prefix}/buffer/{buffer},
+{prefix}/counter/{counter}.
 """
 
 from __future__ import annotations
@@ -81,4 +82,5 @@ def network_entries(prefix: str, network: Network, *, mesh: Mesh) -> list[Entry]
         for name, tensors in state.items()
         for entry in shard_entries(f"{prefix}/{name}", network.layout, tensors=tensors, write=network.owns_shard)
     ]
+    entries += replicated_entries(f"{prefix}/counter", network.optimizer_counters, mesh=mesh)
     return entries + replicated_entries(f"{prefix}/buffer", stateful_buffers(network.module), mesh=mesh)

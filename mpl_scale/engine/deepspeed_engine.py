@@ -150,6 +150,11 @@ class DeepSpeedNetwork:
         return {name: self._shards.state(name) for name in self._shards.base.state_names}
 
     @property
+    def optimizer_counters(self) -> dict[str, torch.Tensor]:
+        """The optimiser's counters by name."""
+        return dict(self._shards.base.counters)
+
+    @property
     def owns_shard(self) -> bool:
         """The first shard group owns, the others are replicas; at stage 0 rank 0 owns all."""
         return self._mesh.rank < (self._mesh.shard_size if self._stage else 1)

@@ -180,6 +180,11 @@ class FlatNetwork:
         return {name: [states[shard][name] for shard in self._master] for name in self._optimizer.state_names}
 
     @property
+    def optimizer_counters(self) -> dict[str, torch.Tensor]:
+        """The optimiser's counters by name."""
+        return self._optimizer.counters
+
+    @property
     def owns_shard(self) -> bool:
         """The first shard group owns, the others are replicas."""
         return self._mesh.rank < self._mesh.shard_size

@@ -73,6 +73,10 @@ class Network(Protocol):
         """Optimiser state by name (momentum, square_average, ...): live 1-D tensors laid out as `master`."""
 
     @property
+    def optimizer_counters(self) -> dict[str, torch.Tensor]:
+        """Optimiser counters by name: live, 0-d, the same on every rank."""
+
+    @property
     def owns_shard(self) -> bool:
         """True on the ranks whose shards together cover every parameter exactly once (replicas: False)."""
 

@@ -90,6 +90,7 @@ def _changed(state: State) -> Iterator[torch.Tensor]:
         yield from network.master
         for shards in network.optimizer_state.values():
             yield from shards
+        yield from network.optimizer_counters.values()
         yield from stateful_buffers(network.module).values()
     if state.student_average is not None:
         yield from state.student_average.shards

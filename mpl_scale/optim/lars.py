@@ -48,6 +48,7 @@ class LARS(SGD):
         self, masters: Sequence[torch.Tensor], layout: Sequence[Slice], *, group: dist.ProcessGroup | None
     ) -> None:
         """See ShardOptimizer; collective over the group."""
+        super().bind(masters, layout, group=group)
         slices = {piece.name: piece.shape for piece in layout}
         if group is not None:
             parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
@@ -85,7 +86,7 @@ class LARS(SGD):
             super().step(closure)
 
     def _gradients(
-        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float
+        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], lr: torch.Tensor, weight_decay: float
     ) -> list[torch.Tensor]:
         """trust (g + decay w)."""
         assert self._shards is not None
@@ -96,7 +97,7 @@ class LARS(SGD):
         weight, gradient = norms.sqrt_().unbind()
         ratio = self.config.trust * weight / (gradient + weight_decay * weight)
         trust = torch.where(self._adapted & (weight > 0) & (gradient > 0), ratio, 1.0)
-        decayed = super()._gradients(parameters, gradients, weight_decay)
+        decayed = super()._gradients(parameters, gradients, lr, weight_decay)
         return [self._scaled(values, shard, trust) for values, shard in zip(decayed, shards, strict=True)]
 
     def _squares(self, tensors: list[torch.Tensor], shards: list[_Shard]) -> torch.Tensor:

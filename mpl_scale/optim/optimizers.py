@@ -1,4 +1,4 @@
-"""SGD with Nesterov momentum and TensorFlow's RMSProp, elementwise, so that they update any shard of any parameter.
+"""The base of all optimisers, SGD with Nesterov momentum and TensorFlow's RMSProp: elementwise, for any shard.
 
 Under ZeRO an engine replaces a group's parameters by flat fp32 shards; both rules are elementwise, so sharding cannot
 change their result. A rule that looks at whole parameters (lars.py) is told by `bind` which elements are whose.
@@ -30,10 +30,12 @@ register_optimizer = OPTIMIZERS.register
 class ShardOptimizer(torch.optim.Optimizer, ABC):
     """Base: coupled L2 weight decay per group, a tensor learning rate, state made by `init_state`.
 
-    Groups need `params` and `weight_decay`; the engine sets `lr` (float32 []) before each step.
+    Groups need `params` and `weight_decay`; the engine sets `lr` (float32 []) before each step. `counters` (float64 []
+    by name) count the steps since `bind`; a rule takes them with its constants.
     """
 
     state_names: tuple[str, ...] = ()
+    counter_names: tuple[str, ...] = ()
     constants: tuple[str, ...] = ()
     """Fields of the config that `update` takes by name."""
     elementwise = True
@@ -44,6 +46,7 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         self._constants = {name: getattr(config, name) for name in self.constants}
         self._compiled = False
         super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
+        self._count_from(self.param_groups[0]["params"][0])
 
     def compile(self) -> None:
         """Make an elementwise rule, weight decay included, one compiled loop over each shard."""
@@ -59,6 +62,12 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
             layout: this rank's slices of parameters; elements in none are padding.
             group: ranks that hold the other slices; None: all are here.
         """
+        self._count_from(masters[0])
+
+    def _count_from(self, first: torch.Tensor) -> None:
+        """Start the counters at 0. They count updates of this shard: DeepSpeed steps shard by shard."""
+        self._first = first
+        self.counters = {name: torch.zeros((), dtype=torch.float64, device=first.device) for name in self.counter_names}
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that has none (zeros, see each rule)."""
@@ -76,6 +85,9 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update every parameter that has a gradient; gradients are left untouched."""
         self.init_state()
+        if any(parameter is self._first for group in self.param_groups for parameter in group["params"]):
+            for counter in self.counters.values():
+                counter.add_(1.0)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if not parameters:
@@ -87,16 +99,23 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
             weight_decay = group["weight_decay"]
             if self._compiled:
                 loop = _loop(type(self), weight_decay, **self._constants)
-                loop([p.detach() for p in parameters], gradients, states, lr)
+                loop([p.detach() for p in parameters], gradients, states, lr, self.counters)
             else:
-                gradients = self._gradients(parameters, gradients, weight_decay)
-                self.update(parameters, gradients, states, lr, **self._constants)
+                gradients = self._gradients(parameters, gradients, lr, weight_decay)
+                self.update(parameters, gradients, states, lr, **self.counters, **self._constants)
 
     def _gradients(
-        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float
+        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], lr: torch.Tensor, weight_decay: float
     ) -> list[torch.Tensor]:
-        """What the rule takes for gradients: with coupled weight decay. Those given are left untouched."""
-        return _decayed(parameters, gradients, weight_decay)
+        """What the rule takes for gradients, after weight decay. Those given are left untouched."""
+        return self.decay(parameters, gradients, lr, weight_decay)
+
+    @staticmethod
+    def decay(
+        parameters: list[torch.Tensor], gradients: list[torch.Tensor], lr: torch.Tensor, weight_decay: float
+    ) -> list[torch.Tensor]:
+        """Weight decay: coupled L2 here, in the gradients that it returns."""
+        return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
 
     @staticmethod
     @abstractmethod
@@ -107,19 +126,16 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         lr: torch.Tensor,
         **constants: Any,
     ) -> None:
-        """Move the parameters and their states in place; weight decay is in the gradients already."""
-
-
-def _decayed(parameters: list[torch.Tensor], gradients: list[torch.Tensor], weight_decay: float) -> list[torch.Tensor]:
-    return list(torch._foreach_add(gradients, parameters, alpha=weight_decay)) if weight_decay else gradients
+        """Move the parameters and their states in place, after `decay`; constants: the counters too."""
 
 
 @cache
 def _loop(rule: type[ShardOptimizer], weight_decay: float, **constants: Any) -> Callable[..., None]:
     """A rule with weight decay, compiled once for the shards of every network and phase with these constants."""
 
-    def update(parameters, gradients, states, lr) -> None:  # type: ignore[no-untyped-def]
-        rule.update(parameters, _decayed(parameters, gradients, weight_decay), states, lr, **constants)
+    def update(parameters, gradients, states, lr, counters) -> None:  # type: ignore[no-untyped-def]
+        gradients = rule.decay(parameters, gradients, lr, weight_decay)
+        rule.update(parameters, gradients, states, lr, **counters, **constants)
 
     return compiled(update)
 

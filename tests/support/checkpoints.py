@@ -31,6 +31,7 @@ class HandSharded:
             group = {name: p for name, p in parameters.items() if (p.dim() > 1) == matrices}
             self._cut(group, mesh)
         self.optimizer_state = {"momentum": [torch.zeros_like(shard) for shard in self.master]}
+        self.optimizer_counters: dict[str, torch.Tensor] = {}
 
     def _cut(self, group: dict[str, nn.Parameter], mesh: Mesh) -> None:
         total = sum(p.numel() for p in group.values())

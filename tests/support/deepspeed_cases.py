@@ -27,6 +27,8 @@ SGD = OptimConfig(name="sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=
 
 RMSPROP = OptimConfig(name="rmsprop", lr=0.01, momentum=0.9, weight_decay=1e-2)
 
+ADAMW = OptimConfig(name="adamw", lr=0.01, betas=(0.8, 0.95), weight_decay=0.5)
+
 
 @dataclass(frozen=True)
 class Case:

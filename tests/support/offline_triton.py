@@ -109,16 +109,21 @@ def jobs() -> Iterator[tuple[str, Callable[..., Any], list[torch.Tensor]]]:
     yield "backward", ours.backward, [dy, x, *c[:4], sums]
     for name, kind in OPTIMIZERS.items():
         if kind.elementwise:
-            yield name, _update(name), [torch.empty(1000, device=GPU) for _ in range(2 + len(kind.state_names))]
+            shards = [torch.empty(1000, device=GPU) for _ in range(2 + len(kind.state_names))]
+            counters = [torch.empty((), dtype=torch.float64, device=GPU) for _ in kind.counter_names]
+            yield name, _update(name), [*counters, *shards]
 
 
 def _update(name: str) -> Callable[..., Any]:
     rule, config = OPTIMIZERS[name], OptimConfig(name=name, lr=0.1)
     constants = {constant: getattr(config, constant) for constant in rule.constants}
 
-    def update(master: torch.Tensor, gradient: torch.Tensor, *states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def update(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        count = len(rule.counter_names)
+        counters = dict(zip(rule.counter_names, given, strict=False))
+        master, gradient, *states = given[count:]
         named = {state: [shard] for state, shard in zip(rule.state_names, states, strict=True)}
-        rule.update([master], [gradient], named, gradient.sum(), **constants)  # a 0-d rate
+        rule.update([master], [gradient], named, gradient.sum(), **counters, **constants)  # a 0-d rate
         return master, *states
 
     return update

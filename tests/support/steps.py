@@ -155,4 +155,5 @@ def everything(state: State) -> list[torch.Tensor]:
         if network is not None:
             tensors += [*network.module.state_dict().values(), *network.master]
             tensors += [shard for shards in network.optimizer_state.values() for shard in shards]
+            tensors += network.optimizer_counters.values()
     return [tensor.detach().clone() for tensor in tensors]
