@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
 
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.optim import build_optimizer, parameter_groups, schedule
@@ -95,3 +96,61 @@ def test_schedules() -> None:
     config = OptimConfig(lr=0.1, schedule="exponential", decay_rate=0.97, decay_steps=3)
     assert schedule(config, steps=9).tolist() == pytest.approx([0.1 * 0.97 ** (s // 3) for s in range(9)])
     assert schedule(OptimConfig(lr=1e-5, schedule="constant"), steps=4).tolist() == pytest.approx([1e-5] * 4)
+
+
+def torchs(make: Callable[[torch.optim.Optimizer], Any], steps: int, lr: float) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler, rates = make(optimizer), []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+LR = 0.4
+SCHEDULES: dict[str, tuple[dict[str, Any], Callable[[torch.optim.Optimizer], Any]]] = {
+    "cosine": ({"min_lr": 0.1}, lambda o: lr_scheduler.CosineAnnealingLR(o, 90, eta_min=0.1)),
+    "linear": ({"min_lr": 0.1}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.25, 90)),
+    "exponential": ({"decay_rate": 0.9, "decay_steps": 7}, lambda o: lr_scheduler.StepLR(o, 7, 0.9)),
+    "step": ({"decay_rate": 0.1, "milestones": [20, 50]}, lambda o: lr_scheduler.MultiStepLR(o, [10, 40], 0.1)),
+    "constant": ({}, lambda o: lr_scheduler.ConstantLR(o, 1.0)),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_are_torchs_after_the_warm_up(name: str) -> None:
+    settings, make = SCHEDULES[name]
+    rates = schedule(OptimConfig(lr=LR, schedule=name, warmup_steps=10, **settings), steps=105, wait=5).tolist()
+    assert rates[:5] == [0.0] * 5
+    assert rates[5:15] == pytest.approx([LR * (s + 1) / 10 for s in range(10)])
+    assert rates[15:] == pytest.approx(torchs(make, 90, LR), rel=1e-6)  # stored in float32
+
+
+def test_one_cycle_is_torchs() -> None:
+    config = OptimConfig(lr=LR, schedule="one_cycle", warmup_steps=30, min_lr=LR * 0.04 / 100)
+
+    def one_cycle(optimizer: torch.optim.Optimizer) -> Any:
+        return lr_scheduler.OneCycleLR(
+            optimizer, LR, total_steps=101, pct_start=30 / 101, final_div_factor=100, cycle_momentum=False
+        )
+
+    rates = schedule(config, steps=101 + 4, wait=4).tolist()
+    assert rates[:4] == [0.0] * 4
+    assert rates[4:] == pytest.approx([*torchs(one_cycle, 100, LR), config.min_lr], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"min_lr": 0.5}, "min_lr = 0.5"),
+        ({"min_lr": 0.1, "schedule": "constant"}, "min_lr = 0.1"),
+        ({"schedule": "step"}, "milestones = "),
+        ({"schedule": "step", "milestones": [5, 4]}, "milestones = "),
+        ({"milestones": [5]}, "milestones = "),
+        ({"schedule": "one_cycle"}, "warmup_steps = 0"),
+    ],
+)
+def test_settings_of_another_schedule_are_refused(settings: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        OptimConfig(lr=LR, **settings)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section
 
@@ -69,6 +69,9 @@ class MethodConfig(Section):
     ema_decay: Probability = Field(0.999, description="Student EMA: rate min(decay, (t+1)/(t+10)); 0: none.")
 
 
+Schedule = Literal["cosine", "linear", "exponential", "step", "one_cycle", "constant"]
+
+
 class OptimConfig(Section):
     """Optimiser and schedule of one network."""
 
@@ -87,17 +90,41 @@ class OptimConfig(Section):
     )
     adam_eps: Positive = Field(1e-8, description="AdamW: added to the root.")
     trust: Positive = Field(1e-3, description="LARS: eta, a parameter's step as a share of its norm at lr 1.")
-    schedule: Literal["cosine", "exponential", "constant"] = "cosine"
-    warmup_steps: CountOrZero = Field(0, description="Linear: lr * (step + 1) / warmup_steps.")
-    decay_rate: Fraction = Field(0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps).")
+    schedule: Schedule = "cosine"
+    warmup_steps: CountOrZero = Field(
+        0, description="Linear: lr * (step + 1) / warmup_steps; one_cycle: the steps of its rise, two or more."
+    )
+    min_lr: NonNegative = Field(0.0, description="Schedules cosine, linear, one_cycle: the rate they fall to.")
+    decay_rate: Fraction = Field(
+        0.97, description="Exponential schedule: lr * rate**floor(step / decay_steps); step: a factor per milestone."
+    )
     decay_steps: Count = Field(750, description="Exponential schedule.")
+    milestones: list[Count] = Field([], description="Schedule step: steps of the phase, rising, warm-up included.")
+    start_fraction: Fraction = Field(0.04, description="Schedule one_cycle: its first rate, as a share of lr.")
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        falls = self.schedule in ("cosine", "linear", "one_cycle")
+        if self.min_lr > self.lr or (self.min_lr and not falls):
+            raise ValueError(
+                f"min_lr = {self.min_lr} with lr = {self.lr} and schedule {self.schedule}: it must be at most lr, and "
+                "is for cosine, linear and one_cycle; set 0"
+            )
+        if bool(self.milestones) != (self.schedule == "step") or self.milestones != sorted(set(self.milestones)):
+            raise ValueError(
+                f"milestones = {self.milestones} with schedule {self.schedule}: schedule step needs rising "
+                "steps, the others []"
+            )
+        if self.schedule == "one_cycle" and self.warmup_steps < 2:
+            raise ValueError(f"warmup_steps = {self.warmup_steps}: schedule one_cycle rises over two steps or more")
+        return self
 
 
 class FinetuneOptimConfig(OptimConfig):
     """The student's optimiser and schedule while it is finetuned: LARS in section 4."""
 
     lr: NonNegative = 1e-5
-    schedule: Literal["cosine", "exponential", "constant"] = "constant"
+    schedule: Schedule = "constant"
 
 
 class OptimsConfig(Section):
