@@ -74,8 +74,8 @@ _OF_DATA = {
     Rule("unfinished"): "evaluate_on evaluation",
 }
 _OF_FINETUNE = {Rule("unbegun", FINETUNE): "batch_size start_from"}
-_RATES = "lr schedule warmup_steps decay_rate decay_steps"
-_HELD = "name momentum nesterov weight_decay decay_bn_and_bias rho eps trust"
+_RATES = "lr schedule warmup_steps min_lr decay_rate decay_steps milestones start_fraction"
+_HELD = "name momentum nesterov weight_decay decay_bn_and_bias rho eps betas adam_eps trust"
 _OF_IDENTITY = {ALWAYS: "--max_steps ranks", NEVER: "batch data splits distributions"}
 
 
