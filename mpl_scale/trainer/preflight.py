@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,17 +150,24 @@ def check_models(run: RunConfig) -> None:
 
 
 def _check_forward(model: nn.Module, shape: tuple[int, ...], classes: int, *, called: str) -> None:
-    """A training pass without memory gives a logit per class, and draws no random numbers but the package's."""
+    """A pass without memory gives a logit per class, and in training draws no random numbers but the package's.
+
+    A model that reads values on the host while it trains cannot be shown to draw none: it is believed.
+    """
     step, rows = torch.zeros((), dtype=torch.int64, device="meta"), torch.arange(shape[0], device="meta")
     images = torch.empty(shape, device="meta")
     try:
-        with torch.no_grad(), OnlyOurs(), within(Pass(seed=0, stream=0, step=step, rows=rows), model):
-            logits = model(images)
-    except ValueError as error:
-        raise ValueError(f"{called} cannot be trained here: {error}") from error
+        with torch.no_grad():
+            logits = model.eval()(images)
     except (RuntimeError, AssertionError) as error:
         hint = "; set image_size, or its kwargs" if isinstance(error, AssertionError) else ""
         raise ValueError(f"{called} cannot take {_called(shape)}: {_first_line(error)}{hint}") from error
+    try:
+        of_training = within(Pass(seed=0, stream=0, step=step, rows=rows), model)
+        with suppress(RuntimeError), torch.no_grad(), OnlyOurs(), of_training:
+            model.train()(images)
+    except ValueError as error:
+        raise ValueError(f"{called} cannot be trained here: {error}") from error
     if not torch.is_tensor(logits) or logits.shape != (shape[0], classes):
         found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"{called} gives {found}, not one logit per class")
