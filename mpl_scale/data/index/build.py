@@ -191,7 +191,7 @@ def _scanned(tasks: Sequence[_Task], workers: int) -> Iterator[int]:
         ) from error
     finally:
         for process in [] if ended else list((pool._processes or {}).values()):
-            process.terminate()  # a shard may take minutes, and what is left of it is scanned again
+            process.terminate()  # a shard can take minutes; an unfinished one is scanned again next time
         pool.shutdown(cancel_futures=True)
 
 
