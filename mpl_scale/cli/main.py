@@ -58,7 +58,8 @@ def _refused(error: Exception, line: str, status: int, *, debug: bool) -> int:
     """Print an error, once if every rank has it, else with the rank's number; returns the status."""
     where = "".join(f" ({note})" for note in getattr(error, "__notes__", []))
     rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
-    if rank == "0" or where:
+    alone = os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1"
+    if rank == "0" or where or alone:
         if debug:
             traceback.print_exception(error)
         print(f"mpl-scale: error{where}: {line}", file=sys.stderr, flush=True)

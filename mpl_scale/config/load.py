@@ -85,9 +85,10 @@ def import_modules(modules: Sequence[str]) -> None:
     for module in modules:
         try:
             importlib.import_module(module)
-        except Exception as error:  # whatever its code raises
+        except (Exception, SystemExit) as error:  # whatever its code raises; sys.exit(0) would end a run in silence
+            why = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(
-                f"{SECTION}.imports = {module!r}: {type(error).__name__}: {error}; it must be a module that Python "
+                f"{SECTION}.imports = {module!r}: {why}; it must be a module that Python "
                 "finds (PYTHONPATH, or installed) and that imports without an error"
             ) from error
 

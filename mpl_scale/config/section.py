@@ -16,6 +16,6 @@ CountOrZero = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, strict about types, closed to unknown keys."""
+    """Base of every section: frozen, strict about types, closed to unknown keys and to NaN and infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())

@@ -63,12 +63,15 @@ def build_model(
 
 
 def call_builder(network: NetworkConfig, shared: ModelConfig, *, field: str, **more: Any) -> nn.Module:
-    """The model as its builder returns it. more: arguments beside `network.kwargs`. ValueError: an unknown argument."""
+    """The model as its builder returns it. more: arguments beside `network.kwargs`. ValueError: why there is none."""
     kwargs = {**network.kwargs, **more}
     try:
         return find_builder(network.name, field=f"{field}.name")(num_classes=shared.num_classes, **kwargs)
-    except TypeError as error:
-        raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {error}") from error
+    except Exception as error:  # timm's builders raise what their layers do: KeyError, AssertionError, ...
+        if isinstance(error, ValueError) and str(error).startswith(field):
+            raise
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {why}") from error
 
 
 @torch.no_grad()
