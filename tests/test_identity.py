@@ -21,6 +21,7 @@ from mpl_scale.trainer.identity import RULES, Verdict, judge, rule_of
 from mpl_scale.trainer.phases import plan_phases
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
+from tests.support.image_sets import write_folder
 from tests.support.ranks import pool
 from tests.support.runs import StopAfter, final_state, lines
 
@@ -291,6 +292,41 @@ def test_a_finished_run_is_left_alone_where_nothing_is_left_to_do(
     assert "mpl_scale.logging.every: 2 -> 1" in said
     assert "is finished: nothing is trained" in said
     assert content_of(output) == before
+
+
+def swap(one: Path, other: Path) -> None:
+    aside = one.with_name("aside")
+    one.rename(aside)
+    other.rename(one)
+    aside.rename(other)
+
+
+def test_a_finished_run_is_refused_once_its_files_have_changed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where names, labels and counts are the same; moving all of them is no change."""
+    root = write_folder(tmp_path / "images", classes=10, images=12)
+    raw = json.loads(Path(make_config(tmp_path)).read_text())
+    raw["mpl_scale"]["data"] |= {"source": "folder", "root": str(root)}
+    config, output = write(tmp_path, raw), tmp_path / "out"
+    done = run(config, output)
+    assert run(config, output) == done
+    moved = root.rename(tmp_path / "moved")
+    assert run(config, output, f"mpl_scale.data.root={moved}") == done
+    swap(moved / "class0" / "0.png", moved / "class1" / "0.png")
+    with pytest.raises(ValueError, match="--output"):
+        run(config, output, f"mpl_scale.data.root={moved}")
+    assert "data.files: " in capfd.readouterr().err
+    assert json.loads((output / "summary.json").read_text()) == done
+
+
+def test_a_damaged_summary_is_named(finished: tuple[str, Path], tmp_path: Path) -> None:
+    config, output = finished
+    shutil.copytree(output, tmp_path / "out")
+    for content in ("[]", "{", "{}"):
+        (tmp_path / "out" / "summary.json").write_text(content)
+        with pytest.raises(ValueError, match=r"summary\.json: .*delete DONE"):
+            run(config, tmp_path / "out")
 
 
 def test_a_finished_run_without_checkpoints_is_not_overwritten(finished: tuple[str, Path], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from mpl_scale.checkpoint.agree import on_main
 from mpl_scale.config import RunConfig
 from mpl_scale.config.needs import MONITORS, needed_packages
 from mpl_scale.data import Splits, check_batches
+from mpl_scale.data.samples.manifest import describe_splits, read_manifest, same_samples
 from mpl_scale.engine.graph import first_line
 from mpl_scale.mesh import Mesh, adopt_slurm_environment, build_mesh, choose_device, start_process_group
 from mpl_scale.monitor import (
@@ -45,7 +46,7 @@ from mpl_scale.trainer.preflight import (
     record_splits,
 )
 from mpl_scale.trainer.run import Trainer
-from mpl_scale.trainer.start import find_start
+from mpl_scale.trainer.start import find_start, finished_summary
 
 __all__ = ["Options", "train"]
 
@@ -131,7 +132,9 @@ def _run(
 
         def enter() -> dict[str, Any] | None:
             held.enter_context(lock_output(options.output, patience=LOCK_PATIENCE, note=writers.note))
-            return _summary_of_finished_run(options, fingerprint)
+            if run.mpl.data.distributions is not None:  # a file, which find_start compares
+                return None
+            return _summary_of_finished_run(options, fingerprint, splits)
 
         held.callback(writers.close)
         finished = on_main(mesh, enter)
@@ -212,13 +215,13 @@ def _share_cores(environment: Mapping[str, str]) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(local)))
 
 
-def _summary_of_finished_run(options: Options, fingerprint: str) -> dict[str, Any] | None:
-    """The summary of a run of the same configuration that is DONE, for --resume auto; else None."""
-    summary = options.output / "summary.json"
-    if options.resume != "auto" or not (options.output / "DONE").exists() or not summary.exists():
+def _summary_of_finished_run(options: Options, fingerprint: str, splits: Splits) -> dict[str, Any] | None:
+    """The summary of a run that is DONE, of the same configuration, data and split, for --resume auto; else None."""
+    found = finished_summary(options.output) if options.resume == "auto" else None
+    if found is None or found.get("config_hash") != fingerprint:
         return None
-    found: dict[str, Any] = json.loads(summary.read_text())
-    return found if found.get("config_hash") == fingerprint else None
+    manifest = read_manifest(options.output / "splits")
+    return found if manifest is not None and same_samples(manifest, describe_splits(splits)) else None
 
 
 def _open_monitor(run: RunConfig, writers: Writers, mesh: Mesh) -> None:

@@ -5,7 +5,6 @@ Nothing is written before what the folder holds has been compared with what is a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mpl_scale.data.samples.manifest import read_manifest
+from mpl_scale.files import read_object
 from mpl_scale.monitor import DONE_NAME, SUMMARY_NAME
 from mpl_scale.trainer.bad_input import value_on_main
 from mpl_scale.trainer.identity import Verdict, describe, judge, refusal
@@ -49,7 +49,7 @@ def find_start(trainer: Trainer, output: Path, *, resume: str, max_steps: int | 
     """
     mesh, snapshots, note = trainer.mesh, trainer.snapshots, trainer.writers.note
     wanted = value_on_main(mesh, partial(describe, trainer, max_steps=max_steps))
-    summary = value_on_main(mesh, partial(_finished, output))
+    summary = value_on_main(mesh, partial(finished_summary, output))
     snapshot = snapshots.find(resume)
     if snapshot is None:
         if summary is not None and resume == "auto":
@@ -105,10 +105,13 @@ def _judge(snapshot: Snapshot, wanted: Mapping[str, Any]) -> Verdict:
     return judge(stored, wanted)
 
 
-def _finished(output: Path) -> dict[str, Any] | None:
-    """The summary of a run that is done."""
+def finished_summary(output: Path) -> dict[str, Any] | None:
+    """The summary of a run that is done; None: it is not. ValueError: summary.json is damaged."""
     summary = output / SUMMARY_NAME
     if not (output / DONE_NAME).exists() or not summary.exists():
         return None
-    found: dict[str, Any] = json.loads(summary.read_text())
+    fix = f"delete {DONE_NAME} beside it to continue from the last checkpoint"
+    found = read_object(summary, fix=fix)
+    if not isinstance(found.get("results"), dict):
+        raise ValueError(f"{summary}: it has no results; {fix}")
     return found

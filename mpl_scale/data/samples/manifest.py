@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.data.registry import ImageSet
+from mpl_scale.data.registry import ImageFiles, ImageSet
 from mpl_scale.data.samples.joined import JoinedImages
 from mpl_scale.data.samples.splits import Splits
 from mpl_scale.files import replace_text, replacing
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
+_COMPARED = ("images", "refused", "classes", "class_names", "labels", "files")
+_END = 64
+"""Bytes at the end of a file that tell its content."""
 _CHUNK = 1 << 20  # ids hashed at once
 
 
@@ -44,7 +48,7 @@ def write_manifest(splits: Splits, folder: Path, *, manifest: Mapping[str, Any] 
 
 def content(manifest: Mapping[str, Any]) -> dict[str, str | int | None]:
     """Which samples a manifest says are used for what, by field: without paths, because data may be moved."""
-    found = {f"data.{name}": manifest[name] for name in ("images", "refused", "classes", "labels") if name in manifest}
+    found = {f"data.{name}": manifest[name] for name in _COMPARED if name in manifest}
     found |= {f"data.{name}": (manifest.get(name) or {}).get("sha256") for name in ("index", "unlabelled_index")}
     parts = {name: f"{part['count']} images, sha256 {part['sha256'][:12]}" for name, part in manifest["parts"].items()}
     return found | {f"splits.{name}": part for name, part in parts.items()}
@@ -100,6 +104,8 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
         "images": len(images),
         "refused": len(images.refused),
         "classes": len(images.classes),
+        "class_names": _hash_text(str(name) for name in images.classes),
+        "files": _hash_text(_described(images)) if isinstance(images, ImageFiles) else None,
         "labels": _hash(images.labels) if not isinstance(images, IndexedImages | JoinedImages) else None,
         "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
         "unlabelled_index": _describe_unlabelled(splits),
@@ -115,6 +121,32 @@ def _hash(numbers: np.ndarray) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(numbers), _CHUNK):
         digest.update(numbers[start : start + _CHUNK].astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _described(images: ImageFiles) -> Iterator[str]:
+    """Each file's folder, name, size and last bytes: a folder may be moved, its files may not change.
+
+    An image ends with what is its own: compressed pixels, in a PNG also their checksum. It may begin with a header alone.
+    """
+    for path in map(Path, images.paths):
+        yield f"{path.parent.name}/{path.name} {_end_of(path)}"
+
+
+def _end_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _END))
+            return f"{size} {file.read().hex()}"
+    except OSError:  # refused when the set was read, or gone: decoding says so
+        return "unreadable"
+
+
+def _hash_text(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
