@@ -49,8 +49,10 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     MASTER_ADDR is the job's first host and MASTER_PORT follows from the job id, unless the batch script exports them.
 
     Raises:
-        ValueError: in the script of a job of several tasks, which srun has not started.
+        ValueError: in the script of a job of several tasks, which srun has not started; or variables that no launcher
+            sets so.
     """
+    _check_ranks(environment)
     if "RANK" in environment or "SLURM_PROCID" not in environment or "SLURM_NTASKS" not in environment:
         return
     refuse_batch_step(environment)
@@ -60,6 +62,25 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     if "MASTER_ADDR" not in environment:
         environment["MASTER_ADDR"] = _first_slurm_host(environment)
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+_LEAST = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1, "SLURM_NTASKS": 1, "SLURM_PROCID": 0}
+_MOST = {"MASTER_PORT": 65535}
+
+
+def _check_ranks(environment: Mapping[str, str]) -> None:
+    """ValueError, printed by this rank: a launcher's variable is out of its range, or RANK is not below WORLD_SIZE."""
+    faults = []
+    for name, least in _LEAST.items():
+        text, most = environment.get(name), _MOST.get(name)
+        if text is not None and not (text.isdecimal() and least <= int(text) <= (most or int(text))):
+            faults.append(f"{name} = {text!r}, not a whole number from {least}{f' to {most}' if most else ''}")
+    if not faults and (rank := int(environment.get("RANK", 0))) >= (world := int(environment.get("WORLD_SIZE", 1))):
+        faults.append(f"RANK = {rank} with WORLD_SIZE = {world}: ranks count from 0")
+    if faults:
+        error = ValueError(f"{'; '.join(faults)}; start with deepspeed, torchrun or srun, or unset it to run alone")
+        error.add_note(f"rank {environment.get('RANK', 0)}")
+        raise error
 
 
 def _first_slurm_host(environment: MutableMapping[str, str]) -> str:

@@ -130,7 +130,7 @@ def test_srun_variables_start_two_ranks_that_agree_with_one(tmp_path: Path, alon
 
 
 def test_slurm_variables_give_way_to_a_launchers() -> None:
-    variables = {"RANK": "5", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}
     before = dict(variables)
     adopt_slurm_environment(variables)
     assert variables == before

@@ -97,3 +97,22 @@ def test_ranks_are_named_by_ranges() -> None:
     assert name_ranks([3]) == "rank 3"
     assert name_ranks([1, 2, 3, 7, 9, 10]) == "ranks 1 to 3, 7, 9 to 10"
     assert name_ranks(range(0, 40, 2)).endswith("14 and 12 more ranges")
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'"),
+        ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK = 5 with WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK = '-1'"),
+        ({"RANK": "1"}, "RANK = 1 with WORLD_SIZE = 1"),
+        ({"LOCAL_RANK": "x"}, "LOCAL_RANK = 'x'"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT = '99999'"),
+        ({**BATCH, "SLURM_NTASKS": "x"}, "SLURM_NTASKS = 'x'"),
+    ],
+)
+def test_variables_that_no_launcher_sets_so_are_named(variables: dict[str, str], named: str) -> None:
+    with pytest.raises(ValueError, match=rf"{named}.*unset it to run alone") as caught:
+        adopt_slurm_environment(variables)
+    assert caught.value.__notes__ == [f"rank {variables.get('RANK', 0)}"]  # so that every rank prints it

@@ -127,10 +127,11 @@ def _hash(numbers: np.ndarray) -> str:
 def _described(images: ImageFiles) -> Iterator[str]:
     """Each file's folder, name, size and last bytes: a folder may be moved, its files may not change.
 
-    An image ends with what is its own: compressed pixels, in a PNG also their checksum. It may begin with a header alone.
+    An image ends with what is its own: compressed pixels, in a PNG also their checksum. Its first bytes may be the
+    same in all.
     """
     for path in map(Path, images.paths):
-        yield f"{path.parent.name}/{path.name} {_end_of(path)}"
+        yield f"{path.parent.name}/{path.name} {_end_of(path) if path.is_file() else 'no file'}"  # a pipe would block
 
 
 def _end_of(path: Path) -> str:
