@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 
@@ -43,6 +44,25 @@ def replace_text(path: Path, text: str, *, durable: bool = True, shared: bool = 
     """Write a file in UTF-8; for the rest, see `replacing`. Raises OSError as the file system does."""
     with replacing(path, durable=durable, shared=shared) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def refuse_output(path: Path, *, folder: bool, option: str = "--output") -> None:
+    """ValueError where no folder, or no file, can be written at `path`; tried, and nothing is left there.
+
+    Trying is the only test: root may write to a file system that is read-only, full, or none at all (/proc).
+    """
+    if path.exists() and path.is_dir() != folder:
+        found, wanted = ("file", "folder") if folder else ("folder", "file")
+        raise ValueError(f"{option} {path} is a {found}; name a {wanted}")
+    nearest = path.absolute() if folder else path.absolute().parent
+    parent = next(above for above in (nearest, *nearest.parents) if above.exists())
+    try:
+        with TemporaryDirectory(prefix=".mpl_scale-", dir=parent):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} {path}: nothing can be written to {parent}: {error.strerror}; choose another"
+        ) from error
 
 
 @contextmanager

@@ -197,3 +197,56 @@ def test_a_run_over_a_few_bad_images_ends(tmp_path: Path) -> None:
         make_splits(load_images(DataConfig(source="folder", root=str(root))), config=DataConfig(), seed=0).test
     )
     assert held_out - len(victims) <= summary["results"]["student"]["images"] <= held_out
+
+
+def missing(name: str) -> Path:
+    return Path("/proc/no_process") / name  # root may write everywhere, but not here
+
+
+def test_an_output_that_cannot_be_made_is_refused_first(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """By every command, before it reads what it works on."""
+    spec, nothing = DIGITS.parent / "sweeps" / "digits.json", str(tmp_path / "nothing")
+    for command in (
+        ["train", "--ds_config", str(DIGITS), "--output", str(missing("run"))],
+        ["export", nothing, "--output", str(missing("folder"))],
+        ["index", nothing, "--source", "folder", "--output", str(missing("index"))],
+        ["select", "--index", nothing, "--output", str(missing("index")), "--per_class", "3", "--checkpoint", nothing],
+        ["sweep", str(spec), "--output", str(missing("sweep"))],
+        ["report", nothing, "--output", str(missing("report.html"))],
+    ):
+        assert "nothing can be written to /proc" in error_line(capfd, command), command
+    (tmp_path / "file").write_text("mine")
+    command = ["export", nothing, "--output", str(tmp_path / "file")]
+    assert f"{tmp_path / 'file'} is a file; name a folder" in error_line(capfd, command)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "splits", "metrics.jsonl", "summary.json", "config.json"])
+def test_what_stands_in_the_place_of_a_runs_files(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    """It is refused before anything of the run that was there is touched."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "DONE").touch()
+    if "." in name:
+        (output / name).mkdir()
+    else:
+        (output / name).touch()
+    assert f"{output / name} is a " in error_line(capfd, arguments(tmp_path))
+    assert sorted(path.name for path in output.iterdir()) == sorted(["DONE", name])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("Auto", "did you mean auto"),
+        ("newer", "did you mean never"),
+        ("/nowhere/step_1", "no checkpoint there"),
+    ],
+)
+def test_resume_is_judged_before_the_data_are_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], given: str, message: str
+) -> None:
+    where = ["--set", "mpl_scale.data.source=folder", "--set", f"mpl_scale.data.root={tmp_path / 'nothing'}"]
+    line = error_line(capfd, [*arguments(tmp_path), *where, "--resume", given])
+    assert f"--resume {given}: no checkpoint there" in line
+    assert message in line

@@ -305,7 +305,9 @@ def test_binary_batches_cut_short(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
     images, refused = scan("cifar10", root)
     assert len(images) == 47
-    assert refused == ["data_batch_5.bin, byte 21511: the file ends 2073 bytes into an image"]
+    assert refused == [
+        "data_batch_5.bin, byte 21511: the rest of the shard is lost: the file ends 2073 bytes into an image"
+    ]
 
 
 def test_lost_mat_files_are_listed(tmp_path: Path) -> None:

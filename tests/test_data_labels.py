@@ -183,7 +183,7 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "npy one hot": ("arrays", arrays(np.eye(2, dtype=int)), r"'test_labels\.npy' holds int64 \[2, 2\]"),
     "npy of bools": ("arrays", arrays(np.zeros(2, bool)), r"'test_labels\.npy' is no \.npy file of plain numbers"),
     "npy too short": ("arrays", arrays(np.zeros(1, int)), r"int64 \[1\], not one whole number per image, \[2\]"),
-    "npy huge": ("arrays", arrays(np.array([0, 1 << 63], np.uint64)), "label 9223372036854775807 is above"),
+    "npy huge": ("arrays", arrays(np.array([0, 1 << 63], np.uint64)), "holds 9223372036854775808, which is no class"),
     "cifar": ("cifar10", cifar, "label 10 is above 9, the last class"),
     "svhn above": ("svhn", svhn(11), "y holds other labels than 1 to 10, or 0 to 9"),
     "svhn both": ("svhn", svhn(10), "y holds both 0 and 10"),

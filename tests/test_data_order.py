@@ -134,5 +134,7 @@ def test_splits_depend_on_the_split_seed_alone() -> None:
 
 
 def test_a_class_with_too_few_images_is_named() -> None:
-    with pytest.raises(ValueError, match=r"labelled_per_class = 5, but class 'class1' has 6 images .* holds out 2"):
+    with pytest.raises(
+        ValueError, match=r"labelled_per_class = 5, but class 'class1' has 6 training images, .* holds out 2 of them"
+    ):
         make_splits(image_set([30, 6]), config=DataConfig(labelled_per_class=5), seed=0)

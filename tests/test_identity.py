@@ -51,7 +51,7 @@ THEIRS += [f"{section}.{name}" for section, keys in SECTIONS.items() for name in
 def test_every_field_has_a_rule_and_every_rule_a_field() -> None:
     """Where the fields of a section differ in kind, the section has no rule that a new field would inherit."""
     assert [field for field in (*OURS, *THEIRS) if rule_of(field) is None] == []
-    known = [*OURS, *THEIRS, "--max_steps", "ranks", "batch", "data", "splits", "distributions"]
+    known = [*OURS, *THEIRS, "--max_steps", "ranks", "batch", "data", "splits", "distributions", "weights"]
     assert [rule for rule in RULES if not any(f"{field}.".startswith(f"{rule}.") for field in known)] == []
     for mixed in (
         "data",
@@ -80,6 +80,7 @@ def kept(
             "steps": {phase.name: phase.steps for phase in plan_phases(run.mpl, batches, max_steps=max_steps)},
             "manifest": {**MANIFEST, **manifest},
             "distributions": None,
+            "weights": {"teacher": None, "student": None},
         },
     }
 
@@ -171,6 +172,21 @@ def test_the_data_and_their_split_are_compared_by_content(tmp_path: Path) -> Non
     parts = {**MANIFEST["parts"], "test": MANIFEST["parts"]["held_out"], "held_out": {"count": 0, "sha256": ""}}
     assert verdict(tmp_path, TRAINING, kept(tmp_path, parts=parts)).refused
     assert not verdict(tmp_path, TRAINING, kept(tmp_path, "mpl_scale.data.evaluate_on=held_out", parts=parts)).refused
+
+
+def test_weights_are_compared_by_content(tmp_path: Path) -> None:
+    """A file that was moved is the same one; another one at the same place is not."""
+    where = "mpl_scale.model.teacher.weights"
+    stored = kept(tmp_path, f"{where}=/a/model.safetensors")
+    stored |= {"phase": "train", "phase_step": 3}
+    stored["identity"]["weights"] = {"teacher": "12", "student": None}
+    moved = copy.deepcopy(stored)
+    moved["config"]["mpl_scale"]["model"]["teacher"]["weights"] = "/b/model.safetensors"
+    found = judge(stored, moved)
+    assert (found.changed, found.refused) == ({where: ["/a/model.safetensors", "/b/model.safetensors"]}, [])
+    replaced = copy.deepcopy(stored)
+    replaced["identity"]["weights"]["teacher"] = "34"
+    assert judge(stored, replaced).refused == ['weights.teacher: "12" -> "34" (fixed for a run)']
 
 
 def test_layout_and_batch(tmp_path: Path) -> None:

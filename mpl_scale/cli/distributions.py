@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command
+from mpl_scale.files import refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +21,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    refuse_output(options.output, folder=False)
     import torch  # seconds
 
     from mpl_scale.config import load_config

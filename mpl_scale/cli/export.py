@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command
+from mpl_scale.files import refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    refuse_output(options.output, folder=True)
     from mpl_scale.checkpoint.export import export  # torch: seconds
 
     checkpoint = choose_checkpoint(options.checkpoint)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from mpl_scale.cli.command import Command, positive
+from mpl_scale.files import refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -27,12 +28,13 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     output = options.output or options.root.with_name(f"{options.root.name}.index")
+    if not options.verify:
+        refuse_output(output, folder=True)
     # DALI and torch come with the data package: seconds
     from mpl_scale.data.index.build import build_index, why_not_current
     from mpl_scale.data.index.format import ScanOptions
     from mpl_scale.data.index.progress import IndexProgress
     from mpl_scale.data.index.reader import IndexedImages, verify
-    from mpl_scale.data.registry import refuse_bad_labels
 
     if options.verify:
         verify(output)
@@ -45,7 +47,7 @@ def _run(options: argparse.Namespace) -> int:
     if reason is None:
         print(f"'{output}' is up to date; --force builds it again")
         _print_contents(output)
-        refuse_bad_labels(IndexedImages(output), built=False)
+        _refuse_faults(output)
         return 0
     if reason:
         print(f"'{output}' is stale, building it again: {reason}")
@@ -63,8 +65,18 @@ def _run(options: argparse.Namespace) -> int:
         for kind, count in built.reasons.most_common():
             print(f"  {count:>8,}  {kind}")
     _print_contents(output)
-    refuse_bad_labels(IndexedImages(output), built=False)
+    _refuse_faults(output)
     return 0
+
+
+def _refuse_faults(output: Path) -> None:
+    """ValueError where no run would take the index."""
+    from mpl_scale.data.index.reader import IndexedImages
+    from mpl_scale.data.registry import refuse_bad_labels, refuse_damaged
+
+    images = IndexedImages(output)
+    refuse_bad_labels(images, built=False)
+    refuse_damaged(images)
 
 
 def _print_contents(output: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpl_scale.cli.command import Command
+from mpl_scale.files import refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    refuse_output(options.output, folder=False)
     from mpl_scale.report import write_report  # torch comes with the monitor: seconds
 
     for path in write_report(options.runs, options.output, title=options.title):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.files import refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +52,8 @@ def _share(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
+    if options.output is not None:
+        refuse_output(options.output, folder=True)
     if options.write_hashes is not None:
         from mpl_scale.select.hashes import write_hashes  # torch, DALI: seconds
 

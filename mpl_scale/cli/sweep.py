@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, positive
+from mpl_scale.files import refuse_output
 
 if TYPE_CHECKING:
     from mpl_scale.sweep import Sweep, Task
@@ -47,6 +48,7 @@ def _index_or_all(text: str) -> int | str:
 
 
 def _run(options: argparse.Namespace) -> int:
+    refuse_output(options.output, folder=True)
     from mpl_scale.sweep import Sweep, read_spec
 
     sweep = Sweep(read_spec(options.spec, trials=options.trials, seed=options.seed), options.output)

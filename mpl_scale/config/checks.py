@@ -200,11 +200,19 @@ def _check_method(config: RunConfig) -> None:
 
 
 def _check_data(config: RunConfig) -> None:
-    if any(deviation <= 0 for deviation in config.mpl.data.std):
-        raise ValueError(f"mpl_scale.data.std = {list(config.mpl.data.std)}: every value must be above 0")
-    if config.mpl.data.unlabelled_index is not None and config.mpl.data.unlabelled_from != "auto":
+    data, side = config.mpl.data, config.mpl.model.image_size
+    for section, name in (("weak", "pad"), ("strong", "cutout"), ("strong", "crop_pad")):
+        pixels = getattr(getattr(data, section), name)
+        if pixels > side:
+            raise ValueError(
+                f"mpl_scale.data.{section}.{name} = {pixels} pixels with mpl_scale.model.image_size = {side}: views "
+                f"may show nothing of the image; use {side} or less"
+            )
+    if any(deviation <= 0 for deviation in data.std):
+        raise ValueError(f"mpl_scale.data.std = {list(data.std)}: every value must be above 0")
+    if data.unlabelled_index is not None and data.unlabelled_from != "auto":
         raise ValueError(
-            f"mpl_scale.data.unlabelled_from = {config.mpl.data.unlabelled_from} with unlabelled_index: both say which "
+            f"mpl_scale.data.unlabelled_from = {data.unlabelled_from} with unlabelled_index: both say which "
             "images are unlabelled; leave one out"
         )
 
@@ -221,7 +229,10 @@ def _batches(config: RunConfig, *, world: int) -> Batches:
     total, micro, accumulation = given.values()
     parts = accumulation or (total // (micro * ranks) if total and micro else 1) or 1
     if total is None and micro is None:
-        raise ValueError("train_batch_size is missing: give the labelled images per step over all ranks")
+        raise ValueError(
+            'train_batch_size is missing, or "auto" with nothing to tell it from: give the labelled images per step '
+            "over all ranks"
+        )
     if total is None:
         total = (micro or 1) * parts * ranks
     if micro is None:

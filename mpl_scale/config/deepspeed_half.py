@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpl_scale.config.deepspeed_keys import AUTO_FROM_BATCH, SECTIONS, TOP_LEVEL, Key
+from mpl_scale.config.deepspeed_keys import AUTO_FROM_BATCH, SECTIONS, STAGE_3, TOP_LEVEL, Key
 from mpl_scale.config.names import suggest
 
 
@@ -108,7 +108,14 @@ def refuse_combinations(deepspeed: Mapping[str, Any], *, shard_size: int, world:
 def without_effect(deepspeed: Mapping[str, Any], *, flat: bool) -> list[str]:
     """One line for each group of keys that this run ignores without harm."""
     ignored = [field for field, key, _ in _set_keys(deepspeed) if key.effect == "ignored"]
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
+    of_stage_3 = [
+        field
+        for field, key, _ in _set_keys(deepspeed)
+        if stage != 3 and key.effect == "tuning" and field.rpartition(".")[2].removeprefix("stage3_") in STAGE_3
+    ]
     tuning = [field for field, key, _ in _set_keys(deepspeed) if key.effect == "tuning"] if flat else []
+    tuning = [field for field in tuning if field not in of_stage_3]
     lines = []
     if (clipping := deepspeed.get("gradient_clipping", 0)) < 0:
         lines.append(
@@ -116,6 +123,8 @@ def without_effect(deepspeed: Mapping[str, Any], *, flat: bool) -> list[str]:
         )
     if ignored:
         lines.append(f"{', '.join(ignored)}: no effect here; docs/troubleshooting.md has the list")
+    if of_stage_3:
+        lines.append(f"{', '.join(of_stage_3)}: no effect with zero_optimization.stage = {stage}; stage 3 reads them")
     if tuning:
         lines.append(f"{', '.join(tuning)}: no effect with engine flat, which has no such buffers")
     return lines

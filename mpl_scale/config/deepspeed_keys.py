@@ -150,7 +150,7 @@ _OFFLOAD = {
 }
 _BUCKET = Key("whole", "tuning", least=0)
 _NEW_NAME = "DeepSpeed has replaced it; use {}"
-_STAGE_3 = {
+STAGE_3 = {
     "prefetch_bucket_size": replace(_BUCKET, default=50_000_000),
     "param_persistence_threshold": replace(_BUCKET, default=100_000),
     "model_persistence_threshold": _BUCKET,
@@ -197,8 +197,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         **_refused(_NEW_NAME.format("offload_optimizer"), "cpu_offload cpu_offload_use_pin_memory", kind="flag"),
         **_refused(_NEW_NAME.format("offload_param"), "cpu_offload_param", kind="flag"),
         "stage3_gather_fp16_weights_on_model_save": Key("flag", "ignored", False),
-        **_STAGE_3,
-        **{f"stage3_{name}": key for name, key in _STAGE_3.items()},
+        **STAGE_3,
+        **{f"stage3_{name}": key for name, key in STAGE_3.items()},
     },
     "zero_optimization.offload_optimizer": {
         **_OFFLOAD,
@@ -238,9 +238,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     "comet": {
         **dict.fromkeys(("enabled", "online"), Key("flag", "run")),
         "samples_log_interval": Key("whole", "run", 100, least=1),
-        **dict.fromkeys(
-            ("project", "workspace", "api_key", "experiment_name", "experiment_key", "mode"), Key("text", "run")
-        ),
+        **dict.fromkeys(("project", "workspace", "api_key", "experiment_name", "experiment_key"), Key("text", "run")),
+        "mode": Key("text", "run", choices=("get", "create", "get_or_create")),
     },
     "comms_logger": {
         **_flags("ignored", "enabled verbose debug"),

@@ -23,9 +23,14 @@ from mpl_scale.config.former import former_notes, without_former_fields
 from mpl_scale.config.names import suggest
 from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
+from mpl_scale.config.unused import unused_settings
 
 SECTION = "mpl_scale"
 INCLUDE = "include"
+MOST_LEVELS = 50
+_TOO_DEEP = (
+    f"values are nested more than {MOST_LEVELS} levels deep; a ds_config has 5, and kwargs of a model a few more"
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     raw = _read_with_includes(path)
     for assignment in overrides:
         _assign(raw, assignment)
+    _refuse_deep(raw, path)
     section = raw.pop(SECTION, None)
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
@@ -69,6 +75,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _refuse_unknown_fields(section, Config, SECTION, path)
+    given = section
     if isinstance(section.get("method"), dict):
         section = {**section, "method": apply_preset(section["method"])}
     try:
@@ -77,6 +84,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_error(error)}") from None
     import_modules(mpl.imports)
+    notes += unused_settings(mpl, given)
     return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed, notes=tuple(f"{path}: {note}" for note in notes))
 
 
@@ -123,9 +131,21 @@ def _read(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: {_TOO_DEEP}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: the top level must be a JSON object")
+    _refuse_deep(raw, path)
     return raw
+
+
+def _refuse_deep(value: Any, path: Path, *, level: int = 0) -> None:
+    """ValueError for values that a recursive function could not walk."""
+    if level > MOST_LEVELS:
+        raise ValueError(f"{path}: {_TOO_DEEP}")
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _refuse_deep(item, path, level=level + 1)
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -147,6 +167,8 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         value = json.loads(text)
     except json.JSONDecodeError:
         value = text
+    except RecursionError:
+        raise ValueError(f"--set {dotted}: {_TOO_DEEP}") from None
     target = raw
     for key in keys[:-1]:
         target = target.setdefault(key, {})

@@ -19,7 +19,17 @@ from mpl_scale.config.schema_method import (
     UDAConfig,
 )
 from mpl_scale.config.schema_views import EvaluationConfig, StrongConfig, WeakConfig
-from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, Share
+from mpl_scale.config.section import (
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+    Probability,
+    Seconds,
+    Section,
+    Share,
+)
 
 __all__ = [
     "CheckpointConfig",
@@ -79,8 +89,10 @@ class ModelConfig(Section):
 
     teacher: NetworkConfig
     student: NetworkConfig
-    num_classes: Annotated[int, Field(ge=2)]
-    image_size: Count = Field(description="Height and width of the images fed to the networks, pixels.")
+    num_classes: Annotated[int, Field(ge=2, le=1 << 20)]
+    image_size: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
+        description="Height and width of the images fed to the networks, pixels."
+    )
     bn_decay: Probability = Field(
         0.99, description="Decay of BN's moving averages (Tables 6-8); torch momentum is 1 - decay."
     )
@@ -150,13 +162,18 @@ class DataConfig(Section):
     max_bad_fraction: Share = Field(
         0.01, description="Of the images indexed, or drawn so far: more unreadable ones than that end the run."
     )
+    allow_damaged_shards: bool = Field(
+        False,
+        description="Whether shards that are cut short or damaged are used as far as they can be read; what is lost "
+        "counts as one unreadable image each. false refuses them.",
+    )
     max_pixels: Count = Field(
         50_000_000, le=1 << 31, description="Larger images are bad: a small file may unpack to gigabytes."
     )
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    threads: Count = Field(1, description="DALI's CPU threads per rank.")
-    prefetch: Count = Field(2, description="Batches DALI prepares ahead.")
+    threads: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="DALI's CPU threads per rank.")
+    prefetch: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Batches DALI prepares ahead.")
     resident: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Whether images are decoded once, at the start, and stay in the device's memory, where their views "
@@ -225,7 +242,7 @@ class ParallelConfig(Section):
         description="Only algorithms that give the same bits in every run: slower, and an operation that has none "
         "raises an error. false: cuDNN tries its algorithms and keeps the fastest.",
     )
-    timeout_seconds: Positive = Field(600.0, description="A collective that takes longer ends the run.")
+    timeout_seconds: Seconds = Field(600.0, description="A collective that takes longer ends the run.")
 
 
 class TrainPhase(Section):
@@ -281,7 +298,7 @@ class CheckpointConfig(Section):
         0, description="Checkpoints of steps that it divides are kept too, for good; a multiple of `every`; 0: none."
     )
     asynchronous: bool = Field(False, description="Copy the state to host memory and write it in the background.")
-    timeout_seconds: Positive = Field(
+    timeout_seconds: Seconds = Field(
         600.0, description="asynchronous: where a rank's file is not written by then, the checkpoint is given up."
     )
 
@@ -309,7 +326,7 @@ class RewindConfig(Section):
 class GuardConfig(Section):
     """What ends a run that makes no progress."""
 
-    hang_seconds: Positive | None = Field(
+    hang_seconds: Seconds | None = Field(
         None,
         description="No step ended for that long: every rank writes its stacks, the rank that is behind is named, and "
         "the run ends with status 75. Above the slowest step, below parallel.timeout_seconds; null: off.",

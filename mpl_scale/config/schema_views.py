@@ -7,7 +7,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from mpl_scale.config.presets import STRONG_PRESETS, under_preset
-from mpl_scale.config.section import CountOrZero, Fraction, Positive, Probability, Section, Share
+from mpl_scale.config.section import (
+    CountOrZero,
+    Fraction,
+    Positive,
+    Probability,
+    Section,
+    Share,
+    refuse_upside_down,
+)
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -26,6 +34,12 @@ class WeakConfig(Section):
     pad: CountOrZero = Field(0, description="shift_crop: pixels the window may leave the image by on each side.")
     fill: Annotated[int, Field(ge=0, le=255)] = Field(0, description="Value of pixels outside the image.")
     flip: bool = Field(False, description="Horizontal flip with probability 1/2; wrong for digits (C.2).")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        refuse_upside_down("scale", *self.scale)
+        refuse_upside_down("ratio", *self.ratio)
+        return self
 
 
 class EvaluationConfig(Section):
@@ -55,7 +69,7 @@ class StrongConfig(Section):
     ops: list[str] = Field(
         default_factory=list, description="Names registered in mpl_scale.augment, instead of an op_set."
     )
-    num_ops: CountOrZero = Field(2, description="N of RandAugment.")
+    num_ops: Annotated[int, Field(ge=0, le=16)] = Field(2, description="N of RandAugment.")
     magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
         9.0, description="M of RandAugment, 0 to 10; the released code goes beyond."
     )
@@ -97,7 +111,5 @@ class StrongConfig(Section):
     def _one_list(self) -> Self:
         if self.ops and self.op_set:
             raise ValueError(f"ops and op_set = {self.op_set!r} both say what to draw from; leave one out")
-        low, high = self.probability_range or (0.0, 1.0)
-        if low > high:
-            raise ValueError(f"probability_range = {[low, high]} is upside down; give the smaller one first")
+        refuse_upside_down("probability_range", *(self.probability_range or (0.0, 1.0)))
         return self

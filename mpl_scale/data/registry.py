@@ -136,7 +136,7 @@ def load_images(config: DataConfig) -> ImageSet:
     """
     require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
     options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data is not False)
-    refuse_unused(config.source, options)
+    refuse_unused(config.source, label_offset=config.label_offset, check_data=config.check_data)
     root = None if config.root is None else Path(config.root).expanduser()
     if config.index is not None:
         images: ImageSet = _indexed(config, Path(config.index).expanduser(), root)
@@ -148,6 +148,7 @@ def load_images(config: DataConfig) -> ImageSet:
         _refuse_outside(images, config.source)
     else:
         refuse_bad_labels(images, built=config.index is not None)
+        refuse_damaged(images, allowed=config.allow_damaged_shards)
     if images.bad > config.max_bad_fraction * max(1, len(images)):
         raise ValueError(
             f"{images.bad} of {len(images)} images are more than mpl_scale.data.max_bad_fraction = "
@@ -164,6 +165,21 @@ def _refuse_outside(images: ImageSet, source: str) -> None:
         raise ValueError(
             f"mpl_scale.data.source = '{source}': {len(outside)} label(s) are outside 0 to {len(images.classes) - 1}, "
             f"the first one {int(images.labels[first])} of {images.name(first)}; count the classes from 0"
+        )
+
+
+def refuse_damaged(images: IndexedImages, *, allowed: bool = False) -> None:
+    """Refuse an index of shards that are cut short, unless that is wanted; `max_bad_fraction` is for images.
+
+    Raises:
+        ValueError: with the first shards, and why each is damaged.
+    """
+    lost = [] if allowed else images.lost()
+    if lost:
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        raise ValueError(
+            f"{len(lost)} shard(s) of '{images.root}' are damaged or not complete: {'; '.join(lost[:3])}{more}; fetch "
+            "them again, or set mpl_scale.data.allow_damaged_shards = true to train on what can be read of them"
         )
 
 

@@ -101,7 +101,7 @@ def replaced_classifier(network: NetworkConfig, shared: ModelConfig, *, field: s
 
 def classifier_warning(network: NetworkConfig, shared: ModelConfig, *, field: str) -> str | None:
     """A warning where the file's classifier is not loaded; None: it is loaded, or there is no file yet."""
-    if network.weights is None or not _file(network.weights).exists():
+    if network.weights is None or not weights_file(network.weights).exists():
         return None
     replaced = replaced_classifier(network, shared, field=field)
     if not replaced:
@@ -123,7 +123,7 @@ def load_weights(module: nn.Module, network: NetworkConfig, shared: ModelConfig,
     replaced = replaced_classifier(network, shared, field=field)
     shifts = _variance_shifts(plain_model(network, shared, field=field), shared.bn_eps)
     state = module.state_dict()
-    with safe_open(_file(network.weights), framework="pt") as file, torch.no_grad():
+    with safe_open(weights_file(network.weights), framework="pt") as file, torch.no_grad():
         for key in set(file.keys()) - set(replaced):
             state[key].copy_(_shifted(file.get_tensor(key), -shifts.get(key, 0.0)))
 
@@ -131,7 +131,7 @@ def load_weights(module: nn.Module, network: NetworkConfig, shared: ModelConfig,
 def _stored(network: NetworkConfig, *, field: str) -> dict[str, tuple[int, ...]]:
     """Shapes by key, from the header of `network.weights`."""
     assert network.weights is not None
-    path = _file(network.weights)
+    path = weights_file(network.weights)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -165,7 +165,8 @@ def _dtype(like: torch.Tensor) -> torch.dtype:
     return torch.float32 if like.is_floating_point() else like.dtype
 
 
-def _file(weights: str) -> Path:
+def weights_file(weights: str) -> Path:
+    """The file that `network.weights` names, itself or by its folder."""
     path = Path(weights).expanduser()
     return path / FILE_NAME if path.is_dir() else path
 

@@ -3,7 +3,8 @@
 A run is its resolved configuration, its split and its data. Each checkpoint keeps them in its metadata:
 
     config      resolved
-    identity    --max_steps, ranks, batch, steps of each phase, splits/manifest.json, hash of data.distributions
+    identity    --max_steps, ranks, batch, steps of each phase, splits/manifest.json, hashes of data.distributions
+                and of the networks' weights
     history     one entry for each start that changed something: where, what, and the results that were there before
 
 RULES says of every field whether it may change: always, never, or depending on the phases that are done.
@@ -24,6 +25,7 @@ from mpl_scale.config.deepspeed_half import settings_of
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import SECTION
 from mpl_scale.data.samples.manifest import content, describe_splits
+from mpl_scale.models.weights import weights_file
 from mpl_scale.trainer.bad_input import differences
 
 if TYPE_CHECKING:
@@ -63,20 +65,21 @@ _OF_DEEPSPEED = {
 _OF_SECTION = {
     ALWAYS: "paper imports logging checkpoint guard parallel phases.train.evaluate_every",
     NEVER: "seed model method",
+    Rule("content", by="weights"): "model.teacher.weights model.student.weights",
     STEPS: "phases.teacher_warmup.steps phases.train.steps phases.finetune.steps",
 }
 _OF_DATA = {
     ALWAYS: "check_data max_bad_fraction threads prefetch resident resident_bytes evaluation_batch",
     NEVER: "unlabelled_ratio labelled_view weak strong jitter mean std",
-    CONTENT: "source root index unlabelled_index label_offset max_pixels split labelled_fraction held_out_shards "
-    "labelled_per_class test_fraction split_seed unlabelled_from",
+    CONTENT: "source root index unlabelled_index label_offset allow_damaged_shards max_pixels split "
+    "labelled_fraction held_out_shards labelled_per_class test_fraction split_seed unlabelled_from",
     Rule("content", by="distributions"): "distributions",
     Rule("unfinished"): "evaluate_on evaluation",
 }
 _OF_FINETUNE = {Rule("unbegun", FINETUNE): "batch_size start_from"}
 _RATES = "lr schedule warmup_steps min_lr decay_rate decay_steps milestones start_fraction"
 _HELD = "name momentum nesterov weight_decay decay_bn_and_bias rho eps betas adam_eps trust"
-_OF_IDENTITY = {ALWAYS: "--max_steps ranks", NEVER: "batch data splits distributions"}
+_OF_IDENTITY = {ALWAYS: "--max_steps ranks", NEVER: "batch data splits distributions weights"}
 
 
 def _table() -> dict[str, Rule]:
@@ -117,7 +120,8 @@ def rule_of(field: str) -> Rule | None:
 def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
     """What the checkpoints of a run keep of its identity: config and identity. For rank 0; every id is hashed."""
     run, batches = trainer.config, trainer.resolved.batches
-    distributions = run.mpl.data.distributions
+    distributions, model = run.mpl.data.distributions, run.mpl.model
+    weights = {name: getattr(model, name).weights for name in ("teacher", "student")}
     return {
         "config": run.resolved(),
         "identity": {
@@ -127,6 +131,7 @@ def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
             "steps": {phase.name: phase.steps for phase in trainer.phases},
             "manifest": describe_splits(trainer.source.splits),
             "distributions": None if distributions is None else _hash(Path(distributions).expanduser()),
+            "weights": {name: None if path is None else _hash(weights_file(path)) for name, path in weights.items()},
         },
     }
 
@@ -226,7 +231,7 @@ def refusal(folder: Path, refused: list[str]) -> ValueError:
 def _fields(kept: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """All that is compared, nested: the configuration, and of the identity what the checkpoint knows."""
     identity = {name: value for name, value in kept.get("identity", {}).items() if name in known}
-    found = {name: identity[name] for name in ("ranks", "batch", "distributions") if name in identity}
+    found = {name: identity[name] for name in ("ranks", "batch", "distributions", "weights") if name in identity}
     if "max_steps" in identity:
         found["--max_steps"] = identity["max_steps"]
     if "manifest" in identity:

@@ -1,4 +1,4 @@
-"""Checks of a run's input beyond its config file: names, images, models, the output folder.
+"""Checks of a run's input beyond its config file: names, images, models.
 
 All of it is checked before the ranks join, and raises ValueError with the field or file and the fix.
 """
@@ -6,7 +6,6 @@ All of it is checked before the ranks join, and raises ValueError with the field
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 
 from mpl_scale.augment import StrongView
-from mpl_scale.config import RunConfig
+from mpl_scale.config import Batches, RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
@@ -60,6 +59,11 @@ def check_names(run: RunConfig) -> None:
         )
     if run.mpl.data.source in LENGTHS:
         _check_vectors(run)
+    elif run.mpl.data.jitter:
+        raise ValueError(
+            f"mpl_scale.data.jitter = {run.mpl.data.jitter:g} has no effect with source {run.mpl.data.source}: it is "
+            "the strong view of vectors, and images have mpl_scale.data.strong; leave it out"
+        )
     refuse_view(run.mpl.data, run.mpl.model.image_size)
     evaluation_view(run.mpl.data.evaluation, run.mpl.model.image_size)
 
@@ -88,7 +92,8 @@ def load_splits(run: RunConfig) -> Splits:
         )
     splits = make_splits(images, config=data, seed=config.seed)
     if data.unlabelled_index is not None:
-        splits = with_unlabelled(splits, Path(data.unlabelled_index).expanduser())
+        folder = Path(data.unlabelled_index).expanduser()
+        splits = with_unlabelled(splits, folder, allow_damaged=data.allow_damaged_shards)
     if data.source not in LENGTHS:
         decide(data, splits, config.model.image_size)
     return splits
@@ -125,6 +130,20 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
             "evaluates on it"
         )
     return notes
+
+
+def repeated(splits: Splits, batches: Batches, *, unlabelled: bool) -> list[str]:
+    """A line for each batch that is larger than its part, and so shows images several times.
+
+    unlabelled: whether the run has unlabelled batches.
+    """
+    sizes = [("labelled", batches.labelled, len(splits.labelled))]
+    sizes += [("unlabelled", batches.unlabelled, len(splits.unlabelled))] if unlabelled else []
+    return [
+        f"a step takes {batch:,} {name} images and there are {count:,}: it sees each {batch / count:.1f} times"
+        for name, batch, count in sizes
+        if batch > count
+    ]
 
 
 def check_resumed(splits: Splits, checkpoint: Path) -> None:
@@ -210,10 +229,3 @@ def _check_split(model: nn.Module, run: RunConfig, *, field: str, name: str) -> 
         raise ValueError(
             f"mpl_scale.parallel.width = {parallel.width} cannot split {field}.name = {name}: {error}"
         ) from error
-
-
-def check_output(output: Path) -> None:
-    """The folder can be made and written to."""
-    parent = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"--output {output}: {parent} is not a folder this user can write to; choose another")

@@ -38,12 +38,13 @@ from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer.bad_input import check_same_on_all_ranks, do_together, is_agreed
 from mpl_scale.trainer.components import Options, Prepared, build_trainer
 from mpl_scale.trainer.lock import lock_output
+from mpl_scale.trainer.output import CONFIG, METRICS, SPLITS, check_output
 from mpl_scale.trainer.preflight import (
     check_models,
     check_names,
-    check_output,
     load_splits,
     record_splits,
+    repeated,
 )
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.start import find_start, finished_summary
@@ -82,6 +83,7 @@ def train(
     require_packages(needed_packages(run, engine=resolved.engine))
     batches = resolved.batches
     check_names(run)
+    check_output(options.output, resume=options.resume)
     if resolved.engine == "deepspeed":
         from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
 
@@ -95,7 +97,6 @@ def train(
         data_ranks=batches.data_ranks,
     )
     check_models(run)
-    check_output(options.output)
     _share_cores(os.environ)
     resolved.numerics.apply(device)
     owns_group = not dist.is_initialized()
@@ -132,13 +133,16 @@ def _run(
 
         def enter() -> dict[str, Any] | None:
             held.enter_context(lock_output(options.output, patience=LOCK_PATIENCE, note=writers.note))
-            if run.mpl.data.distributions is not None:  # a file, which find_start compares
-                return None
+            model = run.mpl.model
+            if any((run.mpl.data.distributions, model.teacher.weights, model.student.weights)):
+                return None  # files, which find_start compares
             return _summary_of_finished_run(options, fingerprint, splits)
 
         held.callback(writers.close)
         finished = on_main(mesh, enter)
         if finished is not None:
+            if options.calibration is not None:
+                writers.note("--calibration is ignored: the run is finished")
             return finished
         trainer = build_trainer(Prepared(run, options, resolved, splits, mesh, writers), stop_requested=stop_requested)
         held.callback(trainer.vitals.close)
@@ -179,9 +183,12 @@ def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
         manifest = start.kept["identity"]["manifest"]
         for line in record_splits(trainer.source.splits, output, manifest=manifest):
             writers.note(line)
-        (output / "config.json").write_text(json.dumps(config.resolved(), indent=2) + "\n")
+        unlabelled = any(phase.unlabelled for phase in trainer.phases)
+        for line in repeated(trainer.source.splits, trainer.resolved.batches, unlabelled=unlabelled):
+            writers.note(line)
+        (output / CONFIG).write_text(json.dumps(config.resolved(), indent=2) + "\n")
         resume_step = None if snapshot is None else trainer.record.global_step
-        writers.metrics = MetricsWriter(output / "metrics.jsonl", resume_step=resume_step)
+        writers.metrics = MetricsWriter(output / METRICS, resume_step=resume_step)
     do_together(trainer.mesh, partial(_open_monitor, config, writers, trainer.mesh))
     return None
 
@@ -220,7 +227,7 @@ def _summary_of_finished_run(options: Options, fingerprint: str, splits: Splits)
     found = finished_summary(options.output) if options.resume == "auto" else None
     if found is None or found.get("config_hash") != fingerprint:
         return None
-    manifest = read_manifest(options.output / "splits")
+    manifest = read_manifest(options.output / SPLITS)
     return found if manifest is not None and same_samples(manifest, describe_splits(splits)) else None
 
 

@@ -33,6 +33,7 @@ from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.files import write_text
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import State
+from mpl_scale.trainer.output import check_resume
 from mpl_scale.trainer.phases import Phase
 
 
@@ -180,18 +181,10 @@ class Snapshots:
         if resume == "auto":
             found = newest_good(self.root, mesh=self._mesh, warn=self._warn)
             return None if found is None else Snapshot(*found)
+        check_resume(resume, self.root)
         if resume == "never":
-            if self.root.is_dir() and any(self.root.glob("step_*")):
-                raise CheckpointError(
-                    f"--resume never: {self.root} holds an earlier run's checkpoints; use --resume auto, another "
-                    "--output, or delete them"
-                )
             return None
         folder = Path(resume)
-        if not (folder / "index.json").is_file():
-            raise CheckpointError(
-                f"--resume {resume}: no checkpoint there; give a folder step_... that has an index.json"
-            )
         found = newest_good(folder.parent, mesh=self._mesh, warn=self._warn, only=folder.name)
         assert found is not None
         return Snapshot(*found)

@@ -46,6 +46,11 @@ class Arrays:
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, [("images.npy", "train"), ("test_images.npy", "test")])
+        if (root / "test_labels.npy").exists() and len(found) == 1:
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds test_labels.npy and no test_images.npy; add it, or remove the "
+                "labels"
+            )
         if not found or found[0].part != "train":
             raise ValueError(
                 f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, 3] there, and labels.npy"
@@ -82,8 +87,8 @@ def _labels(path: Path, count: int) -> np.ndarray:
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or len(labels) != count:
         found = f"{labels.dtype} {list(labels.shape)}"
         raise BadLabel(f"'{path.name}' holds {found}, not one whole number per image, [{count}]")
-    if labels.dtype == np.uint64:
-        labels = np.minimum(labels, np.uint64(np.iinfo(np.int64).max))  # out of range all the same
+    if labels.dtype == np.uint64 and (largest := int(labels.max())) > np.iinfo(np.int64).max:
+        raise BadLabel(f"'{path.name}' holds {largest}, which is no class; -1 stored as uint64 reads so")
     return labels.astype(np.int64)
 
 

@@ -15,6 +15,8 @@ import numpy as np
 from mpl_scale.data.formats.pickled import read_pickle
 from mpl_scale.data.index.format import (
     ENTRY,
+    LOST_REST,
+    LOST_WHOLE,
     BadLabel,
     Layout,
     MalformedShard,
@@ -50,7 +52,15 @@ class Cifar10(PlainFormat):
                 f"mpl_scale.data.root = '{root}' holds no data_batch_1.bin (binary version) nor data_batch_1 (Python "
                 "version); name the folder that the archive of CIFAR-10 unpacks to"
             )
-        return binary or python
+        found = binary or python
+        names = {shard.name.removesuffix(".bin") for shard in found}
+        absent = [name for name, part in _BATCHES if part == "train" and name not in names]
+        if absent:
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds {found[0].name} but not {', '.join(absent)}; unpack the archive "
+                "of CIFAR-10 again"
+            )
+        return found
 
     def classes(self, root: Path) -> Sequence[str]:
         return _CLASSES
@@ -91,8 +101,9 @@ def _scan_binary(path: Path, shard: Shard) -> Scan:
     content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     count, rest = divmod(len(content), _RECORD)
     scan = _scan(shard, content[: count * _RECORD : _RECORD].astype(np.int64), first=1, stride=_RECORD)
-    if rest:
-        scan.refusals.append(Refusal(shard.name, count * _RECORD, f"the file ends {rest} bytes into an image"))
+    if rest or not count:
+        reason = f"{LOST_REST}: the file ends {rest} bytes into an image" if rest else f"{LOST_WHOLE}: it is empty"
+        scan.refusals.append(Refusal(shard.name, count * _RECORD, reason))
     return scan
 
 

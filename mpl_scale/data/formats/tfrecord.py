@@ -20,6 +20,7 @@ from mpl_scale.data.encoded.probe import probe
 from mpl_scale.data.formats.example import Feature, read_example
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
+    LOST_REST,
     BadLabel,
     Layout,
     MalformedShard,
@@ -66,7 +67,7 @@ class TFRecord:
                     else:
                         builder.refuse_sample(offset, len(record), _DATA_CRC)
             except MalformedShard as error:
-                builder.refuse(error.offset, f"the rest of the shard is lost: {error}")
+                builder.refuse(error.offset, f"{LOST_REST}: {error}")
         return builder.scan()
 
 
@@ -79,6 +80,8 @@ def read_records(file: BinaryIO, *, check_data: bool = True) -> Iterator[tuple[i
     """
     size = os.fstat(file.fileno()).st_size
     position = 0
+    if not size:
+        raise MalformedShard("it is empty")
     while position < size:
         header = file.read(_HEADER.size)
         if len(header) < _HEADER.size:

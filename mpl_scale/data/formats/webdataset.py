@@ -23,6 +23,8 @@ from mpl_scale.data.encoded.probe import probe_at
 from mpl_scale.data.formats.tar import Member, read_members
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
+    LOST_REST,
+    LOST_WHOLE,
     BadLabel,
     Layout,
     MalformedShard,
@@ -51,7 +53,16 @@ class WebDataset:
     sidecars = (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        return find_shards(root, r".*\.(tar|tar\.gz|tgz)", what=".tar file")
+        found = find_shards(root, r".*\.(tar|tar\.gz|tgz)", what=".tar file")
+        by_stem: dict[str, str] = {}
+        for shard in found:
+            other = by_stem.setdefault(re.sub(r"\.(tar|tar\.gz|tgz)$", "", shard.name), shard.name)
+            if other != shard.name:
+                raise ValueError(
+                    f"mpl_scale.data.root = '{root}' holds both '{other}' and '{shard.name}': its images would be seen "
+                    "twice; remove one"
+                )
+        return found
 
     def classes(self, root: Path) -> Sequence[str] | None:
         return classes_file(root)
@@ -64,7 +75,7 @@ class WebDataset:
                     shutil.copyfileobj(packed, plain, 1 << 20)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 unpacked.unlink(missing_ok=True)
-                builder.refuse(0, f"the whole shard is lost: it cannot be decompressed: {error}")
+                builder.refuse(0, f"{LOST_WHOLE}: it cannot be decompressed: {error}")
                 return builder.scan()
             path = unpacked
         with open(path, "rb") as file:
@@ -83,7 +94,7 @@ def _whole(file: BinaryIO, builder: ScanBuilder) -> Iterator[Member]:
             else:
                 builder.refuse(member.offset, f"member '{member.name[:200]}': {member.refused}")
     except MalformedShard as error:
-        builder.refuse(error.offset, f"the rest of the shard is lost: {error}")
+        builder.refuse(error.offset, f"{LOST_REST}: {error}")
 
 
 def _key(name: str) -> str:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mpl_scale.config.names import require_known
 from mpl_scale.data.index import sidecars
-from mpl_scale.data.index.format import ENTRY, FORMATS, Refusal, Scan, ScanOptions, Shard
+from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Scan, ScanOptions, Shard
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import PartFiles, write_index
@@ -70,7 +70,7 @@ def build_index(
     """
     require_known("--source", source, FORMATS)
     options = options or ScanOptions()
-    refuse_unused(source, options)
+    refuse_unused(source, label_offset=options.label_offset, check_data=None if options.check_data else False)
     root, output = root.expanduser().resolve(), output.expanduser().absolute()
     if not root.is_dir():
         raise ValueError(f"'{root}' is no folder; give the one that holds the data set")
@@ -202,7 +202,7 @@ def _scan(task: _Task) -> int:
     try:
         scan = FORMATS[task.source].scan(task.root, task.shard, options=task.options, unpacked=part.pixels)
     except OSError as error:
-        reason = f"the whole shard is lost: cannot be read: {error.strerror}"
+        reason = f"{LOST_WHOLE}: cannot be read: {error.strerror}"
         scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
     first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)
     labels = count_from_zero(scan, task.shard, first=first, classes=classes)

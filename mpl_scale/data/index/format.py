@@ -27,6 +27,10 @@ MOST_CLASSES = 1 << 20
 CLASSES_FILE = "classes.txt"
 
 
+LOST_WHOLE, LOST_REST = "the whole shard is lost", "the rest of the shard is lost"
+"""How the reason begins for which an unknown number of images is missing."""
+
+
 class MalformedShard(ValueError):
     """Why a shard's bytes cannot be read on, and at which byte. The only error a parser raises for bad bytes."""
 
@@ -85,7 +89,7 @@ class Scan:
     @classmethod
     def lost(cls, shard: Shard, error: MalformedShard) -> Scan:
         """Nothing of the shard can be used."""
-        reason = f"the whole shard is lost: {error}"
+        reason = f"{LOST_WHOLE}: {error}"
         return cls(np.zeros(0, ENTRY), [Refusal(shard.name, error.offset, reason, label=isinstance(error, BadLabel))])
 
 
@@ -192,11 +196,16 @@ def classes_file(root: Path) -> list[str] | None:
     if not path.exists():
         return None
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' cannot be read: {error}; write one class name a line, in UTF-8") from error
+    if "" in names and names != [""]:
+        raise ValueError(f"'{path}': line {names.index('') + 1} is blank, which shifts the labels after it; remove it")
+    doubled = next((name for row, name in enumerate(names) if name in names[:row]), None)
+    if doubled is not None:
+        raise ValueError(f"'{path}' names class '{doubled}' twice; give each class a name of its own")
     if len(names) < 2:
-        raise ValueError(f"'{path}' holds {len(names)} names; write one class name a line, or remove it")
+        raise ValueError(f"'{path}' holds fewer than two names; write one class name a line, or remove it")
     return names
 
 

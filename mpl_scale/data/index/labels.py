@@ -16,18 +16,19 @@ import numpy as np
 from mpl_scale.data.index.format import FORMATS, MOST_CLASSES, Part, Refusal, Scan, ScanOptions, Shard
 
 
-def refuse_unused(source: str, options: ScanOptions) -> None:
-    """ValueError for an option that has no effect with this source."""
+def refuse_unused(source: str, *, label_offset: int | None, check_data: bool | None) -> None:
+    """ValueError for an option that was given, so is not None, and has no effect with this source."""
     found = FORMATS.get(source)
-    if options.label_offset is not None and (found is None or found.first_label is None):
+    if label_offset is not None and (found is None or found.first_label is None):
         raise ValueError(
-            f"mpl_scale.data.label_offset = {options.label_offset} has no effect with source {source}, which defines "
+            f"mpl_scale.data.label_offset = {label_offset} has no effect with source {source}, which defines "
             "its labels; leave it out"
         )
-    if not options.check_data and (found is None or not found.checksums):
+    if check_data is not None and (found is None or not found.checksums):
+        option = "" if check_data else " (--skip_data_crc)"
         raise ValueError(
-            f"mpl_scale.data.check_data = false (--skip_data_crc) has no effect with source {source}, which has no "
-            "checksums; leave it out"
+            f"mpl_scale.data.check_data = {str(check_data).lower()}{option} has no effect with source {source}, which "
+            "has no checksums; leave it out"
         )
 
 

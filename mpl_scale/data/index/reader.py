@@ -31,7 +31,7 @@ from mpl_scale.data.encoded.probe import ppm
 from mpl_scale.data.index import sidecars
 from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
-from mpl_scale.data.index.format import Layout, Part
+from mpl_scale.data.index.format import LOST_REST, LOST_WHOLE, Layout, Part
 from mpl_scale.data.index.parts import parts_line
 
 FORMAT, VERSION = "mpl_scale.index", 2
@@ -120,6 +120,14 @@ class IndexedImages:
                 where = f"{self.root / entry['file']}"
                 found[where if entry["offset"] is None else f"{where}, byte {entry['offset']}"] = str(entry["reason"])
         return found
+
+    def lost(self) -> list[str]:
+        """The shards that are cut short or damaged, each with the reason: how many images are missing is unknown."""
+        if not any(kind.startswith((LOST_WHOLE, LOST_REST)) for kind in self.meta.get("reasons", {})):
+            return []
+        with open(self.folder / "refused.jsonl", encoding="utf-8") as file:
+            found = [entry for entry in map(json.loads, file) if entry["reason"].startswith((LOST_WHOLE, LOST_REST))]
+        return [f"'{entry['file']}': {entry['reason']}" for entry in found]
 
     def contents(self) -> list[str]:
         """For people: images by part and by format, and what was seen and is not used."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.data.registry import ImageSet
+from mpl_scale.data.registry import ImageSet, refuse_damaged
 from mpl_scale.data.samples.splits import Splits
 
 
@@ -73,14 +73,15 @@ class JoinedImages:
         return (self.first, sample) if own < 0 else (self.second, own)
 
 
-def with_unlabelled(splits: Splits, folder: Path) -> Splits:
+def with_unlabelled(splits: Splits, folder: Path, *, allow_damaged: bool = False) -> Splits:
     """The splits with all images of an index, instead of their own, as the unlabelled ones.
 
     Raises:
-        ValueError: `folder` is no index, or its shards have changed.
+        ValueError: `folder` is no index, its shards have changed, or are damaged and that is not allowed.
     """
     try:
         second = IndexedImages(folder, root_setting=None)
+        refuse_damaged(second, allowed=allow_damaged)
     except ValueError as error:
         raise ValueError(f"mpl_scale.data.unlabelled_index: {error}") from error
     first = len(splits.images)

@@ -171,9 +171,10 @@ def _by_class(
     """For each class of the pool, in an order drawn by the seed: test images, labelled images, the rest."""
     for name, count, test in zip(images.classes, counts, tests, strict=True):
         if count - test < config.labelled_per_class:
+            held_out = f", and test_fraction = {config.test_fraction} holds out {test} of them" if test else ""
             raise ValueError(
                 f"mpl_scale.data.labelled_per_class = {config.labelled_per_class}, but class {name!r} has {count} "
-                f"images and test_fraction = {config.test_fraction} holds out {test}; lower one or add images"
+                f"training images{held_out}; lower it, or add images to the class"
             )
     keys = uniform_numpy(seed=seed, stream=stream_of(Purpose.SPLIT), epoch=np.zeros_like(pool), ids=pool, columns=1)[
         :, 0

@@ -1,0 +1,147 @@
+"""Shards that are cut short or empty: how much is missing is unknown, so none passes for a few unreadable images."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mpl_scale.cli import main
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data import load_images, make_splits
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.samples.joined import with_unlabelled
+from tests.support import mini_imagenet as mini
+from tests.support.labelled_sets import load, write
+
+CUT = 0.6  # of the bytes: inside an image
+
+
+def cut(path: Path, share: float = CUT) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def tfrecord(root: Path) -> Path:
+    write(root, "tfrecord", [1, 2] * 6)
+    return root / "train.tfrecord"
+
+
+def webdataset(root: Path) -> Path:
+    write(root, "webdataset", [0, 1] * 6)
+    return root / "train.tar"
+
+
+def packed(root: Path) -> Path:
+    plain = webdataset(root)
+    (root / "train.tar.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    return root / "train.tar.gz"
+
+
+def binary(root: Path) -> Path:
+    mini.write_cifar_binary(root)
+    return root / "data_batch_3.bin"
+
+
+def pickled(root: Path) -> Path:
+    mini.write_cifar_python(root)
+    return root / "data_batch_3"
+
+
+def matlab(root: Path) -> Path:
+    mini.write_svhn(root)
+    return root / "extra_32x32.mat"
+
+
+KINDS = {
+    "tfrecord": tfrecord,
+    "webdataset": webdataset,
+    "webdataset packed": packed,
+    "cifar10 binary": binary,
+    "cifar10": pickled,
+    "svhn": matlab,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", [CUT, 0.0], ids=["cut", "empty"])
+def test_a_damaged_shard_is_refused_unless_it_is_allowed(tmp_path: Path, kind: str, share: float) -> None:
+    root = tmp_path / "data"
+    damaged, source = KINDS[kind](root), kind.partition(" ")[0]
+    if source in ("tfrecord", "webdataset"):  # a whole one beside it: something is left to train on
+        (root / damaged.name.replace("train", "train-b")).write_bytes(damaged.read_bytes())
+    cut(damaged, share)
+    with pytest.raises(ValueError, match=rf"1 shard\(s\) .* '{damaged.name}': the .* lost: .*allow_damaged_shards"):
+        load(root, source)
+    images = load(root, source, allow_damaged_shards=True)
+    assert len(images.lost()) == 1
+    assert len(images) > len(images.refused)
+
+
+def test_the_index_command_ends_with_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "data"
+    cut(webdataset(root))
+    for _ in range(2):  # built, and up to date
+        assert main(["index", str(root), "--source", "webdataset", "--output", str(tmp_path / "index")]) == 2
+        assert "1 shard(s)" in capsys.readouterr().err
+
+
+def test_an_index_of_unlabelled_images_is_no_exception(tmp_path: Path) -> None:
+    whole, other = write(tmp_path / "whole", "webdataset", [0, 1] * 6), tmp_path / "other"
+    cut(webdataset(other))
+    build_index("webdataset", other, output=tmp_path / "index")
+    splits = make_splits(load(whole, "webdataset"), config=DataConfig(labelled_per_class=1), seed=0)
+    with pytest.raises(ValueError, match=r"unlabelled_index: 1 shard\(s\)"):
+        with_unlabelled(splits, tmp_path / "index")
+    assert len(with_unlabelled(splits, tmp_path / "index", allow_damaged=True).unlabelled)
+
+
+def no_third_batch(root: Path) -> None:
+    binary(root).unlink()
+
+
+def labels_alone(root: Path) -> None:
+    write(root, "arrays", [0, 1])
+    np.save(root / "test_labels.npy", np.zeros(3, int))
+
+
+def both_archives(root: Path) -> None:
+    plain = webdataset(root)
+    (root / "train.tgz").write_bytes(gzip.compress(plain.read_bytes()))
+
+
+def classes(text: str) -> Callable[[Path], None]:
+    def make(root: Path) -> None:
+        webdataset(root)
+        (root / "classes.txt").write_text(text)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("source", "make", "message"),
+    [
+        ("cifar10", no_third_batch, "but not data_batch_3"),
+        ("arrays", labels_alone, "test_labels.npy and no test_images.npy"),
+        ("webdataset", both_archives, "both 'train.tar' and 'train.tgz'"),
+        ("webdataset", classes("cat\n\ndog\n"), "line 2 is blank"),
+        ("webdataset", classes("cat\ndog\ncat\n"), "names class 'cat' twice"),
+        ("webdataset", classes("\n"), "fewer than two names"),
+    ],
+)
+def test_a_data_set_that_is_not_complete_is_refused(
+    tmp_path: Path, source: str, make: Callable[[Path], None], message: str
+) -> None:
+    make(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path / "data", source)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_checksums_of_a_source_that_has_none(given: bool) -> None:
+    with pytest.raises(ValueError, match=r"check_data = .* has no effect with source digits"):
+        load_images(DataConfig(source="digits", check_data=given))
