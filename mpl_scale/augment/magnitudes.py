@@ -7,6 +7,10 @@ default is AutoAugment's (Cubuk et al. 2019, Table 6). Two rules (`magnitude_rul
 - level: the released code's. Enhancers, posterize and solarize read the magnitude without a sign, from one end of
   their range to the other: 0 is the greyest, the fewest bits, everything inverted. Solarize's threshold is an 8-bit
   number there, so 409 means 153.
+
+Magnitudes above 10 go beyond the limits, as in Noisy Student's code: 27 rotates by 81 degrees. Where that would replace
+the image, the limit holds: the weight of Sample Pairing's partner, which that code does not have (at 27 it would be 1,
+the partner alone), and the lower end of the distance rule's enhancers (factor 0 is a black image).
 """
 
 from __future__ import annotations
@@ -39,10 +43,10 @@ def rows(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> n
 
 
 def factor(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
-    """PIL's enhancement factor; 1 leaves the image alone. Never negative, which would swap light and dark."""
+    """PIL's enhancement factor; 1 leaves the image alone. Never below that of strength -1: 0 is one grey or black."""
     if limits.magnitude_rule == "level":
         return (1 - limits.enhance) + 2 * limits.enhance * np.abs(strength)
-    return np.maximum(1 + limits.enhance * strength, 0.0)
+    return np.maximum(1 + limits.enhance * np.maximum(strength, -1.0), 0.0)
 
 
 def bits(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
@@ -58,8 +62,8 @@ def threshold(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int])
 
 
 def share(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
-    """Weight of the partner's pixels, 0 to 1."""
-    return np.minimum(limits.sample_pairing * np.abs(strength), 1.0)
+    """Weight of the partner's pixels, 0 to the limit: at 1 the view would be the partner."""
+    return limits.sample_pairing * np.minimum(np.abs(strength), 1.0)
 
 
 def side(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:

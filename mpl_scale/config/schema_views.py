@@ -90,7 +90,7 @@ class StrongConfig(Section):
     translate: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         100 / 331, description="Limit of translate_x and translate_y, share of the side: 100 of 331 pixels."
     )
-    sample_pairing: Probability = Field(0.4, description="Limit of sample_pairing: weight of the other image.")
+    sample_pairing: Probability = Field(0.4, description="Largest weight of the other image in sample_pairing.")
     cutout_op: Fraction = Field(0.125, description="Limit of the operation cutout: half its square's side, as a share.")
     cutout: CountOrZero = Field(
         0, description="Side of the square set to `fill` after the operations, pixels; 0: none."
