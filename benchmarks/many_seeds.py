@@ -150,7 +150,7 @@ class EachDirectional(EachSeed, Directional):
         # Along S g, the gradient a seed would have alone: its derivative is S times that along g.
         scale = self.count / (2.0 * step * norms)
         derivative = (shifted[0] - shifted[1]) * self.of_rows(scale, len(shifted[0]))[:, None]
-        return self.signal(state, h, self._credit(derivative, update.targets), metrics)
+        return self.signal(state, h, self._credit(derivative, update), metrics)
 
 
 class EachPerSample(EachDirectional, PerSample):

@@ -13,7 +13,7 @@ from mpl_scale.config.schema import FeedbackConfig, OptimConfig
 from mpl_scale.engine.flat_engine import FlatNetwork
 from mpl_scale.mesh import build_mesh
 from mpl_scale.mpl import FEEDBACK_RULES, METHODS, State
-from mpl_scale.mpl.feedback import Cosine, cosine, labelled_gradient
+from mpl_scale.mpl.feedback import Cosine, PerSample, SoftExact, StudentUpdate, cosine, labelled_gradient
 from mpl_scale.mpl.losses import cross_entropy, sample_labels
 from mpl_scale.mpl.state import gradient_dots
 from mpl_scale.philox import uniform
@@ -40,11 +40,18 @@ def sampled(state: State, batch: Batch) -> torch.Tensor:
     return sample_labels(logits, numbers)
 
 
-def unrolled(teacher: nn.Module, student: nn.Module, batch: Batch, lr: float) -> torch.Tensor:
-    """L_l(theta_S - lr grad CE(T(x_u), S(x_u))) of equation 3, differentiable in the teacher."""
+SMOOTHINGS = (0.0, 0.1, 0.15)
+"""None, Table 8's and the released code's."""
+
+
+def unrolled(
+    teacher: nn.Module, student: nn.Module, batch: Batch, lr: float, *, smoothing: float = 0.0
+) -> torch.Tensor:
+    """L_l(theta_S - lr grad CE(T(x_u), S(x_u))) of equation 3 with a smoothed target, differentiable in the teacher."""
     weights = dict(student.named_parameters())
     logits = torch.func.functional_call(student, weights, (batch.weak,))
-    loss = -(teacher(batch.weak).softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    target = (1 - smoothing) * teacher(batch.weak).softmax(-1) + smoothing / CLASSES
+    loss = -(target * logits.log_softmax(-1)).sum(-1).mean()
     grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
     stepped = {name: w - lr * g for (name, w), g in zip(weights.items(), grads, strict=True)}
     return F.cross_entropy(torch.func.functional_call(student, stepped, (batch.labelled,)), batch.labels)
@@ -64,12 +71,14 @@ def test_property_1_loss_difference_is_lr_times_the_dot_product_to_first_order()
     assert all(later < earlier / 5 for earlier, later in itertools.pairwise(errors)), errors  # O(lr)
 
 
-def test_property_2_soft_exact_is_autograd_through_the_unrolled_step() -> None:
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_property_2_soft_exact_is_autograd_through_the_unrolled_step(smoothing: float) -> None:
     lr, batch = 0.1, make_batch()
-    state = make_state("soft_exact", lr=lr, pseudo_labels="soft")
+    state = make_state("soft_exact", lr=lr, pseudo_labels="soft", student_label_smoothing=smoothing)
     teacher, student = mlp(1), mlp(2)
-    exact = gradient(teacher, unrolled(teacher, student, batch, lr))
-    g_u = gradient(student, cross_entropy(student(batch.weak), teacher(batch.weak).softmax(-1).detach()).mean())
+    exact = gradient(teacher, unrolled(teacher, student, batch, lr, smoothing=smoothing))
+    target = (1 - smoothing) * teacher(batch.weak).softmax(-1).detach() + smoothing / CLASSES
+    g_u = gradient(student, F.cross_entropy(student(batch.weak), target))
     ours = teacher_gradient(state, batch)
     with torch.no_grad():
         for p, w in zip(student.parameters(), state.student.module.parameters(), strict=True):
@@ -152,10 +161,12 @@ def test_property_4_h_at_the_sampled_update_is_biased_by_order_lr() -> None:
     assert relative[2] < relative[1] / 5
 
 
-def test_property_6_per_sample_credits_average_to_the_cosine() -> None:
-    """With everything at theta (student rate 0), mean of the credits is cos(g_u, g_l)."""
-    state, batch = make_state("per_sample", lr=0.0), make_batch()
-    captured = {}
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+@pytest.mark.parametrize("lr", [0.0, 0.3])
+def test_property_6_per_sample_credits_average_to_the_cosine(lr: float, smoothing: float) -> None:
+    """The mean of the credits is cos(g_u, g_l), g_u the gradient of the smoothed loss that the student descends."""
+    state = make_state("per_sample", lr=lr, student_label_smoothing=smoothing)
+    batch, captured = make_batch(), {}
 
     class Recorder(FEEDBACK_RULES["per_sample"]):  # type: ignore[misc]
         def after_update(self, *args: object) -> object:
@@ -171,21 +182,65 @@ def test_property_6_per_sample_credits_average_to_the_cosine() -> None:
         del FEEDBACK_RULES["recorder"]
     credit = captured["signal"].credit
     assert credit.std() > 1e-3
+    # A central difference with a relative step of 1e-3 is off by its square.
     torch.testing.assert_close(credit.mean(), h, rtol=1e-5, atol=1e-8)
 
 
-def test_property_7_cosine_has_the_sign_of_the_dot_is_bounded_and_ignores_scale() -> None:
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_property_6_the_expectation_of_per_sample_over_labels_is_the_exact_gradient(smoothing: float) -> None:
+    """Sum over every row's labels of P * credit * grad CE is the gradient of -<g_l, g_u(theta_T)>, as soft_exact's."""
+    batch, teacher, student = make_batch(), mlp(1), mlp(2)
+    weights = list(student.parameters())
+    g_l = torch.autograd.grad(F.cross_entropy(student(batch.labelled), batch.labels), weights)
+    names = [name for name, _ in student.named_parameters()]
+
+    def log_probabilities(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(student, values, (batch.weak,)).log_softmax(-1)
+
+    at, along = dict(zip(names, weights, strict=True)), dict(zip(names, g_l, strict=True))
+    derivative = torch.func.jvp(log_probabilities, (at,), (along,))[1].detach()  # D, [U, K]
+    logits = teacher(batch.weak)
+    expected = torch.zeros(())
+    probabilities = logits.softmax(-1).detach()
+
+    def update(targets: torch.Tensor) -> StudentUpdate:
+        return StudentUpdate(targets, smoothing, [], torch.tensor(1.0), forward=lambda: logits)
+
+    for label in range(CLASSES):
+        targets = torch.full((len(batch.weak),), label)
+        credit = PerSample()._credit(derivative, update(targets))
+        expected = expected + (probabilities[:, label] * credit * cross_entropy(logits, targets)).mean()
+    soft = SoftExact()
+    credits = soft._credit(derivative, update(probabilities))
+    exact = soft.teacher_loss(credits, logits, probabilities, strong=logits)
+    target = (1 - smoothing) * logits.softmax(-1) + smoothing / CLASSES
+    g_u = torch.autograd.grad(cross_entropy(student(batch.weak), target).mean(), weights, create_graph=True)
+    true = -sum((a * b).sum() for a, b in zip(g_l, g_u, strict=True))
+    by_autograd, by_soft, by_labels = (gradient(teacher, loss) for loss in (true, exact, expected))
+    torch.testing.assert_close(by_soft, by_autograd, rtol=1e-10, atol=1e-14)
+    torch.testing.assert_close(by_labels, by_autograd, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("smoothing", SMOOTHINGS)
+def test_property_7_cosine_has_the_sign_of_the_dot_is_bounded_and_ignores_scale(smoothing: float) -> None:
     values = {}
     for rule in ("cosine", "dot", "flipped"):
-        values[rule] = METHODS["mpl"].step(make_state(rule), make_batch())["feedback"].item()
+        state = make_state(rule, student_label_smoothing=smoothing)
+        values[rule] = METHODS["mpl"].step(state, make_batch())["feedback"].item()
     assert abs(values["cosine"]) <= 1
     assert values["cosine"] * values["dot"] > 0
     assert values["flipped"] == -values["cosine"]
+    state, batch, student = make_state("cosine", lr=0.0, student_label_smoothing=smoothing), make_batch(), mlp(2)
+    target = (1 - smoothing) * F.one_hot(sampled(state, batch), CLASSES).double() + smoothing / CLASSES
+    g_u = gradient(student, F.cross_entropy(student(batch.weak), target))
+    g_l = gradient(student, F.cross_entropy(student(batch.labelled), batch.labels))
+    h = METHODS["mpl"].step(state, batch)["feedback"]
+    torch.testing.assert_close(h, F.cosine_similarity(g_u, g_l, dim=0), rtol=1e-10, atol=0)
     u, v = torch.randn(50, dtype=torch.float64), torch.randn(50, dtype=torch.float64)
-    student = network(2)
-    first = cosine(gradient_dots([u], [v], student))
-    torch.testing.assert_close(cosine(gradient_dots([1e-6 * u], [1e5 * v], student)), first, rtol=1e-12, atol=0)
-    assert cosine(gradient_dots([0 * u], [v], student)) == 0
+    network_ = network(2)
+    first = cosine(gradient_dots([u], [v], network_))
+    torch.testing.assert_close(cosine(gradient_dots([1e-6 * u], [1e5 * v], network_)), first, rtol=1e-12, atol=0)
+    assert cosine(gradient_dots([0 * u], [v], network_)) == 0
 
 
 def test_property_8_a_small_teacher_step_lowers_the_unrolled_objective_by_its_squared_gradient() -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 
 from mpl_scale.config.names import Registry
-from mpl_scale.mpl.losses import accuracy, cross_entropy
+from mpl_scale.mpl.losses import accuracy, cross_entropy, minus_expectation
 from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.mpl.state import FEEDBACK_PASS, State, gradient_dots, means
 from mpl_scale.mpl.views import LABELLED_ROWS
@@ -33,11 +33,13 @@ register_feedback = FEEDBACK_RULES.register
 class StudentUpdate:
     """What the student's update leaves for a rule.
 
-    targets: labels [U] or distributions [U, K]. gradient: the shard of g_u. lr: float32 []. forward: logits [U, K] of
-    the student's pass on x_s, repeated with the same rows and random numbers, without gradients or BN learning.
+    targets: labels [U] or distributions [U, K]. smoothing: of them in the student's loss. gradient: the shard of g_u,
+    of the smoothed loss. lr: float32 []. forward: logits [U, K] of the student's pass on x_s, repeated with the same
+    rows and random numbers, without gradients or BN learning.
     """
 
     targets: torch.Tensor
+    smoothing: float
     gradient: GradientShard
     lr: torch.Tensor
     forward: Callable[[], torch.Tensor]
@@ -135,7 +137,8 @@ class Directional(FeedbackRule, ABC):
     """Base of the rules that credit rows by the derivative of their log-probabilities along g_l.
 
     D[i, k] = d/de log S_k(x_i; theta + e g_l) at theta, by central difference: two forward passes with shifted
-    weights. h is the cosine; credits are divided by |g_u| |g_l| like it, so their mean over rows is h.
+    weights. h is the cosine; credits are divided by |g_u| |g_l| like it. With the student's label smoothing s the
+    derivative of row i's cross-entropy is -(1 - s) sum_k q_ik D[i, k] - s mean_k D[i, k].
     """
 
     relative_step = 1e-3
@@ -156,7 +159,7 @@ class Directional(FeedbackRule, ABC):
         plus, minus = (self._shifted(student, gradient, sign * step, update) for sign in (1.0, -1.0))
         _overwrite(student, updated)
         derivative = (plus - minus) / (2.0 * step)  # D, [U, K]
-        return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update.targets), metrics=metrics)
+        return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update), metrics=metrics)
 
     def _shifted(
         self, student: Network, direction: GradientShard, step: torch.Tensor, update: StudentUpdate
@@ -167,26 +170,32 @@ class Directional(FeedbackRule, ABC):
         return update.forward().double().log_softmax(-1)
 
     @abstractmethod
-    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def _credit(self, derivative: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
         """What weighs the teacher's loss, from D / (|g_u| |g_l|) [U, K]."""
 
 
 @register_feedback("per_sample")
 class PerSample(Directional):
-    """Each row's own share of h: -D[i, y_i] for the sampled label y_i."""
+    """Each row's own share of h: -(1 - s) D[i, y_i] - s mean_k D[i, k] for the sampled label y_i; the rows' mean is h.
 
-    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return -derivative.gather(1, targets[:, None])[:, 0]
+    The uniform term does not depend on the label: it moves the credits, and not their expectation over labels.
+    """
+
+    def _credit(self, derivative: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
+        return minus_expectation(derivative, update.targets, smoothing=update.smoothing)
 
 
 @register_feedback("soft_exact")
 class SoftExact(Directional):
-    """The exact gradient of L_l(theta') for soft labels (section 2): mean over rows of sum_k p_ik D[i, k]."""
+    """The exact gradient of L_l(theta') for soft labels (section 2): mean over rows of (1 - s) sum_k p_ik D[i, k].
+
+    The uniform part of a smoothed target does not depend on the teacher, and has no gradient.
+    """
 
     soft_labels = True
 
-    def _credit(self, derivative: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return derivative
+    def _credit(self, derivative: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
+        return (1.0 - update.smoothing) * derivative
 
     def teacher_loss(
         self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, strong: torch.Tensor

@@ -17,14 +17,19 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, *, smoothing: flo
     Returns:
         [B].
     """
-    log_probabilities = logits.log_softmax(-1)  # [B, K]
-    if targets.ndim == 1:
-        likelihood = log_probabilities.gather(1, targets[:, None])[:, 0]  # [B]
-    else:
-        likelihood = (targets * log_probabilities).sum(-1)  # [B]
+    return minus_expectation(logits.log_softmax(-1), targets, smoothing=smoothing)
+
+
+def minus_expectation(values: torch.Tensor, targets: torch.Tensor, *, smoothing: float = 0.0) -> torch.Tensor:
+    """-sum_k q_k v_k per row, [B], q the smoothed target of `cross_entropy`: linear in the values [B, K].
+
+    Of log-probabilities it is the cross-entropy, of their derivatives along a direction it is the cross-entropy's.
+    """
+    hard = targets.ndim == 1
+    expected = values.gather(1, targets[:, None])[:, 0] if hard else (targets * values).sum(-1)  # [B]
     if not smoothing:
-        return -likelihood
-    return -(1.0 - smoothing) * likelihood - smoothing * log_probabilities.mean(-1)
+        return -expected
+    return -(1.0 - smoothing) * expected - smoothing * values.mean(-1)
 
 
 def uda_loss(weak: torch.Tensor, strong: torch.Tensor, *, temperature: float, threshold: float) -> torch.Tensor:

@@ -41,6 +41,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     now = state.schedules.at(state.step)  # each float32 []
     rule = FEEDBACK_RULES[method.feedback.rule]()
     training_loss = LOSSES[method.teacher_loss]()
+    smoothing = method.student_label_smoothing
     parts = batch.split(state.micro_batches)
     measured: list[dict[str, torch.Tensor]] = [{} for _ in parts]
 
@@ -54,7 +55,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     # Student: theta_S' = theta_S - lr g_u, where g_u = grad CE(y_u, S(x_s; theta_S))
     for part, targets, metrics in zip(parts, labels, measured, strict=True):
         strong, labelled = _student_pass(state, part, student)  # [U, K], [B, K]
-        loss = cross_entropy(strong, targets, smoothing=method.student_label_smoothing).mean()  # []
+        loss = cross_entropy(strong, targets, smoothing=smoothing).mean()  # []
         student.accumulate(loss / len(parts))
         rule.saw_labelled(labelled.detach(), part)
         metrics |= {"student_loss": loss.detach(), "student_accuracy": accuracy(strong, targets)}
@@ -67,7 +68,9 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     def repeat() -> torch.Tensor:
         return torch.cat([_student_pass(state, part, student, learn=False)[0] for part in parts])
 
-    update = StudentUpdate(targets=torch.cat(labels), gradient=gradient, lr=now.student_lr, forward=repeat)
+    update = StudentUpdate(
+        targets=torch.cat(labels), smoothing=smoothing, gradient=gradient, lr=now.student_lr, forward=repeat
+    )
     signal = rule.after_update(state, batch, update)  # h float64 [], credit [], [U'] or [U', K] of U' rows of all parts
     baseline = state.baseline.update(signal.h) if method.feedback.baseline else torch.zeros_like(signal.h)  # []
     scale = now.feedback_gate * method.feedback.weight  # []

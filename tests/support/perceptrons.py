@@ -64,7 +64,8 @@ def flat(module: nn.Module) -> torch.Tensor:
 
 
 def gradient(module: nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))])
+    """Of a loss whose graph may be used again."""
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()), retain_graph=True)])
 
 
 def teacher_gradient(state: State, batch: Batch) -> torch.Tensor:
