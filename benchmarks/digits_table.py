@@ -63,19 +63,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "mpl over randaugment": {**over("supervised"), **STRONG_LABELLED},
     "mpl over pseudo labels": {**over("pseudo_label"), "mpl_scale.method.pseudo_label_threshold": 0.7},
     "mpl over uda": over("uda"),
-    "mpl over uda, no feedback": over("uda", "none"),
     "reduced mpl": REDUCED,
 }
-"""Settings by row."""
-PAIRS = (
-    ("mpl over supervised", "supervised"),
-    ("mpl over mixup", "mixup"),
-    ("mpl over randaugment", "randaugment"),
-    ("mpl over pseudo labels", "pseudo labels"),
-    ("mpl over uda", "uda"),
-    ("mpl over uda", "mpl over uda, no feedback"),
+"""Settings by row; those of the controls are added below."""
+NO_FEEDBACK = ", no feedback"
+TEACHERS = ("supervised", "mixup", "randaugment", "pseudo labels", "uda")
+METHODS |= {
+    f"mpl over {teacher}{NO_FEEDBACK}": {**METHODS[f"mpl over {teacher}"], "mpl_scale.method.feedback.rule": "none"}
+    for teacher in TEACHERS
+}
+PAIRS = tuple(
+    pair
+    for teacher in TEACHERS
+    for mpl, control in [(f"mpl over {teacher}", f"mpl over {teacher}{NO_FEEDBACK}")]
+    for pair in [(mpl, teacher), (control, teacher), (mpl, control)]
 )
-"""MPL, and its teacher alone (Table 10); and what the feedback is worth."""
+"""MPL - its teacher alone (Table 10) = control without feedback - teacher alone + what the feedback is worth."""
 FIGURE_4 = ("supervised", "mpl over uda")
 
 
@@ -153,6 +156,7 @@ def main() -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--keep", type=Path, default=Path("runs/digits_table.jsonl"), help="runs that are done")
     parser.add_argument("--output", type=Path, metavar="JSON")
+    parser.add_argument("--add_to", type=Path, metavar="JSON", help="add the rows to this result of the same settings")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kept, document = Kept(options.keep), {"kind": "digits_table", **provenance("benchmarks.digits_table", CPU)}
@@ -167,17 +171,30 @@ def main() -> int:
         rows = [row for method, values in found.items() for run in values for row in rows_of(method, run)]
         columns = dict.fromkeys(("top-1", "EMA top-1", "finetuned top-1"), ".2f")
         print(f"\n{labels} labels a class\n\n{format_table(rows, by=['method'], columns=columns)}", flush=True)
-        differences = {}
-        if len(options.seeds) > 1:
-            for ours, other in PAIRS:
-                if ours in found and other in found:
-                    pair = paired([best(run) for run in found[ours]], [best(run) for run in found[other]])
-                    differences[f"{ours} - {other}"] = pair
-                    print(f"{ours} - {other}: {written(pair)}", flush=True)
-        document["labels"][str(labels)] = {"runs": found, "differences": differences}
+        if options.add_to is not None:
+            before = json.loads(options.add_to.read_text())
+            if (before["steps"], before["seeds"]) != (options.steps, options.seeds):
+                parser.error(f"{options.add_to} has other steps or seeds; give the same ones")
+            found = {**before["labels"][str(labels)]["runs"], **found}
+        document["labels"][str(labels)] = {"runs": found, "differences": differences_of(found)}
+    if options.add_to is not None:
+        added = {name: value for name, value in document.items() if name not in ("kind", "steps", "seeds", "labels")}
+        before["added"] = [*before.get("added", []), {"methods": options.methods, **added}]
+        document = {**before, "labels": {**before["labels"], **document["labels"]}}
     if options.output is not None:
         write(options.output, document)
     return 0
+
+
+def differences_of(found: Mapping[str, list[Results]]) -> dict[str, dict[str, float]]:
+    """Paired differences of the rows that are there, printed as well."""
+    differences = {}
+    for ours, other in PAIRS:
+        if ours in found and other in found and len(found[ours]) > 1:
+            pair = paired([best(run) for run in found[ours]], [best(run) for run in found[other]])
+            differences[f"{ours} - {other}"] = pair
+            print(f"{ours} - {other}: {written(pair)}", flush=True)
+    return differences
 
 
 if __name__ == "__main__":

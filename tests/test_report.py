@@ -32,8 +32,10 @@ RUNS = {
     "supervised/seed_0": ["mpl_scale.method.name=supervised", "mpl_scale.phases.finetune.steps=0"],
     "supervised/seed_1": ["mpl_scale.method.name=supervised", "mpl_scale.phases.finetune.steps=0", "mpl_scale.seed=1"],
     "mpl/seed_0": [],
+    "none/seed_0": ["mpl_scale.method.feedback.rule=none"],
     "mpl_5/seed_0": ["mpl_scale.data.labelled_per_class=5"],
 }
+COSINE, NONE = "mpl, feedback.rule cosine", "mpl, feedback.rule none"
 EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
 
 
@@ -103,10 +105,11 @@ def test_the_page_says_what_the_runs_ended_with_and_stands_alone(runs: Path, tmp
     assert rows["configuration", "labels a class"] == ["student", "its average (EMA)", "finetuned", "teacher", "runs"]
     both = [top1(runs / "supervised" / f"seed_{seed}", "student") for seed in (0, 1)]
     assert (rows["supervised", "4"][0], rows["supervised", "4"][2:]) == (spread(both), ["", "", "2"])
-    for labels, name in (("4", "mpl"), ("5", "mpl_5")):
+    for label, labels, name in ((COSINE, "4", "mpl"), (NONE, "4", "none"), (COSINE, "5", "mpl_5")):
         folder = runs / name / "seed_0"
-        assert rows["mpl", labels][2] == f"{top1(folder, 'finetuned'):.2f}"
-        assert rows["mpl", labels][3:] == [f"{top1(folder, 'teacher'):.2f}", "1"]
+        assert rows[label, labels][2] == f"{top1(folder, 'finetuned'):.2f}"
+        assert rows[label, labels][3:] == [f"{top1(folder, 'teacher'):.2f}", "1"]
+    assert f"control.</strong> {COSINE} (5 labels a class): no runs with feedback.rule none" in text
 
     pictures = {path.name for path in output.parent.glob("*.png")}
     assert pictures == {f"page-{name}.png" for name in ("breakdown", "training-accuracy", "labels", "curves", "speed")}
@@ -118,6 +121,7 @@ def test_the_page_says_what_the_runs_ended_with_and_stands_alone(runs: Path, tmp
     assert differences == {
         "field",
         "mpl_scale.data.labelled_per_class",
+        "mpl_scale.method.feedback.rule",
         "mpl_scale.method.name",
         "mpl_scale.phases.finetune.steps",
         "steps trained",
@@ -130,9 +134,10 @@ def test_the_page_says_what_the_runs_ended_with_and_stands_alone(runs: Path, tmp
 def test_runs_that_differ_in_their_seed_alone_are_a_group(runs: Path) -> None:
     material = read([runs])
     assert [(group.label, group.labels, list(group.seeds)) for group in material.groups] == [
-        ("mpl", 4.0, [0]),
+        (COSINE, 4.0, [0]),
+        (NONE, 4.0, [0]),
         ("supervised", 4.0, [0, 1]),
-        ("mpl", 5.0, [0]),
+        (COSINE, 5.0, [0]),
     ]
     assert read([runs / "mpl" / "seed_0", runs]).groups[0].seeds == [0]  # given twice, counted once
 
@@ -205,6 +210,48 @@ def test_a_label_says_what_differs() -> None:
     assert FIGURES["breakdown"](material) == FIGURES["labels"](material) == []  # nothing to compare
 
 
+def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:
+    return [trial(f"{name}/seed_{s}", seed=s, **{f"mpl_scale__{k}": v for k, v in settings.items()}) for s in seeds]
+
+
+RULE = "method__feedback__rule"
+
+
+@pytest.mark.parametrize(
+    ("control", "shown"),
+    [
+        ([], False),
+        (ended("none", 0, 1, **{RULE: "none"}), True),
+        (ended("none", 0, 1, 2, **{RULE: "none", "method__feedback__weight": 0.5}), True),
+        (ended("none", 0, **{RULE: "none"}), False),  # a seed is missing
+        (ended("none", 0, 1, **{RULE: "none", "method__teacher_loss": "supervised"}), False),  # another teacher
+        (ended("flipped", 0, 1, **{RULE: "flipped"}), False),
+    ],
+    ids=["none", "twin", "more seeds", "a seed short", "another teacher", "wrong sign"],
+)
+def test_a_gain_of_mpl_is_shown_beside_its_control_alone(control: list[Run], shown: bool) -> None:
+    material = Material()
+    add_runs(
+        material, [*ended("s", 0, 1, method__name="supervised"), *ended("mpl", 0, 1, **{RULE: "cosine"}), *control]
+    )
+    bars = FIGURES["breakdown"](material)
+    assert bool(bars) == shown
+    assert ("No gain without a control" in make_page(material, [], title="t")) != shown
+    if shown:
+        assert re.fullmatch(r"runs, .*supervised 0.0%, MPL with h = 0 0.0%, MPL 0.0%", bars[0].alt)
+
+
+def test_differences_of_a_benchmark_are_shown_where_it_has_the_control(tmp_path: Path) -> None:
+    document = json.loads((CPU / "digits_table_long.json").read_text())
+    (part,) = document["labels"].values()
+    (shown,) = read([CPU / "digits_table_long.json"]).comparisons
+    assert list(shown.rows) == ["mpl over uda - uda", "mpl over uda - mpl over uda, no feedback"]
+    part["runs"]["mpl over mixup, no feedback"] = part["runs"]["mixup"]
+    (tmp_path / "with.json").write_text(json.dumps(document))
+    (more,) = read([tmp_path / "with.json"]).comparisons
+    assert list(more.rows) == ["mpl over mixup - mixup", *shown.rows]
+
+
 def test_a_run_that_goes_on_is_shown_as_such(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "mpl" / "seed_0", tmp_path / "half")
     for name in ("summary.json", "DONE"):
@@ -239,11 +286,15 @@ def test_the_benchmarks_files_give_the_figures_of_the_paper() -> None:
 
     tables = Page(make_page(material, [], title="t")).tables
     rows = documents["digits_methods"]["rows"]
-    values = {name: [row["top-1"] for row in rows if row["method"] == name] for name in ("uda", "mpl", "mpl+finetune")}
+    bars_of = {"MPL with h = 0": "mpl_no_feedback", "MPL": "mpl", "+ finetuning": "mpl+finetune"}
+    values = {name: [row["top-1"] for row in rows if row["method"] == name] for name in bars_of.values()}
     (mpl,) = (row for row in tables["digits_methods.json"] if row[0] == "mpl")
     assert [mpl[1], mpl[3], mpl[4]] == [spread(values["mpl"]), spread(values["mpl+finetune"]), "5"]
     (bars,) = FIGURES["breakdown"](material)
-    means = [f"{stage} {statistics.fmean(values[name]):.1f}%" for stage, name in (("+ UDA", "uda"), ("+ MPL", "mpl"))]
+    means = [
+        f"{stage} {statistics.fmean(values[name]):.1f}%"
+        for stage, name in (("MPL with h = 0", "mpl_no_feedback"), ("MPL", "mpl"))
+    ]
     assert ", ".join(means) in bars.alt
     for labels, part in documents["digits_table"]["labels"].items():
         (row,) = (row for row in tables["digits_table.json"] if row[:2] == ["reduced mpl", labels])

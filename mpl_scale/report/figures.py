@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from mpl_scale.config.names import Registry
+from mpl_scale.report.controls import twin_of
 from mpl_scale.report.curves import comparisons, training_curves
 from mpl_scale.report.drawing import COLOURS, MARKERS, Plot, draw_curve, line_style
-from mpl_scale.report.material import Material, Moons, Training, mean_and_deviation, top1_of
+from mpl_scale.report.material import Material, Moons, Outcome, Training, mean_and_deviation, top1_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 
 FIGURES: Registry[Callable[[Material], list[Plot]]] = Registry("figure")
 """In the order of the page; each gives no plots where its runs are not there."""
-STAGES = {"supervised": "supervised", "uda": "+ UDA", "mpl": "+ MPL", "finetuned": "+ finetuning"}
+STAGES = {
+    "supervised": "supervised",
+    "uda": "+ UDA",
+    "control": "MPL with h = 0",
+    "mpl": "MPL",
+    "finetuned": "+ finetuning",
+}
 SHOWN = 3
 """Configurations of Figure 4 for each line of the paper's: the best of them."""
 SUCCESS = 95.0
@@ -26,14 +33,21 @@ SUCCESS = 95.0
 
 @FIGURES.register("breakdown")
 def breakdown(material: Material) -> list[Plot]:
-    """Figure 3: supervised, + UDA, + MPL, + finetuning; of several configurations of one method the best."""
+    """Figure 3: supervised, + UDA, MPL without and with feedback, + finetuning; of several configurations the best.
+
+    MPL stands here beside its control only.
+    """
     panels = {}
     for (source, labels), methods in material.tables().items():
         bars: dict[str, tuple[float, float, int]] = {}
         for method in sorted(methods, key=lambda name: material.returned(source, name, labels)):  # the best is the last
-            stage = methods[method][0].stage
-            for name, network in ((stage, "student"), ("finetuned" if stage == "mpl" else None, "finetuned")):
-                values = top1_of(methods[method], network)
+            runs, stage = methods[method], methods[method][0].stage
+            parts: list[tuple[str | None, str, list[Outcome]]] = [(stage, "student", runs)]
+            if stage == "mpl":
+                twin = twin_of(material, source, labels, method)
+                parts = [("control", "student", twin), *parts, ("finetuned", "finetuned", runs)] if twin else []
+            for name, network, these in parts:
+                values = top1_of(these, network)
                 if name and values:
                     bars[name] = (*mean_and_deviation(values), len(values))
         if "supervised" in bars and len(bars) > 1:
@@ -64,7 +78,9 @@ def breakdown(material: Material) -> list[Plot]:
 
     caption = (
         "Each bar adds one part to the bar before it; mean over seeds, whiskers one standard deviation. The axis does "
-        "not begin at 0. Of several configurations of one method, the one whose returned network is best is drawn."
+        "not begin at 0. Of several configurations of one method, the one whose returned network is best is drawn. "
+        "MPL is drawn only beside its control on the same seeds, whose feedback is h = 0: what feedback adds is the "
+        "step between the two."
     )
     alt = "; ".join(
         f"{where}: {', '.join(f'{STAGES[name]} {mean:.1f}%' for name, (mean, *_) in bars.items())}"

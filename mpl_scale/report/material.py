@@ -18,7 +18,8 @@ class Outcome:
 
     source: the file, or "runs". labels: labelled images a class, None: unknown. stage: supervised, uda or mpl where the
     method is one of Figure 3's; else None. top1: percent, by network. setting: what the file's methods were run under,
-    where it has several.
+    where it has several. fed_back: whether it is MPL with a feedback that is no control. twin: the method of the same
+    source and labels that is the same with h = 0; None: there is none.
     """
 
     source: str
@@ -28,6 +29,8 @@ class Outcome:
     seed: int
     top1: Mapping[str, float]
     setting: str | None = None
+    fed_back: bool = False
+    twin: str | None = None
 
     @property
     def returned(self) -> float | None:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mpl_scale.report.controls import refusal, refused
 from mpl_scale.report.material import NETWORKS, Material, group_names, mean_and_deviation, top1_of
 from mpl_scale.report.runs import STEPS, differing
 
@@ -107,7 +108,7 @@ def _results(material: Material) -> str:
         for method, runs in methods.items():
             cells = [_cell(top1_of(runs, network)) for network in NETWORKS]
             by_source.setdefault(source, []).append((labels, method, [*cells, str(len(runs))]))
-    parts = []
+    parts, lacking = [], refused(material)
     for source, rows in by_source.items():
         counted = any(labels is not None for labels, *_ in rows)
         used = [i for i in range(len(NETWORKS) + 1) if any(cells[i] for *_, cells in rows)]
@@ -122,6 +123,8 @@ def _results(material: Material) -> str:
             for labels, method, cells in rows
         ]
         flag = _unequal_steps(material) if source == "runs" else ""
+        if source in lacking:
+            flag += f"\n<p><strong>No gain without a control.</strong> {html.escape(refusal(lacking[source]))}</p>"
         parts.append(f"<h3>{html.escape(source)}</h3>\n{table(columns, lines, numbers=columns[1:])}{flag}")
     for source, by_method in material.by_setting().items():
         settings = list(dict.fromkeys(setting for cells in by_method.values() for setting in cells))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mpl_scale.config.names import Registry, suggest
+from mpl_scale.report.controls import named_fed_back, named_twin, with_control
 from mpl_scale.report.material import Comparison, Curve, Material, Moons, Origin, Outcome, Training
 from mpl_scale.report.runs import read_object
 
@@ -48,8 +49,17 @@ def _methods(material: Material, source: str, document: dict[str, Any]) -> None:
         top1 = {"student": row["top-1"], **({"ema": row["EMA top-1"]} if row.get("EMA top-1") is not None else {})}
         found.setdefault(method, []).append(top1)
     for method, runs in found.items():
-        stage, labels = STAGES.get(method), document.get("labels")
-        material.outcomes += [Outcome(source, method, stage, labels, n, top1) for n, top1 in enumerate(runs)]
+        labels = document.get("labels")
+        material.outcomes += [_outcome(source, method, found, labels, n, top1) for n, top1 in enumerate(runs)]
+
+
+def _outcome(
+    source: str, method: str, methods: Collection[str], labels: float | None, seed: int, top1: Mapping[str, float]
+) -> Outcome:
+    """methods: all those of the file, among which the control is looked for."""
+    fed_back = named_fed_back(method)
+    twin = named_twin(method, methods) if fed_back else None
+    return Outcome(source, method, STAGES.get(method), labels, seed, top1, fed_back=fed_back, twin=twin)
 
 
 @READERS.register("digits_table")
@@ -60,13 +70,14 @@ def _digits_table(material: Material, source: str, document: dict[str, Any]) -> 
             stage = STAGES.get(method)
             for seed, values in zip(document["seeds"], runs, strict=True):
                 top1 = {name.removesuffix("_top1"): values[name] for name in values if name.endswith("_top1")}
-                material.outcomes.append(Outcome(source, method, stage, labels, seed, top1))
+                material.outcomes.append(_outcome(source, method, part["runs"], labels, seed, top1))
             if stage in ("supervised", "mpl"):
                 for who in ("student", "teacher"):
                     _add_training(material, source, method, who, labels, runs)
-        if part.get("differences"):
-            setting = f"MPL against its teacher's method alone, {labels:g} labels a class"
-            material.comparisons.append(Comparison(source, setting, part["differences"]))
+        pairs = with_control(part.get("differences", {}), part["runs"])
+        if pairs:
+            setting = f"MPL against its teacher's method alone and its control, {labels:g} labels a class"
+            material.comparisons.append(Comparison(source, setting, pairs))
 
 
 def _add_training(
@@ -88,6 +99,7 @@ def _two_moons(material: Material, source: str, document: dict[str, Any]) -> Non
         success = {row: float(values["success"]) for row, values in part["rows"].items()}
         material.moons.append(Moons(source, table, accuracy, success))
         pairs = {f"{row} - {other}": pair for row in accuracy for other, pair in part["rows"][row]["paired"].items()}
+        pairs = with_control(pairs, accuracy)
         if pairs:
             material.comparisons.append(Comparison(source, f"two moons, {table}", pairs))
 

@@ -15,6 +15,7 @@ from mpl_scale.config.load import SECTION
 from mpl_scale.config.presets import flatten
 from mpl_scale.files import read_object
 from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
+from mpl_scale.report.controls import is_control, is_fed_back, without_feedback
 from mpl_scale.report.material import Curve, Group, Material, Origin, Outcome, Training
 
 SEED = "mpl_scale.seed"
@@ -134,7 +135,9 @@ def add_runs(material: Material, runs: Sequence[Run]) -> None:
         kept = {name: value for name, value in run.settings.items() if name != SEED}
         grouped.setdefault(_key(kept), []).append(run)
     members = sorted(grouped.values(), key=lambda group: group[0].labels or 0)
-    for label, group in zip(_labels(members), members, strict=True):
+    named = list(zip(_labels(members), members, strict=True))
+    controls = {_common(group[0]): label for label, group in named if is_control(group[0].settings)}
+    for label, group in named:
         first = group[0]
         made = Group(
             label=label,
@@ -145,12 +148,20 @@ def add_runs(material: Material, runs: Sequence[Run]) -> None:
             curves=_curves(group),
         )
         material.groups.append(made)
+        fed_back = is_fed_back(first.settings)
+        twin = controls.get(_common(first)) if fed_back else None
         for run in group:
             if run.summary:
-                material.outcomes.append(Outcome("runs", label, first.stage, first.labels, run.seed, run.top1))
+                outcome = Outcome("runs", label, first.stage, first.labels, run.seed, run.top1, None, fed_back, twin)
+                material.outcomes.append(outcome)
             material.origins.append(Origin(run.folder, _facts(run, label)))
         if first.stage in ("supervised", "mpl"):
             material.training += _training(group, label)
+
+
+def _common(run: Run) -> str:
+    """Equal for a run and its control, and for all their seeds."""
+    return _key({name: value for name, value in without_feedback(run.settings).items() if name != SEED})
 
 
 def _key(value: Any) -> str:
