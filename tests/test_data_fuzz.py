@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gzip
 import os
 import struct
 import tempfile
@@ -115,6 +116,13 @@ def whole_mat(content: bytes) -> None:
     _scan("svhn", "train_32x32.mat", content)
 
 
+def whole_idx(content: bytes) -> None:
+    images, labels = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+    _scan("idx", images, content, {labels: _valid()["idx1"]})
+    _scan("idx", f"{images}.gz", content, {labels: _valid()["idx1"]})
+    _scan("idx", images, _valid()["idx"], {labels: content})
+
+
 def _scan(source: str, name: str, content: bytes, others: dict[str, bytes] | None = None) -> None:
     """A scan refuses, and raises nothing at all."""
     with tempfile.TemporaryDirectory(dir=_memory()) as folder:
@@ -156,6 +164,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),
     "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
     "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
+    "scan of idx": (whole_idx, ("idx", "idx1", "idx, packed")),
     "scan of mat": (whole_mat, ("mat", "mat, compressed")),
 }
 
@@ -174,6 +183,7 @@ def _valid() -> dict[str, bytes]:
     array, names = io.BytesIO(), io.BytesIO()
     np.save(array, images[:2, :3, :3])
     np.save(names, labels[:2])
+    grey, grey_labels = mini.idx(images[:2, :4, :4], labels[:2])
     planes = images[:1].transpose(0, 3, 1, 2).reshape(1, -1)
     return {
         "tfrecord": b"".join(mini.record(mini.example(content, 1)) for content in small[:2]),
@@ -193,6 +203,9 @@ def _valid() -> dict[str, bytes]:
         "long jpeg": jpeg[:2] + 2 * (b"\xff\xfe" + struct.pack(">H", 60000) + bytes(59998)) + jpeg[2:],
         "npy": array.getvalue(),
         "labels": names.getvalue(),
+        "idx": grey,
+        "idx1": grey_labels,
+        "idx, packed": gzip.compress(grey, mtime=0),
         "binary": b"\3" + planes.tobytes(),
     }
 
@@ -231,6 +244,8 @@ def damaged(draw: st.DrawFn, kinds: tuple[str, ...]) -> bytes:
         return _with_tar_checksums(result)
     if kind == "tfrecord" and draw(st.booleans()):
         return mini.record(result[12:-4])
+    if kind == "idx" and draw(st.booleans()):
+        return gzip.compress(result, mtime=0)
     if kind == "mat" and draw(st.booleans()):
         packed = zlib.compress(result[128:])
         return result[:128] + struct.pack("<II", 15, len(packed)) + packed

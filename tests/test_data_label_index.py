@@ -84,10 +84,16 @@ def _swap_labels(root: Path) -> None:
     _edit(root / "labels.npy", data[:-16] + data[-8:] + data[-16:-8])
 
 
+def _flip_labels(path: Path) -> None:
+    data = path.read_bytes()
+    _edit(path, data[:8] + bytes(1 - label for label in data[8:]))
+
+
 EDITS: dict[str, tuple[str, str, Callable[[Path], object]]] = {
     "labels": ("arrays", "labels.npy", _swap_labels),
     "test labels": ("arrays", "test_labels.npy", lambda root: np.save(root / "test_labels.npy", np.array([1, 0]))),
     "no test labels": ("arrays", "test_labels.npy", lambda root: (root / "test_labels.npy").unlink()),
+    "idx": ("idx", "train-labels-idx1-ubyte", lambda root: _flip_labels(root / "train-labels-idx1-ubyte")),
     "names": ("tfrecord", "classes.txt", lambda root: _edit(root / "classes.txt", b"b\na\n")),
     "names, tar": ("webdataset", "classes.txt", lambda root: (root / "classes.txt").write_text("cat\ndog\n")),
     "names gone": ("arrays", "classes.txt", lambda root: (root / "classes.txt").unlink()),

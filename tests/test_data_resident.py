@@ -40,6 +40,7 @@ SOURCES: dict[str, Callable[[Path], object]] = {
     "digits": lambda root: None,
     "cifar10": mini.write_cifar_binary,
     "arrays": mini.write_arrays,
+    "idx": mini.write_idx,
     "folder": mini.write_folder,
 }
 """What writes each source's files."""

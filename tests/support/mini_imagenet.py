@@ -7,6 +7,7 @@ and tarfile theirs, and the protocol buffers and checksums of TFRecord are built
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import json
 import pickle
@@ -225,6 +226,28 @@ def write_arrays(root: Path) -> None:
     np.save(root / "test_labels.npy", labels[40:])
 
 
+def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
+    """The first channel [N, H, W] as an idx3 file, and the labels as an idx1 file."""
+    header = struct.pack(">I3I", 0x803, *images.shape[:3])
+    return header + images[..., 0].tobytes(), struct.pack(">II", 0x801, len(labels)) + labels.astype(np.uint8).tobytes()
+
+
+def write_idx(root: Path, names: str = "{part}-{kind}-ubyte", *, packed: bool = False) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    images, labels = pictures()
+    for part, rows in (("train", slice(0, 40)), ("t10k", slice(40, 48))):
+        for kind, content in zip(("images-idx3", "labels-idx1"), idx(images[rows], labels[rows]), strict=True):
+            path = root / names.format(part=part, kind=kind)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            if packed:
+                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
+                path.unlink()
+
+
+GREY = ("idx",)
+"""Sources of grey images: the writer stores the first channel."""
+
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "folder": ("folder", write_folder),
     "tfrecord": ("tfrecord", write_tfrecord),
@@ -232,6 +255,8 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "cifar10 binary": ("cifar10", write_cifar_binary),
     "cifar10 python": ("cifar10", write_cifar_python),
     "svhn": ("svhn", write_svhn),
+    "idx": ("idx", write_idx),
+    "idx, packed": ("idx", functools.partial(write_idx, packed=True)),
     "arrays": ("arrays", write_arrays),
 }
 """The source and a writer by format."""

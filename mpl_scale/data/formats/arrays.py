@@ -42,7 +42,9 @@ class Arrays:
     layout: Layout = "rows"
     first_label: int | None = 0
     checksums = False
-    sidecars = ("labels.npy", "test_labels.npy", CLASSES_FILE)
+
+    def sidecars(self, root: Path) -> Sequence[str]:
+        return ("labels.npy", "test_labels.npy", CLASSES_FILE)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, [("images.npy", "train"), ("test_images.npy", "test")])

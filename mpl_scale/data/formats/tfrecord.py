@@ -47,7 +47,9 @@ class TFRecord:
     layout: Layout = "encoded"
     first_label: int | None = 1
     checksums = True
-    sidecars = (CLASSES_FILE,)
+
+    def sidecars(self, root: Path) -> Sequence[str]:
+        return (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = find_shards(root, _NAMES, what="TFRecord file (train-00000-of-01024, *.tfrecord)")

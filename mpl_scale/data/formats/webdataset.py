@@ -50,7 +50,9 @@ class WebDataset:
     layout: Layout = "encoded"
     first_label: int | None = 0
     checksums = False
-    sidecars = (CLASSES_FILE,)
+
+    def sidecars(self, root: Path) -> Sequence[str]:
+        return (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = find_shards(root, r".*\.(tar|tar\.gz|tgz)", what=".tar file")

@@ -80,7 +80,8 @@ def build_index(
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock(output.with_name(f".{output.name}.lock")):
         partial = output.with_name(f"{output.name}.partial")
-        beside = sidecars.record(root, FORMATS[source].sidecars)  # before: a change while it is read makes it stale
+        # Before the scan: a change while it is read makes the index stale.
+        beside = sidecars.record(root, FORMATS[source].sidecars(root))
         identity = {"source": source, "root": str(root), "options": asdict(options), "sidecars": beside}
         _prepare(partial, identity)
         reused = _scan_all(source, root, shards, partial, workers=workers, options=options, report=report)

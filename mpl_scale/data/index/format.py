@@ -18,9 +18,9 @@ from mpl_scale.data.encoded.header import Header
 from mpl_scale.data.index.census import Census
 
 Part = Literal["train", "extra", "test"]
-Layout = Literal["file", "encoded", "rows", "planes"]
+Layout = Literal["file", "encoded", "rows", "planes", "grey"]
 """How a sample is stored: a file of its own in the shard's folder; an image file inside the shard; raw RGB pixels
-[H, W, 3]; raw RGB planes [3, H, W]."""
+[H, W, 3]; raw RGB planes [3, H, W]; raw grey pixels [H, W]."""
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 MOST_CLASSES = 1 << 20
 """Without a list of names, labels from here on are taken for damage."""
@@ -117,8 +117,7 @@ class Format(Protocol):
     def checksums(self) -> bool:
         """Whether `check_data` has an effect."""
 
-    @property
-    def sidecars(self) -> Sequence[str]:
+    def sidecars(self, root: Path) -> Sequence[str]:
         """Files beside the shards that labels or names are read from, present or not, relative to the root."""
 
     def shards(self, root: Path) -> Sequence[Shard]:
@@ -127,7 +126,7 @@ class Format(Protocol):
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
         """What the shard holds. What cannot be read is refused, not raised.
 
-        Pixels that cannot be read where they are (compressed ones) are written to the file `unpacked`, [H, W, 3] one
+        Pixels that cannot be read where they are (compressed ones) are written to the file `unpacked`, one image
         behind another; the offsets then refer to it.
         """
 
@@ -140,7 +139,9 @@ class PlainFormat:
 
     first_label: int | None = None
     checksums = False
-    sidecars: Sequence[str] = ()
+
+    def sidecars(self, root: Path) -> Sequence[str]:
+        return ()
 
 
 FORMATS: Registry[Format] = Registry("data format")

@@ -330,5 +330,6 @@ def _planes(content: bytes, height: int, width: int) -> bytes:
 _RAW: dict[str, Callable[[bytes, int, int], bytes]] = {
     "rows": lambda content, height, width: content,
     "planes": _planes,
+    "grey": lambda content, height, width: np.frombuffer(content, np.uint8).repeat(3).tobytes(),
 }
 """Raw pixels as [H, W, 3]."""

@@ -116,7 +116,7 @@ def _fill(
             first.append(set_offset(labels["offset"]))
         raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
     classes = classes or named_classes(class_names, highest=highest)
-    census = left_over(root, shards, layout=FORMATS[source].layout, sidecars=FORMATS[source].sidecars)
+    census = left_over(root, shards, layout=FORMATS[source].layout, sidecars=FORMATS[source].sidecars(root))
     described = []
     for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         about = part.read().about
