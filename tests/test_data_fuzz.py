@@ -12,7 +12,7 @@ import os
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from PIL import Image
 
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.encoded.probe import ppm, probe, probe_file
-from mpl_scale.data.formats.cifar import read_batch
+from mpl_scale.data.formats.cifar import read_batch, read_names
 from mpl_scale.data.formats.example import read_example
 from mpl_scale.data.formats.matfile import read_arrays
 from mpl_scale.data.formats.pickled import read_pickle
@@ -64,11 +64,14 @@ def pickles(content: bytes) -> None:
 
 
 def batches(content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
-        file.write(content)
-        file.flush()
-        pixels, labels = read_batch(Path(file.name))
+    with _file_of(content) as path:
+        pixels, labels = read_batch(path)
         assert pixels.shape == (len(labels), 3, 32, 32)
+
+
+def names(content: bytes) -> None:
+    with _file_of(content) as path:
+        assert len({str(name) for name in read_names(path)}) == 100
 
 
 def mats(content: bytes) -> None:
@@ -85,11 +88,9 @@ def headers(content: bytes) -> None:
 
 
 def header_files(content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
-        file.write(content)
-        file.flush()
+    with _file_of(content) as path:
         try:
-            found = probe_file(file.name)
+            found = probe_file(str(path))
         except UnreadableImage:
             return
         assert found.stored == probe(content).stored
@@ -110,6 +111,10 @@ def whole_tar(content: bytes) -> None:
 def whole_cifar(content: bytes) -> None:
     _scan("cifar10", "data_batch_1", content)
     _scan("cifar10", "data_batch_1.bin", content)
+
+
+def whole_cifar100(content: bytes) -> None:
+    _scan("cifar100", "train", content)
 
 
 def whole_mat(content: bytes) -> None:
@@ -147,6 +152,14 @@ def _kept(file: object) -> object:
     return os.fdopen(os.dup(file.fileno()), "rb")  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def _file_of(content: bytes) -> Iterator[Path]:
+    with tempfile.NamedTemporaryFile(dir=_memory()) as file:
+        file.write(content)
+        file.flush()
+        yield Path(file.name)
+
+
 def _memory() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
@@ -157,6 +170,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "tar": (members, ("ustar", "gnu", "pax")),
     "pickle": (pickles, ("python 2", "protocol 0", "protocol 2", "protocol 4")),
     "cifar batch": (batches, ("python 2", "protocol 4")),
+    "cifar100 names": (names, ("names, python 2", "names")),
     "mat": (mats, ("mat", "mat, compressed")),
     "probe": (headers, ("png", "jpeg", "ppm", "long jpeg")),
     "probe of a file": (header_files, ("png", "jpeg", "ppm", "long jpeg")),
@@ -164,6 +178,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),
     "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
     "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
+    "scan of cifar100": (whole_cifar100, ("cifar100, python 2", "cifar100")),
     "scan of idx": (whole_idx, ("idx", "idx1", "idx, packed")),
     "scan of mat": (whole_mat, ("mat", "mat, compressed")),
 }
@@ -195,6 +210,10 @@ def _valid() -> dict[str, bytes]:
         "protocol 0": mini.cifar_batch(slice(0, 1), protocol=0),
         "protocol 2": mini.cifar_batch(slice(0, 1), protocol=2),
         "protocol 4": mini.cifar_batch(slice(0, 1), protocol=4),
+        "cifar100": mini.cifar_batch(slice(0, 1), protocol=4, key=b"fine_labels"),
+        "cifar100, python 2": mini.cifar_batch(slice(0, 1), python=2, key=b"fine_labels"),
+        "names": mini.cifar100_meta(protocol=4),
+        "names, python 2": mini.cifar100_meta(python=2),
         "mat": mini.mat(images[:2, :4, :4], labels[:2], compress=False),
         "mat, compressed": mini.mat(images[:2, :4, :4], labels[:2]),
         "png": small[0],

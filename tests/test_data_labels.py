@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import struct
 import zlib
 from collections.abc import Callable
@@ -142,6 +143,16 @@ def cifar(root: Path) -> Path:
     return root
 
 
+def cifar100(labels: list[object]) -> Callable[[Path], Path]:
+    def make(root: Path) -> Path:
+        mini.write_cifar100(root)
+        batch = {"data": np.zeros((8, 3072), np.uint8), "fine_labels": labels, "coarse_labels": [0] * 8}
+        (root / "test").write_bytes(pickle.dumps(batch))
+        return root
+
+    return make
+
+
 def svhn(label: int) -> Callable[[Path], Path]:
     def make(root: Path) -> Path:
         mini.write_svhn(root)
@@ -185,6 +196,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "npy too short": ("arrays", arrays(np.zeros(1, int)), r"int64 \[1\], not one whole number per image, \[2\]"),
     "npy huge": ("arrays", arrays(np.array([0, 1 << 63], np.uint64)), "holds 9223372036854775808, which is no class"),
     "cifar": ("cifar10", cifar, "label 10 is above 9, the last class"),
+    "cifar100 above": ("cifar100", cifar100([0] * 7 + [100]), "label 100 is above 99, the last class"),
+    "cifar100 too few": ("cifar100", cifar100([0] * 7), "fine_labels is no list of one whole number per image"),
+    "cifar100 text": ("cifar100", cifar100(["0"] * 8), "fine_labels is no list of one whole number per image"),
     "svhn above": ("svhn", svhn(11), "y holds other labels than 1 to 10, or 0 to 9"),
     "svhn both": ("svhn", svhn(10), "y holds both 0 and 10"),
 }

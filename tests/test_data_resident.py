@@ -39,6 +39,7 @@ WEAK = WeakConfig(pad=2, fill=7, flip=True)
 SOURCES: dict[str, Callable[[Path], object]] = {
     "digits": lambda root: None,
     "cifar10": mini.write_cifar_binary,
+    "cifar100": mini.write_cifar100,
     "arrays": mini.write_arrays,
     "idx": mini.write_idx,
     "folder": mini.write_folder,

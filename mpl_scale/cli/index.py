@@ -14,7 +14,10 @@ from mpl_scale.files import refuse_output
 def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", type=Path, metavar="SRC", help="the folder of the data set")
     parser.add_argument(
-        "--source", required=True, metavar="NAME", help="folder, tfrecord, webdataset, cifar10, svhn, idx or arrays"
+        "--source",
+        required=True,
+        metavar="NAME",
+        help="folder, tfrecord, webdataset, cifar10, cifar100, svhn, idx or arrays",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the index; default: SRC.index")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")

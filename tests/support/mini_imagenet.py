@@ -151,12 +151,15 @@ def write_cifar_binary(root: Path) -> None:
         (root / f"{name}.bin").write_bytes(labelled.tobytes())
 
 
-def cifar_batch(rows: slice = slice(0, 8), protocol: int = 2, python: int = 3) -> bytes:
-    """A pickled batch; Python 2 wrote text for the keys, and its strings for bytes."""
+def cifar_batch(
+    rows: slice = slice(0, 8), protocol: int = 2, python: int = 3, key: bytes = b"labels", **others: object
+) -> bytes:
+    """A pickled batch; Python 2 wrote text for the keys, and its strings for bytes. others: further values by key."""
     images, labels = pictures()
     batch = {
         b"batch_label": b"training batch",
-        b"labels": labels[rows].tolist(),
+        key: labels[rows].tolist(),
+        **{name.encode(): value for name, value in others.items()},
         b"data": np.ascontiguousarray(images[rows].transpose(0, 3, 1, 2)).reshape(-1, 3072),
         b"filenames": [b"%d.png" % row for row in range(8)],
     }
@@ -199,6 +202,27 @@ def write_cifar_python(root: Path) -> None:
     writers = [{"python": 2}, {"protocol": 0}, {"protocol": 1}, {"protocol": 2}, {"protocol": 3}, {"protocol": 4}]
     for (name, rows), writer in zip(_batches(), writers, strict=True):
         (root / name).write_bytes(cifar_batch(rows, **writer))
+
+
+NAMES_100 = [f"fine {label}" for label in range(100)]
+
+
+def cifar100_meta(names: list[str] = NAMES_100, protocol: int = 2, python: int = 3) -> bytes:
+    coarse = [f"coarse {label}" for label in range(20)]
+    if python == 2:
+        return python2_pickle(
+            {b"fine_label_names": [n.encode() for n in names], b"coarse_label_names": [n.encode() for n in coarse]}
+        )
+    return pickle.dumps({"fine_label_names": names, "coarse_label_names": coarse}, protocol=protocol)
+
+
+def write_cifar100(root: Path, folder: str = "", **writer: int) -> None:
+    """writer: of pickles, see cifar_batch; the coarse labels are others than the fine ones."""
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", slice(0, 40)), ("test", slice(40, 48))):
+        coarse = [19] * (rows.stop - rows.start)
+        (root / folder / name).write_bytes(cifar_batch(rows, key=b"fine_labels", coarse_labels=coarse, **writer))
+    (root / folder / "meta").write_bytes(cifar100_meta(**writer))
 
 
 def mat(images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> bytes:
@@ -254,6 +278,8 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "webdataset": ("webdataset", write_webdataset),
     "cifar10 binary": ("cifar10", write_cifar_binary),
     "cifar10 python": ("cifar10", write_cifar_python),
+    "cifar100": ("cifar100", functools.partial(write_cifar100, python=2)),
+    "cifar100, torchvision": ("cifar100", functools.partial(write_cifar100, folder="cifar-100-python", protocol=4)),
     "svhn": ("svhn", write_svhn),
     "idx": ("idx", write_idx),
     "idx, packed": ("idx", functools.partial(write_idx, packed=True)),

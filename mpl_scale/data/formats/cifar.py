@@ -1,4 +1,4 @@
-"""Source `cifar10`: the five training batches and the test batch, in the binary or the Python version.
+"""Sources `cifar10`, in the binary or the Python version, and `cifar100`, in the Python version, with its fine labels.
 
 The binary version is read where it lies: one byte of label, then 3 x 32 x 32 bytes. Of the Python version (pickles,
 read by pickled.py without running them) the pixels are written out once, beside the index.
@@ -33,9 +33,14 @@ from mpl_scale.data.index.format import (
 SIDE = 32
 _PIXELS = 3 * SIDE * SIDE
 _RECORD = 1 + _PIXELS
+CLASSES_100 = 100
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _BATCHES: tuple[tuple[str, Part], ...] = (*((f"data_batch_{n}", "train") for n in range(1, 6)), ("test_batch", "test"))
-_LONGEST_PICKLE = 1 << 30  # bytes; a batch of 10,000 images has 31 MB
+_BINARY = ("", "cifar-10-batches-bin/")  # the folder that the archive unpacks to, or the one it lies in
+_PYTHON = ("", "cifar-10-batches-py/")
+_PYTHON_100 = ("", "cifar-100-python/")
+_BATCHES_100: tuple[tuple[str, Part], ...] = (("train", "train"), ("test", "test"))
+_LONGEST_PICKLE = 1 << 30  # bytes; CIFAR-100's training images have 155 MB
 
 
 @register_format("cifar10")
@@ -45,12 +50,12 @@ class Cifar10(PlainFormat):
     layout: Layout = "planes"
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        binary = existing(root, [(f"{name}.bin", part) for name, part in _BATCHES])
-        python = existing(root, _BATCHES)
+        binary = existing(root, [(f"{name}.bin", part) for name, part in _BATCHES], folders=_BINARY)
+        python = existing(root, _BATCHES, folders=_PYTHON)
         if not any(shard.part == "train" for shard in binary or python):
             raise ValueError(
                 f"mpl_scale.data.root = '{root}' holds no data_batch_1.bin (binary version) nor data_batch_1 (Python "
-                "version); name the folder that the archive of CIFAR-10 unpacks to"
+                "version); name the folder that the archive of CIFAR-10 unpacks to, or the one it was unpacked in"
             )
         found = binary or python
         names = {shard.name.removesuffix(".bin") for shard in found}
@@ -69,32 +74,92 @@ class Cifar10(PlainFormat):
         path = root / shard.name
         if path.suffix == ".bin":
             return _scan_binary(path, shard)
+        return _scan_python(path, shard, unpacked, labels="labels")
+
+
+@register_format("cifar100")
+class Cifar100(PlainFormat):
+    """CIFAR-100, Python version: 100 classes by their fine labels; the 20 coarse ones are not read."""
+
+    layout: Layout = "planes"
+
+    def sidecars(self, root: Path) -> Sequence[str]:
+        return [self._meta(root)]
+
+    def shards(self, root: Path) -> Sequence[Shard]:
+        found = existing(root, _BATCHES_100, folders=_PYTHON_100)
+        if not any(shard.part == "train" for shard in found):
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds no file train (Python version); name the folder that "
+                "cifar-100-python.tar.gz unpacks to, or the one it was unpacked in"
+            )
+        return found
+
+    def classes(self, root: Path) -> Sequence[str]:
+        path = root / self._meta(root)
         try:
-            pixels, labels = read_batch(path)
-        except MalformedShard as error:
-            return Scan.lost(shard, error)
-        unpacked.write_bytes(pixels.tobytes())
-        return _scan(shard, labels, first=0, stride=_PIXELS)
+            return read_names(path)
+        except (OSError, MalformedShard) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise ValueError(
+                f"'{path}' holds no class names: {reason}; unpack cifar-100-python.tar.gz again"
+            ) from error
+
+    def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
+        return _scan_python(root / shard.name, shard, unpacked, labels="fine_labels")
+
+    def _meta(self, root: Path) -> str:
+        return str(Path(self.shards(root)[0].name).with_name("meta"))
 
 
-def read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_batch(path: Path, *, labels: str = "labels") -> tuple[np.ndarray, np.ndarray]:
     """Pixels uint8 [n, 3, 32, 32] and labels int64 [n] of a batch of the Python version.
+
+    labels: their key.
 
     Raises:
         MalformedShard: the file is no such batch.
     """
-    if path.stat().st_size > _LONGEST_PICKLE:
-        raise MalformedShard(f"a pickle of more than {_LONGEST_PICKLE} bytes")
-    batch: Any = read_pickle(path.read_bytes())
-    if not isinstance(batch, dict):
-        raise MalformedShard("no dict of data and labels")
-    data, labels = (batch.get(key, batch.get(key.encode())) for key in ("data", "labels"))
+    data, found = _read_dict(path, "data", labels)
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS:
         raise MalformedShard(f"data is no uint8 [n, {_PIXELS}]")
-    if not isinstance(labels, list) or len(labels) != len(data) or not all(type(label) is int for label in labels):
-        raise BadLabel("labels are no list of one whole number per image")
-    clipped = [label if 0 <= label < 1 << 31 else -1 for label in labels]
+    if not isinstance(found, list) or len(found) != len(data) or not all(type(label) is int for label in found):
+        raise BadLabel(f"{labels} is no list of one whole number per image")
+    clipped = [label if 0 <= label < 1 << 31 else -1 for label in found]
     return data.reshape(-1, 3, SIDE, SIDE), np.array(clipped, np.int64)
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of CIFAR-100's fine labels, in their order.
+
+    Raises:
+        MalformedShard: the file does not hold 100 different ones.
+        OSError: it cannot be read.
+    """
+    (found,) = _read_dict(path, "fine_label_names")
+    names = found if isinstance(found, list) else []
+    if not all(isinstance(name, str) for name in names) or (len(names), len(set(names))) != (CLASSES_100, CLASSES_100):
+        raise MalformedShard(f"fine_label_names is no list of {CLASSES_100} names")
+    return names
+
+
+def _read_dict(path: Path, *keys: str) -> list[Any]:
+    """The values of a pickled dict, whose keys may be text or bytes; None where there is none."""
+    if path.stat().st_size > _LONGEST_PICKLE:
+        raise MalformedShard(f"a pickle of more than {_LONGEST_PICKLE} bytes")
+    found: Any = read_pickle(path.read_bytes())
+    if not isinstance(found, dict):
+        raise MalformedShard(f"no dict of {' and '.join(keys)}")
+    return [found.get(key, found.get(key.encode())) for key in keys]
+
+
+def _scan_python(path: Path, shard: Shard, unpacked: Path, *, labels: str) -> Scan:
+    try:
+        pixels, found = read_batch(path, labels=labels)
+    except MalformedShard as error:
+        return Scan.lost(shard, error)
+    unpacked.write_bytes(pixels.data)
+    return _scan(shard, found, first=0, stride=_PIXELS)
 
 
 def _scan_binary(path: Path, shard: Shard) -> Scan:

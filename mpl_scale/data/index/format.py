@@ -6,7 +6,7 @@ another. A sample's id is its place in that order, so it does not depend on who 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -215,6 +215,10 @@ def named_classes(names: dict[int, str], *, highest: int) -> list[str]:
     return [names.get(label, f"class {label}") for label in range(highest + 1)]
 
 
-def existing(root: Path, names: Iterable[tuple[str, Part]]) -> list[Shard]:
-    """Those of the named files that are there, in the given order."""
-    return [Shard(name, part) for name, part in names if (root / name).is_file()]
+def existing(root: Path, names: Sequence[tuple[str, Part]], *, folders: Sequence[str] = ("",)) -> list[Shard]:
+    """Those of the named files that are there, in the given order; of the first folder ("": the root) that has any."""
+    for folder in folders:
+        found = [Shard(f"{folder}{name}", part) for name, part in names if (root / folder / name).is_file()]
+        if found:
+            return found
+    return []

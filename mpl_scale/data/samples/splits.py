@@ -200,9 +200,9 @@ def _training(images: ImageSet) -> np.ndarray:
 def _part(images: ImageSet, part: str, config: DataConfig) -> np.ndarray:
     if not (isinstance(images, IndexedImages) or (isinstance(images, ImageFiles) and len(images.tests))):
         raise ValueError(
-            f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, svhn, idx, "
-            f"tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} has none; use "
-            "split = 'stratified'"
+            f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, cifar100, "
+            f"svhn, idx, tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} has none; "
+            "use split = 'stratified'"
         )
     return images.ids_of(part)  # type: ignore[arg-type]
 

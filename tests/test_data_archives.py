@@ -1,0 +1,83 @@
+"""CIFAR's and STL-10's archives: where their files are found, what their classes are called, what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data import load_images
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.reader import IndexedImages, StaleIndex
+from tests.support import mini_imagenet as mini
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "cache"))
+
+
+def load(root: Path, source: str) -> IndexedImages:
+    images = load_images(DataConfig(source=source, root=str(root)))
+    assert isinstance(images, IndexedImages)
+    return images
+
+
+IN_FOLDERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
+    "cifar10 python": ("cifar10", "cifar-10-batches-py", mini.write_cifar_python),
+    "cifar10 binary": ("cifar10", "cifar-10-batches-bin", mini.write_cifar_binary),
+    "cifar100": ("cifar100", "cifar-100-python", mini.write_cifar100),
+}
+"""The folder that each archive unpacks to."""
+
+
+@pytest.mark.parametrize("kind", IN_FOLDERS)
+def test_the_folder_of_an_archive_is_found(tmp_path: Path, kind: str) -> None:
+    """torchvision's download folder and the archive's own are the same data set."""
+    source, folder, write = IN_FOLDERS[kind]
+    write(tmp_path / "data" / folder)
+    outer, inner = load(tmp_path / "data", source), load(tmp_path / "data" / folder, source)
+    assert [shard.name for shard in outer.shards] == [f"{folder}/{shard.name}" for shard in inner.shards]
+    for sample in (0, len(inner) - 1):
+        assert outer.read(sample).tobytes() == inner.read(sample).tobytes()
+    for images in (outer, inner):
+        assert images.ids_of("test").tolist() == list(range(40, 48))
+        assert not any("not used" in line for line in images.contents())
+
+
+def test_cifar100_has_its_fine_names_and_is_stale_when_they_change(tmp_path: Path) -> None:
+    mini.write_cifar100(tmp_path / "data", "cifar-100-python")
+    build_index("cifar100", tmp_path / "data", output=tmp_path / "index")
+    assert list(IndexedImages(tmp_path / "index").classes) == mini.NAMES_100
+    meta = tmp_path / "data" / "cifar-100-python" / "meta"
+    status = meta.stat()
+    meta.write_bytes(mini.cifar100_meta([name.upper() for name in mini.NAMES_100]))
+    os.utime(meta, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(StaleIndex, match=r"cifar-100-python/meta' has changed"):
+        IndexedImages(tmp_path / "index")
+
+
+NO_NAMES: dict[str, tuple[bytes | None, str]] = {
+    "missing": (None, "No such file or directory"),
+    "cut": (mini.cifar100_meta()[:-300], "it cannot be unpickled"),
+    "no pickle": (b"names", "it cannot be unpickled"),
+    "no dict": (b"N.", "no dict of fine_label_names"),
+    "too few": (mini.cifar100_meta(mini.NAMES_100[:-1]), "fine_label_names is no list of 100 names"),
+    "doubled": (mini.cifar100_meta([*mini.NAMES_100[:-1], "fine 0"]), "fine_label_names is no list of 100 names"),
+    "a batch": (mini.cifar_batch(), "fine_label_names is no list of 100 names"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_NAMES)
+def test_class_names_that_cannot_be_read_are_an_error(tmp_path: Path, kind: str) -> None:
+    content, reason = NO_NAMES[kind]
+    mini.write_cifar100(tmp_path)
+    (tmp_path / "meta").unlink()
+    if content is not None:
+        (tmp_path / "meta").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"/meta' holds no class names: {reason}.*; unpack cifar-100-py") as caught:
+        load(tmp_path, "cifar100")
+    assert "\n" not in str(caught.value)
