@@ -6,13 +6,16 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import IndexedImages, StaleIndex
+from mpl_scale.data.samples.splits import SPLITS
 from tests.support import mini_imagenet as mini
+from tests.support.image_sets import split
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +33,7 @@ IN_FOLDERS: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "cifar10 python": ("cifar10", "cifar-10-batches-py", mini.write_cifar_python),
     "cifar10 binary": ("cifar10", "cifar-10-batches-bin", mini.write_cifar_binary),
     "cifar100": ("cifar100", "cifar-100-python", mini.write_cifar100),
+    "stl10": ("stl10", "stl10_binary", mini.write_stl10),
 }
 """The folder that each archive unpacks to."""
 
@@ -44,7 +48,7 @@ def test_the_folder_of_an_archive_is_found(tmp_path: Path, kind: str) -> None:
     for sample in (0, len(inner) - 1):
         assert outer.read(sample).tobytes() == inner.read(sample).tobytes()
     for images in (outer, inner):
-        assert images.ids_of("test").tolist() == list(range(40, 48))
+        assert images.ids_of("test").tolist() == list(range(36 if source == "stl10" else 40, 48))
         assert not any("not used" in line for line in images.contents())
 
 
@@ -81,3 +85,43 @@ def test_class_names_that_cannot_be_read_are_an_error(tmp_path: Path, kind: str)
     with pytest.raises(ValueError, match=rf"/meta' holds no class names: {reason}.*; unpack cifar-100-py") as caught:
         load(tmp_path, "cifar100")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", sorted(SPLITS.keys() - {"cifar10_4k", "svhn_1k", "imagenet_10"}))
+def test_stl10s_unlabelled_images_have_no_labels_in_any_split(tmp_path: Path, name: str) -> None:
+    """They are unlabelled images of every split, and never labelled, held out or tested on."""
+    mini.write_stl10(tmp_path)
+    (tmp_path / "train_y.bin").write_bytes(bytes(range(1, 11)) * 2)
+    images = load(tmp_path, "stl10")
+    without = np.arange(mini.COUNT)[mini.UNLABELLED]
+    found = split(images, name, labelled_per_class=1, held_out_shards=0, unlabelled_from="rest")
+    assert np.isin(without, found.unlabelled).all()
+    for part in (found.labelled, found.test, found.held_out):
+        assert not np.isin(without, part).any()
+    assert np.isin(without, split(images, name, labelled_per_class=1, held_out_shards=0).unlabelled).all()
+    assert "unlabelled 16 (unlabeled_X.bin)" in "\n".join(images.contents())
+
+
+CUT: dict[str, tuple[str, Callable[[bytes], bytes], str]] = {
+    "images": ("train_X.bin", lambda good: good[:-1], "it is empty, or ends 27647 bytes into an image; unpack stl10"),
+    "no image": ("unlabeled_X.bin", lambda good: b"", "it is empty, or ends 0 bytes into an image; unpack stl10"),
+    "unlabelled": ("unlabeled_X.bin", lambda good: good[:-5], "it is empty, or ends 27643 bytes into an image"),
+    "an image less": ("train_X.bin", lambda good: good[27648:], "'train_y.bin' is missing, or holds 20 labels for 19"),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_files_of_stl10_cut_short_are_named(tmp_path: Path, kind: str) -> None:
+    name, damage, reason = CUT[kind]
+    mini.write_stl10(tmp_path)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name}.*: the whole shard is lost: {reason}") as caught:
+        load(tmp_path, "stl10")
+    assert "\n" not in str(caught.value)
+
+
+def test_stl10_without_labels_is_an_error(tmp_path: Path) -> None:
+    mini.write_stl10(tmp_path)
+    (tmp_path / "test_y.bin").unlink()
+    with pytest.raises(ValueError, match=r"test_X\.bin: .*'test_y\.bin' is missing, or holds 0 labels for 12 images"):
+        load(tmp_path, "stl10")

@@ -57,13 +57,31 @@ def matlab(root: Path) -> Path:
     return root / "extra_32x32.mat"
 
 
+def fine(root: Path) -> Path:
+    mini.write_cifar100(root)
+    return root / "train"
+
+
+def mnist(root: Path) -> Path:
+    mini.write_idx(root)
+    return root / "train-images-idx3-ubyte"
+
+
+def stl(root: Path) -> Path:
+    mini.write_stl10(root)
+    return root / "unlabeled_X.bin"
+
+
 KINDS = {
     "tfrecord": tfrecord,
     "webdataset": webdataset,
     "webdataset packed": packed,
     "cifar10 binary": binary,
     "cifar10": pickled,
+    "cifar100": fine,
     "svhn": matlab,
+    "idx": mnist,
+    "stl10": stl,
 }
 
 

@@ -33,7 +33,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "cache"))
 
 
-def decoded(images: ImageSet) -> list[tuple[bytes, int]]:
+def decoded(images: ImageSet, side: int = mini.SIDE) -> list[tuple[bytes, int]]:
     """Pixels and label of every image, through the decode pipeline that trains."""
     everything = np.setdiff1d(np.arange(len(images), dtype=np.int64), images.refused)
     splits = Splits(images=images, test=everything, labelled=everything, unlabelled=everything)
@@ -41,7 +41,7 @@ def decoded(images: ImageSet) -> list[tuple[bytes, int]]:
     for batch in evaluation_batches(
         DataConfig(**PLAIN, evaluation_batch=64),
         splits,
-        images=ImageFormat(image_size=mini.SIDE, dtype=torch.float64),
+        images=ImageFormat(image_size=side, dtype=torch.float64),
         mesh=build_mesh(device=torch.device("cpu")),
     ):
         pixels = (batch.images[batch.valid] * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
@@ -50,9 +50,7 @@ def decoded(images: ImageSet) -> list[tuple[bytes, int]]:
 
 
 def expected(source: str = "") -> list[tuple[bytes, int]]:
-    images, labels = mini.pictures()
-    if source in mini.GREY:
-        images = images[..., :1].repeat(3, axis=-1)
+    images, labels = mini.as_read(source)
     assert len({image.tobytes() for image in images}) == mini.COUNT
     return [(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)]
 
@@ -67,8 +65,9 @@ def test_every_source_reads_identical_pixels_and_labels(tmp_path: Path, kind: st
     source, write = mini.WRITERS[kind]
     write(tmp_path / "data")
     images = load_images(DataConfig(source=source, root=str(tmp_path / "data")))
-    assert decoded(images) == (by_class(expected()) if source == "folder" else expected(source))
-    assert (images.sizes == mini.SIDE).all()
+    side = mini.as_read(source)[0].shape[1]
+    assert decoded(images, side) == (by_class(expected()) if source == "folder" else expected(source))
+    assert (images.sizes == side).all()
     assert not len(images.refused)
 
 

@@ -117,6 +117,13 @@ def whole_cifar100(content: bytes) -> None:
     _scan("cifar100", "train", content)
 
 
+def whole_stl10(content: bytes) -> None:
+    labels = {"train_y.bin": _valid()["stl10, labels"]}
+    _scan("stl10", "train_X.bin", content, labels)
+    _scan("stl10", "unlabeled_X.bin", content)
+    _scan("stl10", "train_X.bin", _valid()["stl10"], {"train_y.bin": content})
+
+
 def whole_mat(content: bytes) -> None:
     _scan("svhn", "train_32x32.mat", content)
 
@@ -179,6 +186,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
     "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
     "scan of cifar100": (whole_cifar100, ("cifar100, python 2", "cifar100")),
+    "scan of stl10": (whole_stl10, ("stl10", "stl10, labels")),
     "scan of idx": (whole_idx, ("idx", "idx1", "idx, packed")),
     "scan of mat": (whole_mat, ("mat", "mat, compressed")),
 }
@@ -214,6 +222,8 @@ def _valid() -> dict[str, bytes]:
         "cifar100, python 2": mini.cifar_batch(slice(0, 1), python=2, key=b"fine_labels"),
         "names": mini.cifar100_meta(protocol=4),
         "names, python 2": mini.cifar100_meta(python=2),
+        "stl10": mini.stl10(slice(0, 1)),
+        "stl10, labels": b"\3",
         "mat": mini.mat(images[:2, :4, :4], labels[:2], compress=False),
         "mat, compressed": mini.mat(images[:2, :4, :4], labels[:2]),
         "png": small[0],

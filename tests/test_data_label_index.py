@@ -50,7 +50,7 @@ def test_check_data_beside_an_index_must_be_the_indexs(tmp_path: Path) -> None:
             load(root, "tfrecord", index=index, check_data=not built)
 
 
-@pytest.mark.parametrize("kind", ["folder", "cifar10 binary", "cifar100", "svhn", "digits"])
+@pytest.mark.parametrize("kind", ["folder", "cifar10 binary", "cifar100", "svhn", "stl10", "digits"])
 def test_settings_without_effect_are_refused(tmp_path: Path, kind: str) -> None:
     source = mini.WRITERS[kind][0] if kind in mini.WRITERS else kind
     for setting in ({"label_offset": 0}, {"check_data": False}):

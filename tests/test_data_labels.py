@@ -153,6 +153,15 @@ def cifar100(labels: list[object]) -> Callable[[Path], Path]:
     return make
 
 
+def stl10(labels: bytes) -> Callable[[Path], Path]:
+    def make(root: Path) -> Path:
+        mini.write_stl10(root)
+        (root / "test_y.bin").write_bytes(labels)
+        return root
+
+    return make
+
+
 def svhn(label: int) -> Callable[[Path], Path]:
     def make(root: Path) -> Path:
         mini.write_svhn(root)
@@ -199,6 +208,9 @@ FAULTS: dict[str, tuple[str, Callable[[Path], Path], str]] = {
     "cifar100 above": ("cifar100", cifar100([0] * 7 + [100]), "label 100 is above 99, the last class"),
     "cifar100 too few": ("cifar100", cifar100([0] * 7), "fine_labels is no list of one whole number per image"),
     "cifar100 text": ("cifar100", cifar100(["0"] * 8), "fine_labels is no list of one whole number per image"),
+    "stl10 above": ("stl10", stl10(b"\1" * 11 + b"\x0b"), r"'test_y\.bin' gives image 11 the label 11, not 1 to 10"),
+    "stl10 zero": ("stl10", stl10(bytes(12)), r"'test_y\.bin' gives image 0 the label 0, not 1 to 10"),
+    "stl10 too few": ("stl10", stl10(b"\1"), r"'test_y\.bin' is missing, or holds 1 labels for 12 images"),
     "svhn above": ("svhn", svhn(11), "y holds other labels than 1 to 10, or 0 to 9"),
     "svhn both": ("svhn", svhn(10), "y holds both 0 and 10"),
 }

@@ -40,6 +40,7 @@ SOURCES: dict[str, Callable[[Path], object]] = {
     "digits": lambda root: None,
     "cifar10": mini.write_cifar_binary,
     "cifar100": mini.write_cifar100,
+    "stl10": mini.write_stl10,
     "arrays": mini.write_arrays,
     "idx": mini.write_idx,
     "folder": mini.write_folder,

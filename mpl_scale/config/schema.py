@@ -104,8 +104,8 @@ class DataConfig(Section):
 
     source: str = Field(
         "digits",
-        description="Registered: digits, folder, tfrecord, webdataset, cifar10, cifar100, svhn, idx (MNIST), "
-        "arrays; two_moons, of vectors.",
+        description="Registered: digits, folder, tfrecord, webdataset, cifar10, cifar100, svhn, stl10, idx "
+        "(MNIST), arrays; two_moons, of vectors.",
     )
     root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
     index: str | None = Field(

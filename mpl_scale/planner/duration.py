@@ -22,7 +22,7 @@ from mpl_scale.planner.static import FP32
 CAUSES = ("compute", "launches", "halo", "pools", "statistics", "zero")
 """Of a phase's time: kernels; waiting for Python to start them; the width group's exchanges, and its sums (pools,
 gates); batch norm's all-reduces; gradients and weights."""
-RAW = {"arrays", "cifar10", "cifar100", "idx", "svhn"}
+RAW = {"arrays", "cifar10", "cifar100", "idx", "stl10", "svhn"}
 """Sources whose images are not compressed."""
 
 

@@ -18,7 +18,7 @@ from mpl_scale.planner.static import FP32, EngineSettings, TrainedNetwork, stati
 REDUCE_BUCKET, MAX_LIVE, PERSISTENCE = 500_000_000, 1_000_000_000, 100_000
 _BATCHES = 3
 """Batches on the device: the slots that the step reads, what was copied to them, and what the prefetcher has ready."""
-IMAGES = {"digits": 1_797, "cifar10": 60_000, "cifar100": 60_000, "svhn": 630_420}
+IMAGES = {"digits": 1_797, "cifar10": 60_000, "cifar100": 60_000, "svhn": 630_420, "stl10": 113_000}
 """Images of a source, test part included."""
 
 

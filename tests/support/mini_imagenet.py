@@ -269,8 +269,35 @@ def write_idx(root: Path, names: str = "{part}-{kind}-ubyte", *, packed: bool = 
                 path.unlink()
 
 
-GREY = ("idx",)
-"""Sources of grey images: the writer stores the first channel."""
+UNLABELLED = slice(20, 36)
+"""Pictures that `write_stl10` writes without a label."""
+
+
+def stl10(rows: slice) -> bytes:
+    """These pictures as STL-10 stores them, each pixel three times in height and in width: 96 x 96."""
+    return as_read("stl10")[0][rows].transpose(0, 3, 2, 1).tobytes()
+
+
+def write_stl10(root: Path, folder: str = "") -> None:
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for name, rows in (("train", slice(0, 20)), ("unlabeled", UNLABELLED), ("test", slice(36, 48))):
+        (root / folder / f"{name}_X.bin").write_bytes(stl10(rows))
+        if rows != UNLABELLED:
+            (root / folder / f"{name}_y.bin").write_bytes((pictures()[1][rows] + 1).astype(np.uint8).tobytes())
+    for name in ("class_names.txt", "fold_indices.txt"):
+        (root / folder / name).touch()
+
+
+def as_read(source: str) -> tuple[np.ndarray, np.ndarray]:
+    """The pictures, uint8 [48, H, W, 3], and labels, as a source's writer stores them: grey, larger, unlabelled."""
+    images, labels = pictures()
+    if source == "idx":
+        images = images[..., :1].repeat(3, axis=-1)
+    if source == "stl10":
+        images, labels = images.repeat(3, axis=1).repeat(3, axis=2), labels.copy()
+        labels[UNLABELLED] = 0
+    return images, labels
+
 
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "folder": ("folder", write_folder),
@@ -281,6 +308,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "cifar100": ("cifar100", functools.partial(write_cifar100, python=2)),
     "cifar100, torchvision": ("cifar100", functools.partial(write_cifar100, folder="cifar-100-python", protocol=4)),
     "svhn": ("svhn", write_svhn),
+    "stl10": ("stl10", write_stl10),
     "idx": ("idx", write_idx),
     "idx, packed": ("idx", functools.partial(write_idx, packed=True)),
     "arrays": ("arrays", write_arrays),

@@ -15,7 +15,6 @@ import numpy as np
 
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
-    ENTRY,
     BadLabel,
     Layout,
     MalformedShard,
@@ -71,13 +70,8 @@ class Arrays:
             labels = _labels(path.with_name(path.name.replace("images", "labels")), len(images))
         except MalformedShard as error:
             return Scan.lost(shard, error)
-        count, height, width, _ = images.shape
-        entries = np.zeros(count, ENTRY)
-        entries["length"] = 3 * height * width
-        entries["offset"] = offset + np.arange(count) * (3 * height * width)
-        entries["label"] = labels
-        entries["height"], entries["width"] = height, width
-        return Scan(entries)
+        _, height, width, _ = images.shape
+        return Scan.of_pixels(labels, size=(height, width), length=3 * height * width, first=offset)
 
 
 def _labels(path: Path, count: int) -> np.ndarray:

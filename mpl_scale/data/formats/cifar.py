@@ -14,7 +14,6 @@ import numpy as np
 
 from mpl_scale.data.formats.pickled import read_pickle
 from mpl_scale.data.index.format import (
-    ENTRY,
     LOST_REST,
     LOST_WHOLE,
     BadLabel,
@@ -58,7 +57,7 @@ class Cifar10(PlainFormat):
                 "version); name the folder that the archive of CIFAR-10 unpacks to, or the one it was unpacked in"
             )
         found = binary or python
-        names = {shard.name.removesuffix(".bin") for shard in found}
+        names = {Path(shard.name).stem for shard in found}
         absent = [name for name, part in _BATCHES if part == "train" and name not in names]
         if absent:
             raise ValueError(
@@ -159,24 +158,15 @@ def _scan_python(path: Path, shard: Shard, unpacked: Path, *, labels: str) -> Sc
     except MalformedShard as error:
         return Scan.lost(shard, error)
     unpacked.write_bytes(pixels.data)
-    return _scan(shard, found, first=0, stride=_PIXELS)
+    return Scan.of_pixels(found, size=(SIDE, SIDE), length=_PIXELS)
 
 
 def _scan_binary(path: Path, shard: Shard) -> Scan:
     content = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.zeros(0, np.uint8)
     count, rest = divmod(len(content), _RECORD)
-    scan = _scan(shard, content[: count * _RECORD : _RECORD].astype(np.int64), first=1, stride=_RECORD)
+    labels = content[: count * _RECORD : _RECORD]
+    scan = Scan.of_pixels(labels, size=(SIDE, SIDE), length=_PIXELS, first=1, stride=_RECORD)
     if rest or not count:
         reason = f"{LOST_REST}: the file ends {rest} bytes into an image" if rest else f"{LOST_WHOLE}: it is empty"
         scan.refusals.append(Refusal(shard.name, count * _RECORD, reason))
     return scan
-
-
-def _scan(shard: Shard, labels: np.ndarray, *, first: int, stride: int) -> Scan:
-    """Images of `stride` bytes each, the first one's pixels at byte `first`."""
-    entries = np.zeros(len(labels), ENTRY)
-    entries["offset"] = first + np.arange(len(labels)) * stride
-    entries["length"] = _PIXELS
-    entries["label"] = labels
-    entries["height"] = entries["width"] = SIDE
-    return Scan(entries)

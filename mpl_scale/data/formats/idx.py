@@ -21,7 +21,6 @@ import numpy as np
 
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
-    ENTRY,
     BadLabel,
     Layout,
     MalformedShard,
@@ -104,12 +103,7 @@ class Idx:
         except MalformedShard as error:
             unpacked.unlink(missing_ok=True)
             return Scan.lost(shard, error)
-        entries = np.zeros(count, ENTRY)
-        entries["length"] = height * width
-        entries["offset"] = np.arange(count) * (height * width)
-        entries["label"] = labels
-        entries["height"], entries["width"] = (width, height) if turned else (height, width)
-        return Scan(entries)
+        return Scan.of_pixels(labels, size=(width, height) if turned else (height, width), length=height * width)
 
 
 def _labels_names(images: str) -> tuple[str, str]:

@@ -14,7 +14,6 @@ import numpy as np
 
 from mpl_scale.data.formats.matfile import MatArray, read_arrays
 from mpl_scale.data.index.format import (
-    ENTRY,
     BadLabel,
     Layout,
     MalformedShard,
@@ -56,19 +55,15 @@ class Svhn(PlainFormat):
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
         try:
             with open(root / shard.name, "rb") as file, open(unpacked, "wb") as pixels:
-                count, height, width, labels = _read(file, pixels)
+                height, width, labels = _read(file, pixels)
         except MalformedShard as error:
             unpacked.unlink(missing_ok=True)
             return Scan.lost(shard, error)
-        entries = np.zeros(count, ENTRY)
-        entries["length"] = 3 * height * width
-        entries["offset"] = np.arange(count) * (3 * height * width)
-        entries["label"], entries["height"], entries["width"] = labels, height, width
-        return Scan(entries)
+        return Scan.of_pixels(labels, size=(height, width), length=3 * height * width)
 
 
-def _read(file: BinaryIO, pixels: BinaryIO) -> tuple[int, int, int, np.ndarray]:
-    """Images, their height and width, and labels int64 [images]; the pixels go to the other file."""
+def _read(file: BinaryIO, pixels: BinaryIO) -> tuple[int, int, np.ndarray]:
+    """Height and width of the images, and labels int64 [images]; the pixels go to the other file."""
     shape, labels = None, None
     for array in read_arrays(file):
         if array.name == "X":
@@ -80,7 +75,7 @@ def _read(file: BinaryIO, pixels: BinaryIO) -> tuple[int, int, int, np.ndarray]:
     height, width, count = shape
     if count != len(labels):
         raise BadLabel(f"{count} images and {len(labels)} labels")
-    return count, height, width, labels
+    return height, width, labels
 
 
 def _unpack(array: MatArray, pixels: BinaryIO) -> tuple[int, int, int]:

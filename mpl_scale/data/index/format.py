@@ -17,10 +17,12 @@ from mpl_scale.config.names import Registry
 from mpl_scale.data.encoded.header import Header
 from mpl_scale.data.index.census import Census
 
-Part = Literal["train", "extra", "test"]
-Layout = Literal["file", "encoded", "rows", "planes", "grey"]
+Part = Literal["train", "extra", "unlabelled", "test"]
+"""extra: more images for training, that no split of C.1 takes labels of; unlabelled: images without labels, whose
+entries have the first class's."""
+Layout = Literal["file", "encoded", "rows", "planes", "columns", "grey"]
 """How a sample is stored: a file of its own in the shard's folder; an image file inside the shard; raw RGB pixels
-[H, W, 3]; raw RGB planes [3, H, W]; raw grey pixels [H, W]."""
+[H, W, 3]; raw RGB planes [3, H, W], or [3, W, H] (each column by column); raw grey pixels [H, W]."""
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 MOST_CLASSES = 1 << 20
 """Without a list of names, labels from here on are taken for damage."""
@@ -85,6 +87,26 @@ class Scan:
     name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: dict[int, str] = field(default_factory=dict)
     census: Census = field(default_factory=Census)
+
+    @classmethod
+    def of_pixels(
+        cls, labels: np.ndarray, *, size: tuple[int, int], length: int, first: int = 0, stride: int | None = None
+    ) -> Scan:
+        """Raw images of one size.
+
+        Args:
+            labels: one per image, whole numbers [n].
+            size: height and width, pixels.
+            length: of an image, bytes.
+            first: the byte that the first one begins at.
+            stride: bytes from one to the next; None: they lie one behind another.
+        """
+        entries = np.zeros(len(labels), ENTRY)
+        entries["offset"] = first + np.arange(len(labels)) * (length if stride is None else stride)
+        entries["length"] = length
+        entries["label"] = labels
+        entries["height"], entries["width"] = size
+        return cls(entries)
 
     @classmethod
     def lost(cls, shard: Shard, error: MalformedShard) -> Scan:

@@ -24,7 +24,8 @@ PARTS: dict[str, Part] = {
 _NUMBERS = re.compile(r"(\.tar|\.gz|\.tgz|\.tfrecords?|[-_.]?\d+|-of)+$")
 _WORD = re.compile(r"[a-z]+")
 _SIDECARS = re.compile(
-    r"(classes\.txt|(test_)?(images|labels)\.npy|batches\.meta(\.txt)?|readme.*|license.*)", re.IGNORECASE
+    r"(classes\.txt|(test_)?(images|labels)\.npy|batches\.meta(\.txt)?|class_names\.txt|fold_indices\.txt|readme.*|license.*)",
+    re.IGNORECASE,
 )
 _COMPRESSED = (".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tbz2", ".txz", ".tfrecord.gz", ".tfrecords.gz")
 
@@ -135,7 +136,7 @@ def parts_line(counts: Sequence[tuple[str, Part, int]]) -> list[str]:
     if not counts:
         return []
     described = []
-    for wanted in ("train", "extra", "test"):
+    for wanted in ("train", "extra", "unlabelled", "test"):
         own = [(name, images) for name, part, images in counts if part == wanted]
         if own:
             patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name, _ in own))

@@ -327,9 +327,14 @@ def _planes(content: bytes, height: int, width: int) -> bytes:
     return np.frombuffer(content, np.uint8).reshape(3, height, width).transpose(1, 2, 0).tobytes()
 
 
+def _columns(content: bytes, height: int, width: int) -> bytes:
+    return np.frombuffer(content, np.uint8).reshape(3, width, height).T.tobytes()
+
+
 _RAW: dict[str, Callable[[bytes, int, int], bytes]] = {
     "rows": lambda content, height, width: content,
     "planes": _planes,
+    "columns": _columns,
     "grey": lambda content, height, width: np.frombuffer(content, np.uint8).repeat(3).tobytes(),
 }
 """Raw pixels as [H, W, 3]."""

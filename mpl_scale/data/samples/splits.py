@@ -67,6 +67,8 @@ def make_splits(images: ImageSet, *, config: DataConfig, seed: int) -> Splits:
     """
     require_known("mpl_scale.data.split", config.split, SPLITS)
     parts = SPLITS[config.split](images, config, seed if config.split_seed is None else config.split_seed)
+    if isinstance(images, IndexedImages):
+        parts = parts._replace(rest=concatenate([parts.rest, images.ids_of("unlabelled")]))
     test, held_out, labelled, rest = (_usable(ids, images) for ids in parts)
     if config.evaluate_on == "held_out":
         test, held_out = held_out, held_out[:0]
@@ -201,8 +203,8 @@ def _part(images: ImageSet, part: str, config: DataConfig) -> np.ndarray:
     if not (isinstance(images, IndexedImages) or (isinstance(images, ImageFiles) and len(images.tests))):
         raise ValueError(
             f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, cifar100, "
-            f"svhn, idx, tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} has none; "
-            "use split = 'stratified'"
+            f"svhn, stl10, idx, tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} "
+            "has none; use split = 'stratified'"
         )
     return images.ids_of(part)  # type: ignore[arg-type]
 
