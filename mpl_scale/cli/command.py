@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from mpl_scale.config import RunConfig, load_config
 
@@ -37,6 +39,23 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True
         help="override one field, as mpl_scale.optim.student.lr=0.1 or zero_optimization.stage=3",
     )
     parser.add_argument("--seed", type=int, help="short for --set mpl_scale.seed=N")
+
+
+def add_network_options(parser: argparse.ArgumentParser) -> None:
+    """The trained network: CHECKPOINT and --network; and what a launcher adds."""
+    parser.add_argument("checkpoint", type=Path, metavar="RUN", help="a run's output folder, or a checkpoint step_...")
+    parser.add_argument(
+        "--network",
+        choices=("teacher", "student", "ema"),
+        default="student",
+        help="ema: the student's moving average; default: student",
+    )
+    parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher")
+
+
+def is_main() -> bool:
+    """Whether this process prints what all ranks have: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def load(options: argparse.Namespace) -> RunConfig:

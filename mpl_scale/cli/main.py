@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from mpl_scale.cli.check import CHECK
 from mpl_scale.cli.completion import COMPLETION
 from mpl_scale.cli.distributions import DISTRIBUTIONS
+from mpl_scale.cli.evaluate import EVALUATE
 from mpl_scale.cli.export import EXPORT
 from mpl_scale.cli.index import INDEX
 from mpl_scale.cli.inspect import INSPECT
 from mpl_scale.cli.partition import PARTITION
 from mpl_scale.cli.plan import PLAN
+from mpl_scale.cli.predict import PREDICT
 from mpl_scale.cli.report import REPORT
 from mpl_scale.cli.select import SELECT
 from mpl_scale.cli.sweep import SWEEP
@@ -24,7 +26,11 @@ from mpl_scale.cli.train import TRAIN
 from mpl_scale.packages import find_package
 from mpl_scale.rendezvous import RanksMissing
 
-COMMANDS = (TRAIN, PLAN, CHECK, PARTITION, INDEX, SELECT, DISTRIBUTIONS, INSPECT, EXPORT, REPORT, SWEEP, COMPLETION)
+COMMANDS = (
+    *(TRAIN, EVALUATE, PREDICT, EXPORT),
+    *(PLAN, CHECK, PARTITION, INDEX, SELECT, DISTRIBUTIONS),
+    *(INSPECT, REPORT, SWEEP, COMPLETION),
+)
 BAD_INPUT = 2
 
 

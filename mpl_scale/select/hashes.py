@@ -7,10 +7,36 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.files import replacing
+from mpl_scale.inference.scores import Column
+
+
+class HashedImages(IndexedImages):
+    """An index that keeps the SHA-256 of every encoded image it reads, until its score is written."""
+
+    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
+        super().__init__(folder, root=root, root_setting="--root")
+        self._hashes: dict[int, bytes] = {}
+
+    def read(self, sample: int) -> np.ndarray:
+        """The encoded image; its hash is kept for `column`."""
+        encoded = super().read(sample)
+        self._hashes[sample] = hashlib.sha256(encoded.data).digest()
+        return encoded
+
+    @property
+    def column(self) -> Column:
+        """The hashes, as a column of score files."""
+        return Column(("sha256", "u1", (32,)), self._take)
+
+    def _take(self, ids: np.ndarray, logits: torch.Tensor) -> np.ndarray:
+        digests = b"".join(self._hashes.pop(sample) for sample in ids.tolist())
+        return np.frombuffer(digests, np.uint8).reshape(len(ids), 32)
+
 
 _ROWS = 1 << 16  # images hashed between writes
 

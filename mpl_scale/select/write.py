@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from mpl_scale.config import Config
 from mpl_scale.data.index.reader import IndexedImages, read_meta
 from mpl_scale.data.index.subset import write_subset
 from mpl_scale.files import replace_text
-from mpl_scale.select.rules import SELECTION_RULES, Chosen, RuleSettings
-from mpl_scale.select.scores import ScoreFiles
+from mpl_scale.inference.scores import ScoreFiles
+from mpl_scale.inference.scoring import undecodable
+from mpl_scale.select.hashes import matches
+from mpl_scale.select.rules import SELECTION_RULES, Chosen, RuleSettings, Scores
 
 _ROWS = 1 << 16  # rows of distributions copied at once
 
@@ -50,7 +53,7 @@ def write_selected(
         ValueError: as the rule does, or nothing fits it.
     """
     settings, removed = wanted.settings, wanted.removed
-    chosen = SELECTION_RULES[wanted.rule](files.scores(without=removed), settings)
+    chosen = SELECTION_RULES[wanted.rule](scores_of(files, without=removed), settings)
     if not len(chosen.found.ids):
         raise ValueError(
             f"no image of '{images.folder}' has a probability that rule {wanted.rule} asks for, "
@@ -60,7 +63,7 @@ def write_selected(
     for chunk in range(files.chunks):
         readable = int((files.read(chunk)["classes"][:, 0] >= 0).sum())
         usable, unreadable = usable + readable, unreadable + len(files.ids(chunk)) - readable
-    kept = sum(len(scores.ids) for scores in files.scores(without=removed)) if removed else usable
+    kept = sum(len(scores.ids) for scores in scores_of(files, without=removed)) if removed else usable
     summary = {
         **about,
         "rule": wanted.rule,
@@ -75,7 +78,7 @@ def write_selected(
         replace_text(folder / "selection.json", json.dumps(summary, indent=1) + "\n")
         np.save(folder / "probability.npy", chosen.found.probabilities)
         with open(folder / "unreadable.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in _quarantined(files.folder))
+            file.writelines(f"{line}\n" for line in undecodable(files.folder))
         if wanted.distributions:
             _write_distributions(folder, files, chosen, settings.classes)
 
@@ -89,6 +92,14 @@ def write_selected(
         extra=extra,
     )
     return summary
+
+
+def scores_of(files: ScoreFiles, *, without: frozenset[bytes] = frozenset()) -> Iterator[Scores]:
+    """All chunks, less the images that could not be read and those of the given SHA-256."""
+    for chunk in range(files.chunks):
+        rows = files.read(chunk)
+        kept = np.flatnonzero((rows["classes"][:, 0] >= 0) & ~matches(rows["sha256"], without))
+        yield Scores(files.ids(chunk)[kept], rows["classes"][kept], rows["probabilities"][kept])
 
 
 def _counts(chosen: Chosen, settings: RuleSettings) -> dict[str, Any]:
@@ -132,15 +143,3 @@ def _class_names(config: Config, images: IndexedImages) -> list[str]:
         if len(found) == config.model.num_classes:
             return list(found)
     return [f"class {label}" for label in range(config.model.num_classes)]
-
-
-def _quarantined(folder: Path) -> list[str]:
-    """The lines of all ranks' lists, each image once."""
-    lines = {}
-    for path in sorted(folder.glob("quarantine-rank*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines[json.loads(line)["name"]] = line
-            except (ValueError, KeyError, TypeError):
-                continue  # cut short by a kill
-    return list(lines.values())

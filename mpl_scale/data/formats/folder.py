@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from mpl_scale.data.index.format import (
     Shard,
     register_format,
 )
-from mpl_scale.data.index.parts import is_part, left_over, part_of, parts_line, walk
+from mpl_scale.data.index.parts import Folder, is_part, left_over, part_of, parts_line, walk
 from mpl_scale.data.registry import ImageFiles, register_source
 
 SUFFIXES = (
@@ -55,9 +56,33 @@ def read_folder(root: Path | None) -> ImageFiles:
     """
     folders = _folders(root)
     assert root is not None  # _folders has refused it
-    named, scans = zip(*(_scan(root, shard) for shard in folders), strict=True)
+    return _read(root, folders, classes=tuple(_class_names(root)))
+
+
+def read_unlabelled(root: Path) -> ImageFiles:
+    """All image files below `root`, at any depth, or the one image that it is; they have no labels, so class 0 of one.
+
+    Raises:
+        ValueError: there is nothing at `root`, or no image.
+    """
+    if root.is_file():
+        return replace(_read(root.parent, [Shard("")], classes=("",), only=root.name), notes=())
+    if not root.is_dir():
+        raise ValueError(f"'{root}' is neither a folder of images nor an image")
+    images = _read(root, [Shard(folder.name) for folder in walk(root)], classes=("",))
+    images = replace(images, notes=images.notes[1:])  # there are no parts
+    if not len(images):
+        raise ValueError(f"'{root}' holds no {', '.join(SUFFIXES)} file; name the folder of the images")
+    return images
+
+
+def _read(root: Path, folders: Sequence[Shard], *, classes: tuple[str, ...], only: str | None = None) -> ImageFiles:
+    """The images of some folders. only: the name of the one file to take."""
+    named, scans = zip(*(_scan(root, shard, only=only) for shard in folders), strict=True)
     counts = [len(scan.entries) for scan in scans]
-    paths = [f"{root}/{shard.name}/{name}" for shard, names in zip(folders, named, strict=True) for name in names]
+    paths = [
+        os.path.join(root, shard.name, name) for shard, names in zip(folders, named, strict=True) for name in names
+    ]
     entries = np.concatenate([scan.entries for scan in scans])
     firsts = np.cumsum(counts) - counts
     reasons = {
@@ -74,7 +99,7 @@ def read_folder(root: Path | None) -> ImageFiles:
         np.array(paths),
         entries["label"].copy(),
         np.stack([entries["height"], entries["width"]], axis=1),
-        tuple(_class_names(root)),
+        classes,
         reasons,
         tests=np.flatnonzero(tests),
         notes=(
@@ -100,10 +125,10 @@ class FolderTree(PlainFormat):
         return _scan(root, shard)[1]
 
 
-def _scan(root: Path, shard: Shard) -> tuple[list[str], Scan]:
-    """The image files of one folder, sorted, and what was found in them."""
-    here = next(walk(root, shard.name))
-    images = [name for name in here.files if _is_image(name)]
+def _scan(root: Path, shard: Shard, *, only: str | None = None) -> tuple[list[str], Scan]:
+    """The image files of one folder, sorted, and what was found in them; only: of the file of that name."""
+    here = next(walk(root, shard.name)) if only is None else Folder(shard.name, [only], [])
+    images = [name for name in here.files if only is not None or _is_image(name)]
     names = [os.fsencode(name) for name in images]
     entries = np.zeros(len(names), ENTRY)
     refusals, census = [], Census()

@@ -105,12 +105,17 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
         "refused": len(images.refused),
         "classes": len(images.classes),
         "class_names": _hash_text(str(name) for name in images.classes),
-        "files": _hash_text(_described(images)) if isinstance(images, ImageFiles) else None,
+        "files": hash_files(images) if isinstance(images, ImageFiles) else None,
         "labels": _hash(images.labels) if not isinstance(images, IndexedImages | JoinedImages) else None,
         "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
         "unlabelled_index": _describe_unlabelled(splits),
         "parts": {name: _part(getattr(splits, name), f"{name}.npy") for name in PARTS},
     }
+
+
+def hash_files(images: ImageFiles) -> str:
+    """Stands for the files: their names, sizes in bytes and last bytes."""
+    return _hash_text(_described(images))
 
 
 def _part(ids: np.ndarray, file: str) -> dict[str, Any]:

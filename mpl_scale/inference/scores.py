@@ -1,4 +1,4 @@
-"""Score every image of an index with a network: softmax probabilities of its most probable classes, chunk by chunk.
+"""Score every image of a set with a network: softmax probabilities of its most probable classes, chunk by chunk.
 
 A chunk is a fixed range of sample ids and leaves one file, scores-NNNNNN.npy, by a rename; so a stopped run resumes
 with the chunks that are missing, on any number of ranks. Batches never cross chunks: what a chunk's file holds does not
@@ -7,44 +7,33 @@ depend on who made it.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
 from mpl_scale.config import Config
-from mpl_scale.data import Quarantine
+from mpl_scale.data import ImageSet, Quarantine
 from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows
 from mpl_scale.data.decode.views import evaluation_view
-from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.normalise import Normalise
 from mpl_scale.files import replacing
-from mpl_scale.select.hashes import matches
-from mpl_scale.select.rules import Scores
 
 _NEAR = 1000
 
 
-class HashedImages(IndexedImages):
-    """An index that keeps the SHA-256 of every encoded image it reads, until it is taken."""
+class Column(NamedTuple):
+    """Something else that is kept of each image.
 
-    def __init__(self, folder: Path, *, root: Path | None = None) -> None:
-        super().__init__(folder, root=root, root_setting="--root")
-        self._hashes: dict[int, bytes] = {}
+    dtype: a field of the score files. values: of ids int64 [n] and logits float32 [n, K], an array [n, ...].
+    """
 
-    def read(self, sample: int) -> np.ndarray:
-        """The encoded image; its hash is kept for `take_hash`."""
-        encoded = super().read(sample)
-        self._hashes[sample] = hashlib.sha256(encoded.data).digest()
-        return encoded
-
-    def take_hash(self, sample: int) -> bytes:
-        """SHA-256 of an image that was read."""
-        return self._hashes.pop(sample)
+    dtype: tuple[str, str] | tuple[str, str, tuple[int, ...]]
+    values: Callable[[np.ndarray, torch.Tensor], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -55,6 +44,7 @@ class ScoreFiles:
     count: int
     size: int
     top: int
+    columns: tuple[Column, ...] = ()
 
     @property
     def chunks(self) -> int:
@@ -64,8 +54,8 @@ class ScoreFiles:
     @property
     def dtype(self) -> np.dtype:
         """The dtype of a row: classes by falling probability, all -1 where the image could not be read."""
-        fields = [("classes", "<i4", (self.top,)), ("probabilities", "<f4", (self.top,)), ("sha256", "u1", (32,))]
-        return np.dtype(fields)
+        fields = [("classes", "<i4", (self.top,)), ("probabilities", "<f4", (self.top,))]
+        return np.dtype([*fields, *(column.dtype for column in self.columns)])
 
     def ids(self, chunk: int) -> np.ndarray:
         """Sample ids of a chunk, int64."""
@@ -83,13 +73,6 @@ class ScoreFiles:
     def read(self, chunk: int) -> np.ndarray:
         """A chunk's rows, memory-mapped."""
         return np.load(self._path(chunk), mmap_mode="r")
-
-    def scores(self, *, without: frozenset[bytes] = frozenset()) -> Iterator[Scores]:
-        """All chunks, less the images that could not be read and those of the given SHA-256."""
-        for chunk in range(self.chunks):
-            rows = self.read(chunk)
-            kept = np.flatnonzero((rows["classes"][:, 0] >= 0) & ~matches(rows["sha256"], without))
-            yield Scores(self.ids(chunk)[kept], rows["classes"][kept], rows["probabilities"][kept])
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """The rows of some images, int64 [m] ascending."""
@@ -113,14 +96,14 @@ class ScoreFiles:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Leaves the files of chunks. Images are seen as `data.evaluation` says; what the index refused is left out.
+    """Leaves the files of chunks. Images are seen as `data.evaluation` says; what the set refused is left out.
 
-    files: where scores go. images: the index. module: the network, on the device, in evaluation mode. config: its
+    files: where scores go. images: the set. module: the network, on the device, in evaluation mode. config: its
     `model` and `data` sections are read. channels_last: memory layout of the images.
     """
 
     files: ScoreFiles
-    images: HashedImages
+    images: ImageSet
     module: nn.Module
     config: Config
     device: torch.device
@@ -158,12 +141,14 @@ class Scorer:
                 rows["classes"] = -1
                 for ids in batches[chunk]:
                     decoded = decoder.next()
-                    classes, probabilities = _most_probable(self.module, normalise(decoded.views), self.files.top)
-                    good = decoded.samples == ids  # the others are substitutes
+                    logits = _logits(self.module, normalise(decoded.views))
+                    best = logits.softmax(1).topk(self.files.top, dim=1)
+                    good = np.flatnonzero(decoded.samples == ids)  # the others are substitutes
                     own = ids[good] - chunk * self.files.size
-                    rows["classes"][own], rows["probabilities"][own] = classes[good], probabilities[good]
-                    for row, sample in zip(own.tolist(), ids[good].tolist(), strict=True):
-                        rows["sha256"][row] = np.frombuffer(self.images.take_hash(sample), np.uint8)
+                    rows["classes"][own] = best.indices.cpu().numpy()[good]
+                    rows["probabilities"][own] = best.values.cpu().numpy()[good]
+                    for column in self.files.columns:
+                        rows[column.dtype[0]][own] = column.values(ids[good], logits[good])
                     done += len(ids)
                     report(done)
                 self.files.write(chunk, rows)
@@ -188,10 +173,9 @@ class Scorer:
 
 
 @torch.no_grad()
-def _most_probable(module: nn.Module, images: torch.Tensor, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 and float32 [n, top], by falling probability."""
-    probabilities = module(images).float().softmax(1)
-    if not torch.isfinite(probabilities).all():
-        raise ValueError("the network's probabilities are NaN; take an earlier checkpoint")
-    best = probabilities.topk(top, dim=1)
-    return best.indices.cpu().numpy(), best.values.cpu().numpy()
+def _logits(module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """float32 [n, K]."""
+    logits: torch.Tensor = module(images).float()
+    if not torch.isfinite(logits).all():
+        raise ValueError("the network's logits are not finite; take an earlier checkpoint")
+    return logits
