@@ -333,5 +333,5 @@ def test_a_real_full_disk_while_training_keeps_the_good_ones(
 def test_a_folder_that_cannot_be_written_to_is_an_error_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoints").write_text("a file in the way")
-    with pytest.raises(CheckpointError, match="cannot write a checkpoint to"):
+    with pytest.raises(ValueError, match="is a file, where a run keeps a folder"):
         train_here(run_config(tmp_path), str(tmp_path / "out"))

@@ -278,7 +278,7 @@ def test_channels_last_is_a_layout() -> None:
         ),
         (
             lambda: weak_view(WeakConfig(kind="random_resized_crop", scale=(1.0, 0.5)), 8),
-            r"mpl_scale\.data\.weak\.scale = \[1\.0, 0\.5\]: give the least value first",
+            r"scale = \[1\.0, 0\.5\] is upside down",
         ),
     ],
 )

@@ -93,9 +93,6 @@ def random_resized_crop(config: WeakConfig, image_size: int) -> View:
     Area: U(scale) of the image's; width / height: log-uniform in `ratio`. The first of 10 draws that fits is placed
     uniformly; where none fits, the central part of the nearest allowed ratio.
     """
-    for field, (least, largest) in (("scale", config.scale), ("ratio", config.ratio)):
-        if least > largest:
-            raise ValueError(f"mpl_scale.data.weak.{field} = [{least}, {largest}]: give the least value first")
     low, high = math.log(config.ratio[0]), math.log(config.ratio[1])
 
     def place(uniform: np.ndarray, shapes: np.ndarray) -> Placement:
