@@ -27,8 +27,9 @@ from torch import nn
 
 from mpl_scale.config import load_config
 from mpl_scale.spatial import plan_layout
+from tests.support import labelled_sets
 from tests.support.configs import DIGITS, tiny, write
-from tests.support.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, strays
+from tests.support.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, stand_in, strays
 from tests.support.mini_imagenet import write_folder, write_tfrecord
 
 REPOSITORY = DIGITS.parents[1]
@@ -168,6 +169,9 @@ def fresh_copy(folder: Path) -> dict[str, str]:
     (programs / "mpl-scale").chmod(0o755)
     (programs / ".installed").touch()
     write_tfrecord(folder / "data" / "imagenet")
+    labelled_sets.write(folder / "data" / "fashion-mnist", "idx", [*range(10)] * 100, test=[*range(10)])
+    fashion = folder / "ds_configs" / "fashion_mnist.json"
+    fashion.write_text(stand_in(fashion.read_text()))
     for copy in range(8):  # of six classes: enough for a batch
         write_folder(folder / "written", "PNG" if copy else "JPEG")
         for path in (folder / "written").glob("*/*.*"):

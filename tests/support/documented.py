@@ -36,6 +36,7 @@ LISTED = {
     r"srun ": "needs a Slurm cluster; make test-slurm runs it on a real one",
     r"sbatch |.* sbatch ": "needs a Slurm cluster; make test-slurm submits the same script to a real one",
     r"deepspeed --hostfile ": "needs a second machine",
+    r"sudo apt-get install dataset-fashion-mnist": "needs root and a Debian mirror; the copy has small files instead",
     r'torchrun --nnodes "\$PET_NNODES"': "needs Kubernetes with the PyTorch operator",
     r"python -m benchmarks\.step_cpu --peer ": "needs another implementation, peer.py",
 }
@@ -70,8 +71,8 @@ PREPARED = (
 )
 """Before pages with an `mpl-scale select`: what it starts from, of small sets of images."""
 
-STANDS_FOR = {"/data/imagenet": "data/imagenet"}
-"""Paths of the pages, and where the copy has something small for them."""
+STANDS_FOR = {"/data/imagenet": "data/imagenet", "/usr/share/datasets/fashion-mnist": "data/fashion-mnist"}
+"""Paths of the pages and of ds_configs, and where the copy has something small for them."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,18 @@ class Command:
     @property
     def as_run(self) -> str:
         """The command that is run for it."""
-        text = self.text
-        for shown, ours in STANDS_FOR.items():
-            text = text.replace(shown, ours)
+        text = stand_in(self.text)
         for pattern, added in SHORTENED.items():
             if re.match(pattern, self.text):
                 return text + added if added is not None else re.sub(r"^(\S+)", r"\1 --dry-run", text)
         return text
+
+
+def stand_in(text: str) -> str:
+    """The text with the copy's own paths."""
+    for shown, ours in STANDS_FOR.items():
+        text = text.replace(shown, ours)
+    return text
 
 
 def commands(page: str) -> list[Command]:

@@ -47,14 +47,19 @@ def write(root: Path, source: str, labels: list[int], *, test: list[int] | None 
             ]
             (root / f"{part}.tar").write_bytes(mini.tar_of(members))
         elif source == "idx":
-            contents = mini.idx(mini.pictures()[0][: len(numbers)], np.array(numbers))
+            contents = mini.idx(_pictures(len(numbers)), np.array(numbers))
             for kind, content in zip(("images-idx3", "labels-idx1"), contents, strict=True):
                 (root / f"{part}-{kind}-ubyte").write_bytes(content)
         else:
             prefix = "" if part == "train" else "test_"
-            np.save(root / f"{prefix}images.npy", mini.pictures()[0][: len(numbers)])
+            np.save(root / f"{prefix}images.npy", _pictures(len(numbers)))
             np.save(root / f"{prefix}labels.npy", np.array(numbers))
     return root
+
+
+def _pictures(count: int) -> np.ndarray:
+    """uint8 [count, 32, 32, 3]; the same ones again beyond the 48 of mini_imagenet."""
+    return np.resize(mini.pictures()[0], (count, mini.SIDE, mini.SIDE, 3))
 
 
 def load(root: Path, source: str, **settings: object) -> IndexedImages:
