@@ -37,6 +37,12 @@ def pictures() -> tuple[np.ndarray, np.ndarray]:
     return np.stack(images), np.array(labels)
 
 
+def twelfths(first: int, last: int) -> slice:
+    """The rows of some of the pictures, as writers divide them over files."""
+    count = len(pictures()[1])
+    return slice(count * first // 12, count * last // 12)
+
+
 def files(kind: str = "PNG") -> list[bytes]:
     """The pictures as encoded files."""
     from PIL import Image
@@ -97,12 +103,16 @@ def record(data: bytes) -> bytes:
     return length + masked(length) + data + masked(data)
 
 
+def _shards(shards: int) -> list[range]:
+    count = len(pictures()[1])
+    each = -(-count // shards)
+    return [range(first, min(count, first + each)) for first in range(0, count, each)]
+
+
 def write_tfrecord(root: Path, kind: str = "PNG", *, shards: int = 4, first: int = 1) -> None:
     root.mkdir(parents=True, exist_ok=True)
     contents, labels = files(kind), pictures()[1]
-    each = -(-COUNT // shards)
-    for shard in range(shards):
-        rows = range(shard * each, min(COUNT, (shard + 1) * each))
+    for shard, rows in enumerate(_shards(shards)):
         path = root / f"train-{shard:05d}-of-{shards:05d}"
         path.write_bytes(b"".join(record(example(contents[row], int(labels[row]) + first)) for row in rows))
 
@@ -129,24 +139,22 @@ def samples(rows: range, kind: str = "PNG") -> list[tuple[str, bytes]]:
 
 def write_webdataset(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
     root.mkdir(parents=True, exist_ok=True)
-    each = -(-COUNT // shards)
-    for shard in range(shards):
+    for shard, rows in enumerate(_shards(shards)):
         style = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[shard % 3]
-        rows = range(shard * each, min(COUNT, (shard + 1) * each))
         (root / f"train-{shard:06d}.tar").write_bytes(tar_of(samples(rows, kind), format=style))
 
 
 def _batches() -> list[tuple[str, slice]]:
-    """CIFAR's file names, with 8 pictures each."""
+    """CIFAR's file names, with a sixth of the pictures each: 8."""
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
-    return [(name, slice(8 * index, 8 * index + 8)) for index, name in enumerate(names)]
+    return [(name, twelfths(2 * index, 2 * index + 2)) for index, name in enumerate(names)]
 
 
 def write_cifar_binary(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
     for name, rows in _batches():
-        planes = images[rows].transpose(0, 3, 1, 2).reshape(8, -1)
+        planes = images[rows].transpose(0, 3, 1, 2).reshape(-1, 3 * SIDE * SIDE)
         labelled = np.concatenate([labels[rows, None].astype(np.uint8), planes], axis=1)
         (root / f"{name}.bin").write_bytes(labelled.tobytes())
 
@@ -219,7 +227,7 @@ def cifar100_meta(names: list[str] = NAMES_100, protocol: int = 2, python: int =
 def write_cifar100(root: Path, folder: str = "", **writer: int) -> None:
     """writer: of pickles, see cifar_batch; the coarse labels are others than the fine ones."""
     (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", slice(0, 40)), ("test", slice(40, 48))):
+    for name, rows in (("train", twelfths(0, 10)), ("test", twelfths(10, 12))):
         coarse = [19] * (rows.stop - rows.start)
         (root / folder / name).write_bytes(cifar_batch(rows, key=b"fine_labels", coarse_labels=coarse, **writer))
     (root / folder / "meta").write_bytes(cifar100_meta(**writer))
@@ -236,7 +244,7 @@ def mat(images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> byt
 def write_svhn(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
-    for name, rows in (("train", slice(0, 20)), ("extra", slice(20, 36)), ("test", slice(36, 48))):
+    for name, rows in (("train", twelfths(0, 5)), ("extra", twelfths(5, 9)), ("test", twelfths(9, 12))):
         content = mat(images[rows], labels[rows], compress=name != "extra")
         (root / f"{name}_32x32.mat").write_bytes(content)
 
@@ -244,10 +252,11 @@ def write_svhn(root: Path) -> None:
 def write_arrays(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
-    np.save(root / "images.npy", images[:40])
-    np.save(root / "labels.npy", labels[:40].astype(np.int32))
-    np.save(root / "test_images.npy", images[40:])
-    np.save(root / "test_labels.npy", labels[40:])
+    train, test = twelfths(0, 10), twelfths(10, 12)
+    np.save(root / "images.npy", images[train])
+    np.save(root / "labels.npy", labels[train].astype(np.int32))
+    np.save(root / "test_images.npy", images[test])
+    np.save(root / "test_labels.npy", labels[test])
 
 
 def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
@@ -259,7 +268,7 @@ def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
 def write_idx(root: Path, names: str = "{part}-{kind}-ubyte", *, packed: bool = False) -> None:
     root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
-    for part, rows in (("train", slice(0, 40)), ("t10k", slice(40, 48))):
+    for part, rows in (("train", twelfths(0, 10)), ("t10k", twelfths(10, 12))):
         for kind, content in zip(("images-idx3", "labels-idx1"), idx(images[rows], labels[rows]), strict=True):
             path = root / names.format(part=part, kind=kind)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -269,8 +278,8 @@ def write_idx(root: Path, names: str = "{part}-{kind}-ubyte", *, packed: bool = 
                 path.unlink()
 
 
-UNLABELLED = slice(20, 36)
-"""Pictures that `write_stl10` writes without a label."""
+UNLABELLED = (5, 9)
+"""Twelfths of the pictures that `write_stl10` writes without a label."""
 
 
 def stl10(rows: slice) -> bytes:
@@ -280,9 +289,9 @@ def stl10(rows: slice) -> bytes:
 
 def write_stl10(root: Path, folder: str = "") -> None:
     (root / folder).mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", slice(0, 20)), ("unlabeled", UNLABELLED), ("test", slice(36, 48))):
+    for name, rows in (("train", twelfths(0, 5)), ("unlabeled", twelfths(*UNLABELLED)), ("test", twelfths(9, 12))):
         (root / folder / f"{name}_X.bin").write_bytes(stl10(rows))
-        if rows != UNLABELLED:
+        if name != "unlabeled":
             (root / folder / f"{name}_y.bin").write_bytes((pictures()[1][rows] + 1).astype(np.uint8).tobytes())
     for name in ("class_names.txt", "fold_indices.txt"):
         (root / folder / name).touch()
@@ -295,7 +304,7 @@ def as_read(source: str) -> tuple[np.ndarray, np.ndarray]:
         images = images[..., :1].repeat(3, axis=-1)
     if source == "stl10":
         images, labels = images.repeat(3, axis=1).repeat(3, axis=2), labels.copy()
-        labels[UNLABELLED] = 0
+        labels[twelfths(*UNLABELLED)] = 0
     return images, labels
 
 
