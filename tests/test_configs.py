@@ -40,6 +40,7 @@ TRAINED = [name for name in NAMES if not name.endswith("gpu") and ("cifar" in na
 LARGE = ("l2", "b6_wide")
 """Take minutes even at toy size."""
 WORLDS = {"l2": 2048, "b6_wide": 2048, "imagenet_jft_resnet50": 512}
+WORLDS |= dict.fromkeys(("imagenet_jft_resnet50_uda", "imagenet_jft_resnet50_noisy_student"), 512)
 WORLDS |= {"b7_supervised": 128, "b7_noisy_student": 128, "b7_reduced": 128}
 """Ranks of the paper; "_8gpu" says it itself."""
 STEPS = 20
