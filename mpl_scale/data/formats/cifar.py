@@ -120,7 +120,7 @@ def read_batch(path: Path, *, labels: str = "labels") -> tuple[np.ndarray, np.nd
         MalformedShard: the file is no such batch.
     """
     data, found = _read_dict(path, "data", labels)
-    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS:
+    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS or not len(data):
         raise MalformedShard(f"data is no uint8 [n, {_PIXELS}]")
     if not isinstance(found, list) or len(found) != len(data) or not all(type(label) is int for label in found):
         raise BadLabel(f"{labels} is no list of one whole number per image")
