@@ -38,6 +38,7 @@ LISTED = {
     r"deepspeed --hostfile ": "needs a second machine",
     r"sudo apt-get install dataset-fashion-mnist": "needs root and a Debian mirror; the copy has small files instead",
     r'torchrun --nnodes "\$PET_NNODES"': "needs Kubernetes with the PyTorch operator",
+    r"python -m benchmarks\.digits_table .*--add_to ": "adds to results of full length",
     r"python -m benchmarks\.step_cpu --peer ": "needs another implementation, peer.py",
 }
 """Commands that are not run, and why; the pattern matches from the start."""
