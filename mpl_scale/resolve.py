@@ -11,10 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mpl_scale.config import Batches, Config, RunConfig, check
-from mpl_scale.config.checks import EXACT_RULES, FED_BACK, Engine, choose_engine, zero_stage
+from mpl_scale.config.checks import FED_BACK, Engine, choose_derivative, choose_engine, zero_stage
 from mpl_scale.config.deepspeed_half import without_effect
 from mpl_scale.config.schema import ParallelConfig
 
@@ -45,6 +45,7 @@ class Resolved:
     channels_last: bool
     replayed: bool
     deferred_teacher: bool
+    derivative: Literal["jvp", "difference", "none"]
     bf16: bool
     numerics: Numerics
     cost: bool
@@ -70,6 +71,7 @@ class Resolved:
             "layout": "channels-last" if self.channels_last else "contiguous",
             "graph": "replayed" if self.replayed else "eager",
             "teacher": "deferred" if self.deferred_teacher else "live",
+            "derivative": self.derivative,
             "micro-batches": str(self.micro_batches),
             "precision": "bf16" if self.bf16 else "fp32",
             "TF32": "on" if self.numerics.tf32 else "off",
@@ -123,7 +125,8 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
         recompute_backend=parallel.recompute_backend,
     )
     deferred, why_teacher = _teacher(run, batches)
-    numerics, why_tf32 = choose_numerics(run.mpl, device)
+    derivative, why_derivative = choose_derivative(run)
+    numerics, why_tf32 = choose_numerics(run.mpl, device, shifts=derivative == "difference")
     cost, why_cost = _cost(run.mpl, cuda=cuda)
     why_captured = "auto: engine flat on a GPU" if parallel.graph == "auto" else CONFIGURED
     bf16 = bool(run.deepspeed.get("bf16", {}).get("enabled", False))
@@ -137,6 +140,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
         channels_last=channels_last,
         replayed=eager_because is None,
         deferred_teacher=deferred,
+        derivative=derivative,
         bf16=bf16,
         numerics=numerics,
         cost=cost,
@@ -147,6 +151,7 @@ def resolve(run: RunConfig, *, world: int, device: str) -> Resolved:
             "layout": why_layout,
             "graph": eager_because or why_captured,
             "teacher": why_teacher,
+            "derivative": why_derivative,
             "micro-batches": CONFIGURED,
             "precision": CONFIGURED,
             "TF32": why_tf32,
@@ -189,20 +194,20 @@ def choose_layout(parallel: ParallelConfig, device: str) -> tuple[bool, str]:
     return True, "auto: whole images, whose convolutions are faster so"
 
 
-def choose_numerics(config: Config, device: str) -> tuple[Numerics, str]:
-    """`parallel.deterministic` and `parallel.tf32`, resolved, and why TF32.
+def choose_numerics(config: Config, device: str, *, shifts: bool = False) -> tuple[Numerics, str]:
+    """`parallel.deterministic` and `parallel.tf32`, resolved, and why TF32. shifts: the feedback takes a difference.
 
     It is on by default because timm's train.py turns it on, and torch does for convolutions.
     """
     from mpl_scale.device import Numerics
 
-    wanted, method, deterministic = config.parallel.tf32, config.method, config.parallel.deterministic
+    wanted, deterministic = config.parallel.tf32, config.parallel.deterministic
     if device != "cuda":
         tf32, why = False, "a GPU's format" if wanted else CONFIGURED
     elif wanted != "auto":
         tf32, why = wanted, CONFIGURED
-    elif method.name in FED_BACK and method.feedback.rule in EXACT_RULES:
-        tf32, why = False, f"auto: rule {method.feedback.rule} takes a central difference"
+    elif shifts:
+        tf32, why = False, f"auto: rule {config.method.feedback.rule} takes a central difference"
     else:
         tf32, why = True, "auto: for products of fp32 on a GPU"
     return Numerics(tf32=tf32, deterministic=deterministic), why

@@ -62,7 +62,14 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
         (["zero_optimization.stage=3", "mpl_scale.parallel.engine=flat"], r"engine = flat with .*stage = 3"),
         (["mpl_scale.method.pseudo_labels=soft"], r"feedback.rule = cosine with pseudo_labels = soft.*soft_exact"),
         (["mpl_scale.method.feedback.rule=soft_exact"], r"soft_exact needs pseudo_labels = soft"),
-        (["mpl_scale.method.feedback.rule=per_sample", "bf16.enabled=true"], r"per_sample with bf16"),
+        (
+            [
+                "mpl_scale.method.feedback.rule=per_sample",
+                "bf16.enabled=true",
+                "mpl_scale.method.feedback.derivative=difference",
+            ],
+            r"per_sample with bf16: its central difference .*derivative = jvp",
+        ),
         (
             ["mpl_scale.method.name=pseudo_label", "mpl_scale.phases.teacher_warmup.steps=0"],
             r"pseudo_label needs a trained teacher",

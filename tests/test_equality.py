@@ -40,6 +40,20 @@ def test_flat_engine(world: int, shard_size: int | None, clip: float, dtype: tor
     assert_equal(world, Settings(clip=clip), dtype, "flat", {}, shard_size)
 
 
+@pytest.mark.parametrize("rule", ["per_sample", "soft_exact"])
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 1), (4, 1), (2, 4)])
+def test_exact_feedback_by_forward_mode(world: int, parts: int, rule: str) -> None:
+    """The whole step, batch norm over all ranks and micro-batches included, against derivatives by double backward."""
+    settings = Settings(rule=rule, micro_batches=parts, ranks=world)
+    assert_equal(world, settings, torch.float64, "flat", {})
+
+
+@pytest.mark.parametrize("rule", ["per_sample", "soft_exact"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_exact_feedback_by_forward_mode_under_deepspeed(stage: int, rule: str) -> None:
+    assert_equal(2, Settings(rule=rule), torch.float32, "deepspeed", zero(stage))
+
+
 @pytest.mark.parametrize(("world", "shard_size"), [(2, None), (4, None)])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_deepspeed_engine(world: int, shard_size: int | None, stage: int) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 
+from mpl_scale.config.checks import EXACT_RULES
 from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.engine.graph import WARMUP_STEPS, CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh
@@ -41,10 +42,13 @@ def graphs_of(device: torch.device) -> Graphs:
     return CudaGraphs() if device.type == "cuda" else CpuGraphs()
 
 
-def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Bitwise on a CPU. On a GPU cuDNN may choose other algorithms under capture: float32 rounding over the steps."""
+def assert_equal(found: list[torch.Tensor], expected: list[torch.Tensor], *, rule: str = "cosine") -> None:
+    """Bitwise on a CPU. On a GPU cuDNN may choose other algorithms under capture: float32 rounding over the steps.
+
+    So on a CPU where the rule takes forward-mode derivatives, whose zeros the recorded operators multiply in full.
+    """
     for one, other in zip(found, expected, strict=True):
-        if one.is_cuda:
+        if one.is_cuda or (rule in EXACT_RULES and one.is_floating_point()):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
         else:
             assert torch.equal(one, other)
@@ -59,7 +63,7 @@ def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -
         expected = {name: value.clone() for name, value in plain_step(plain, batch).items()}
         found = runner(batch)
         assert found.keys() == expected.keys()
-        assert_equal(list(found.values()), list(expected.values()))
+        assert_equal(list(found.values()), list(expected.values()), rule=case.rule)
     return captured, plain, runner
 
 
@@ -79,7 +83,7 @@ def test_the_replay_equals_the_eager_step(case: Case, device: torch.device) -> N
     graphs = graphs_of(device)
     captured, plain, runner = run_both(case, device, graphs)
     assert runner.replays
-    assert_equal(everything(captured), everything(plain))
+    assert_equal(everything(captured), everything(plain), rule=case.rule)
 
 
 def test_static_slots_are_bitwise_the_eager_step() -> None:

@@ -151,12 +151,14 @@ def test_kernels_ask_for_triton_in_the_run_and_in_the_plan(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("rule", "tf32", "on"),
-    [("cosine", "auto", True), ("per_sample", "auto", False), ("cosine", False, False), ("per_sample", False, False)],
+    ("derivative", "tf32", "on"),
+    [("jvp", "auto", True), ("difference", "auto", False), ("jvp", False, False), ("difference", False, False)],
 )
-def test_tf32_is_on_where_no_central_difference_needs_fp32(tmp_path: Path, rule: str, tf32: object, on: bool) -> None:
+def test_tf32_is_on_where_no_central_difference_needs_fp32(
+    tmp_path: Path, derivative: str, tf32: object, on: bool
+) -> None:
     raw = tiny()
-    raw["mpl_scale"]["method"]["feedback"] = {"rule": rule}
+    raw["mpl_scale"]["method"]["feedback"] = {"rule": "per_sample", "derivative": derivative}
     raw["mpl_scale"]["parallel"] = {"tf32": tf32}
     run = load_config(write(tmp_path, raw))
     assert resolve(run, world=1, device="cuda").numerics.tf32 is on
@@ -165,9 +167,9 @@ def test_tf32_is_on_where_no_central_difference_needs_fp32(tmp_path: Path, rule:
 
 def test_tf32_with_a_central_difference_is_refused(tmp_path: Path) -> None:
     raw = tiny()
-    raw["mpl_scale"]["method"]["feedback"] = {"rule": "per_sample"}
+    raw["mpl_scale"]["method"]["feedback"] = {"rule": "per_sample", "derivative": "difference"}
     raw["mpl_scale"]["parallel"] = {"tf32": True}
-    with pytest.raises(ValueError, match=r"rule = per_sample with mpl_scale.parallel.tf32 = true.*set tf32 = auto"):
+    with pytest.raises(ValueError, match=r"rule = per_sample with mpl_scale.parallel.tf32 = true.*derivative = jvp"):
         resolve(load_config(write(tmp_path, raw)), world=1, device="cuda")
 
 

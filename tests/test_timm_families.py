@@ -24,6 +24,7 @@ from mpl_scale.optim import parameter_groups
 from mpl_scale.philox import uniform
 from mpl_scale.trainer.preflight import check_models
 from tests.support.configs import tiny, write
+from tests.support.derivatives import assert_forwards_equals_backwards
 
 CLASSES = 10
 
@@ -121,6 +122,11 @@ def test_masks_are_a_function_of_step_and_global_row_inside_attention_too(family
         assert torch.allclose(run(model, x, step=1), whole) is not drops
         off = run(model, x, dropout=False)
         torch.testing.assert_close(off, model.eval()(x), rtol=1e-9, atol=1e-12)
+
+
+@EVERY
+def test_forward_mode_is_the_derivative(family: Family) -> None:
+    assert_forwards_equals_backwards(build(family).double().train(), images(family, 3))
 
 
 @EVERY

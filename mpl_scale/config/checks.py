@@ -15,7 +15,7 @@ FED_BACK = ("mpl", "reduced_mpl")
 """Methods whose teacher hears of the student."""
 MIXES = ("mixup", "cutmix")
 EXACT_RULES = ("per_sample", "soft_exact")
-"""Feedback rules that take a central difference, which lower precision than fp32 rounds away."""
+"""Feedback rules that differentiate the student along its labelled gradient."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,22 @@ def choose_engine(wanted: Literal["auto", "flat", "deepspeed"], *, stage: int, c
     return ("flat", f"auto: ZeRO-{stage} on a GPU") if cuda else ("deepspeed", "auto: flat is chosen on a GPU only")
 
 
+def choose_derivative(config: RunConfig) -> tuple[Literal["jvp", "difference", "none"], str]:
+    """`method.feedback.derivative`, resolved, and why. ValueError for jvp with ZeRO-3."""
+    method = config.mpl.method
+    wanted, stage = method.feedback.derivative, zero_stage(config)
+    if method.name not in FED_BACK or method.feedback.rule not in EXACT_RULES:
+        return "none", f"rule {method.feedback.rule} takes none"
+    if wanted == "auto":
+        return ("difference", "auto: ZeRO-3 gathers weights layer by layer") if stage == 3 else ("jvp", "auto")
+    if wanted == "jvp" and stage == 3:
+        raise ValueError(
+            "mpl_scale.method.feedback.derivative = jvp with zero_optimization.stage = 3, which gathers weights layer "
+            "by layer and knows nothing of their derivatives; set difference, or stage 2"
+        )
+    return wanted, "as configured"
+
+
 def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
     parallel, stage = config.mpl.parallel, zero_stage(config)
     for name, size in (("width", parallel.width), ("shard_size", parallel.shard_size or 1)):
@@ -172,17 +188,14 @@ def _check_method(config: RunConfig) -> None:
             f"mpl_scale.method.teacher_loss = {method.teacher_loss} with reduced_mpl: its teacher sees one stored "
             "distribution of an image, not two views, nor a mix; set supervised"
         )
+    shifts = choose_derivative(config)[0] == "difference"
     bf16 = config.deepspeed.get("bf16", {}).get("enabled", False)
-    if rule in EXACT_RULES and bf16:
-        raise ValueError(
-            f"mpl_scale.method.feedback.rule = {rule} with bf16: its central difference drowns in bf16's rounding; use "
-            "fp32, or rule cosine"
-        )
-    if rule in EXACT_RULES and config.mpl.parallel.tf32 is True:
-        raise ValueError(
-            f"mpl_scale.method.feedback.rule = {rule} with mpl_scale.parallel.tf32 = true: its central difference "
-            "drowns in TF32's rounding; set tf32 = auto or false, or rule cosine"
-        )
+    for name, low in (("bf16", bf16), ("mpl_scale.parallel.tf32 = true", config.mpl.parallel.tf32 is True)):
+        if shifts and low:
+            raise ValueError(
+                f"mpl_scale.method.feedback.rule = {rule} with {name}: its central difference drowns in the rounding; "
+                "set mpl_scale.method.feedback.derivative = jvp (not with ZeRO-3), use fp32, or rule cosine"
+            )
     given = config.mpl.data.distributions if method.name == "noisy_student" else None
     trained = phases.teacher_warmup.steps or config.mpl.model.teacher.weights or given
     if method.name in ("pseudo_label", "noisy_student") and not trained:

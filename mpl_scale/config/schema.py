@@ -235,8 +235,7 @@ class ParallelConfig(Section):
     tf32: bool | Literal["auto"] = Field(
         "auto",
         description="Whether a GPU may round the factors of fp32 products and convolutions to TF32 (10 bits of "
-        "mantissa). auto: yes, except for feedback rules per_sample and soft_exact, whose central difference needs "
-        "fp32.",
+        "mantissa). auto: yes, except where method.feedback.derivative is a difference, which needs fp32.",
     )
     deterministic: bool = Field(
         False,

@@ -17,6 +17,12 @@ class FeedbackConfig(Section):
         description="Registered: cosine, dot, loss_difference, none, flipped, per_sample, soft_exact, kekmodel.",
     )
     weight: float = Field(1.0, description="Multiplies h after the baseline is subtracted.")
+    derivative: Literal["auto", "jvp", "difference"] = Field(
+        "auto",
+        description="How rules per_sample and soft_exact differentiate the student along its labelled gradient: by one "
+        "forward-mode pass (jvp), exact in any precision, or by two passes with shifted weights (difference), in fp32 "
+        "alone. auto: jvp, and difference with ZeRO-3, which gathers weights layer by layer.",
+    )
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
     baseline_decay: Probability = 0.99

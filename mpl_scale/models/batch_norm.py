@@ -74,6 +74,44 @@ class _Normalise(torch.autograd.Function):
         return dx, *own_gradients, None, None, None, None
 
 
+class _Followed(_Normalise):
+    """The same with a forward-mode derivative; apart, because what that needs would outlive a recomputed block."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs):  # type: ignore[no-untyped-def]
+        outputs = _Normalise.forward(ctx, *inputs)
+        ctx.save_for_forward(*ctx.to_save)
+        return outputs
+
+    @staticmethod
+    def jvp(ctx: Any, dx, dweight, dbias, *_):  # type: ignore[no-untyped-def]
+        """dy along dx, dweight and dbias, any of which may be None; an all-reduce of 2 C numbers."""
+        x, mean, inverse_std, scale, shift, totals = ctx.saved_tensors
+        activation, shape = ctx.ours.activation, (1, -1) + (1,) * (x.ndim - 2)
+        wide, centred = x.to(mean.dtype), x.to(mean.dtype) - mean.view(shape)
+        dz = torch.zeros_like(wide)
+        if dx is not None:
+            dx = dx.to(mean.dtype)
+            own = (slice(None),) * (x.ndim - 1) + (slice(None) if ctx.columns is None else _columns(ctx.columns),)
+            over = [0, *range(2, x.ndim)]
+            sums = torch.stack([dx[own].double().sum(over), (dx[own] * centred[own]).double().sum(over)])  # [2, C]
+            if ctx.group is not None:
+                dist.all_reduce(sums, group=ctx.group)
+            dmean, slope = (sums / totals[-1]).to(mean.dtype)  # [C]: of the mean, half of the variance
+            dz = (dx - dmean.view(shape) - centred * (slope * inverse_std**2).view(shape)) * scale.view(shape)
+        if dweight is not None:
+            dz = dz + centred * (inverse_std * dweight.to(mean.dtype)).view(shape)
+        if dbias is not None:
+            dz = dz + dbias.to(mean.dtype).view(shape)
+        dy = activation.gradient(wide * scale.view(shape) + shift.view(shape), dz).to(x.dtype)
+        return dy, None, None, None
+
+
+def _columns(columns: tuple[int, int]) -> slice:
+    start, length = columns
+    return slice(start, start + length)
+
+
 def _halves(gradients: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of weight and bias, as copies: the sums may yet be reduced over ranks in place."""
     bias, weight = gradients.to(dtype, copy=True).chunk(2)
@@ -128,7 +166,8 @@ class BatchNorm(nn.Module):
 
     def _normalise(self, x: torch.Tensor, functions: Loops) -> torch.Tensor:
         """Normalise by the statistics of this batch over all ranks."""
-        y, mean, variance, totals = _Normalise.apply(
+        function = _Followed if self.passes.follows else _Normalise
+        y, mean, variance, totals = function.apply(
             x, self.weight, self.bias, self.eps, self.group, self.statistics_columns, functions
         )
         if self.passes.learns:

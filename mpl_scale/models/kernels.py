@@ -60,6 +60,7 @@ def activation_of(module: nn.Module | None) -> Activation | None:
 class Loops:
     """The functions for one activation; see `loops`."""
 
+    activation: Activation
     sums: Callable[..., torch.Tensor]
     statistics: Callable[..., tuple[torch.Tensor, ...]]
     normalise: Callable[..., torch.Tensor]
@@ -155,10 +156,10 @@ def loops(mode: Mode, activation: Activation = IDENTITY, dtype: torch.dtype = to
     functions: list[Callable[..., Any]] = [sums, statistics, normalise, learn, gradient_sums, through_statistics]
     functions += [gradient_input, forward, backward]
     if mode == "eager":
-        return Loops(*functions)
+        return Loops(activation, *functions)
     # Otherwise dz, which two sums read, would be written out in between.
     options = {"realize_reads_threshold": 64, "realize_opcount_threshold": 256}
-    return Loops(*(compiled(function, options) for function in functions))
+    return Loops(activation, *(compiled(function, options) for function in functions))
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,7 @@ class Passes:
 
     def __init__(self) -> None:
         self.current: Pass | None = None
+        self.follows = False  # forward-mode derivatives: see mpl/forward_mode.py
         self._sites = 0
         self._repeating = False
 

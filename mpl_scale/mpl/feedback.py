@@ -12,12 +12,13 @@ labels helped, and descending h CE(y_u, T) makes them more likely.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mpl_scale.config.names import Registry
+from mpl_scale.mpl.forward_mode import derivative_of, following
 from mpl_scale.mpl.losses import accuracy, cross_entropy, minus_expectation
 from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.mpl.state import FEEDBACK_PASS, State, gradient_dots, means
@@ -136,9 +137,9 @@ class LossDifference(FeedbackRule):
 class Directional(FeedbackRule, ABC):
     """Base of the rules that credit rows by the derivative of their log-probabilities along g_l.
 
-    D[i, k] = d/de log S_k(x_i; theta + e g_l) at theta, by central difference: two forward passes with shifted
-    weights. h is the cosine; credits are divided by |g_u| |g_l| like it. With the student's label smoothing s the
-    derivative of row i's cross-entropy is -(1 - s) sum_k q_ik D[i, k] - s mean_k D[i, k].
+    D[i, k] = d/de log S_k(x_i; theta + e g_l) at theta, by one forward-mode pass, or by central difference: two forward
+    passes with shifted weights. h is the cosine; credits are divided by |g_u| |g_l| like it. With the student's label
+    smoothing s the derivative of row i's cross-entropy is -(1 - s) sum_k q_ik D[i, k] - s mean_k D[i, k].
     """
 
     relative_step = 1e-3
@@ -149,17 +150,31 @@ class Directional(FeedbackRule, ABC):
         self._weights = [shard.detach().clone() for shard in _student(state).master]
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
-        """Three backward-free passes more than `cosine`: g_l, then the two shifted ones."""
+        """What `cosine` does, and then one forward-mode pass or two forward ones, which need no graph."""
         student = _student(state)
         gradient, dots, metrics = labelled_gradient(state, batch, update)
         norms = torch.sqrt(dots[1] * dots[2])  # |g_u| |g_l|, []
-        squares = gradient_dots(self._weights, gradient, student)  # [3]
-        step = self.relative_step * torch.sqrt(squares[1] / squares[2])  # []
         updated = [shard.detach().clone() for shard in student.master]
-        plus, minus = (self._shifted(student, gradient, sign * step, update) for sign in (1.0, -1.0))
+        differentiate = self._followed if state.forward_mode else self._difference
+        derivative = differentiate(student, gradient, update)  # D, float64 [U, K]
         _overwrite(student, updated)
-        derivative = (plus - minus) / (2.0 * step)  # D, [U, K]
         return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update), metrics=metrics)
+
+    def _followed(self, student: Network, direction: GradientShard, update: StudentUpdate) -> torch.Tensor:
+        """D [U, K] by one pass with dual numbers; the direction is gathered as weights are."""
+        _overwrite(student, direction)
+        module = student.module
+        whole = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+        _overwrite(student, self._weights)
+        with following(module, whole):
+            return derivative_of(update.forward().double().log_softmax(-1))
+
+    def _difference(self, student: Network, direction: GradientShard, update: StudentUpdate) -> torch.Tensor:
+        """D [U, K] by central difference."""
+        squares = gradient_dots(self._weights, direction, student)  # [3]
+        step = self.relative_step * torch.sqrt(squares[1] / squares[2])  # []
+        plus, minus = (self._shifted(student, direction, sign * step, update) for sign in (1.0, -1.0))
+        return (plus - minus) / (2.0 * step)
 
     def _shifted(
         self, student: Network, direction: GradientShard, step: torch.Tensor, update: StudentUpdate
@@ -252,7 +267,7 @@ def _student(state: State) -> Network:
     return state.student
 
 
-def _overwrite(network: Network, shards: list[torch.Tensor]) -> None:
+def _overwrite(network: Network, shards: Sequence[torch.Tensor]) -> None:
     for shard, value in zip(network.master, shards, strict=True):
         shard.copy_(value)
     network.refresh_weights()

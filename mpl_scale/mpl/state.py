@@ -96,6 +96,7 @@ class State:
     world_group: dist.ProcessGroup | None = None
     micro_batches: int = 1  # of every pass of a step, each normalised by itself
     deferred_teacher: bool = False  # its graph is built after the feedback is known, not kept over the student's
+    forward_mode: bool = False  # whether exact rules differentiate by a forward-mode pass, not by a difference
     teacher_views: Views = three_views  # what the teacher sees of a batch
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:

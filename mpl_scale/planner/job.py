@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mpl_scale.config.checks import FED_BACK
+from mpl_scale.config.checks import EXACT_RULES, FED_BACK
 from mpl_scale.config.schema import Config, MethodConfig, OptimsConfig
 from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.models.kernels import Mode
@@ -185,6 +185,7 @@ def _feedback(settings: MethodConfig, labelled: int, seen: int) -> list[NetworkP
     if rule in LOSS_RULES:  # kekmodel has the old loss from the update pass
         return [NetworkPass("feedback", "student", labelled, forward=1 + (rule == "loss_difference"))]
     found = [NetworkPass("feedback", "student", labelled, forward=1, backward=1, graph=True)]
-    if rule in ("per_sample", "soft_exact"):  # a central difference: the student's pass twice more
-        found.append(NetworkPass("feedback", "student", seen, forward=2))
+    if rule in EXACT_RULES:  # the student's pass again: twice, or once with its derivative, a product by two products
+        passes = 2 if settings.feedback.derivative == "difference" else 3
+        found.append(NetworkPass("feedback", "student", seen, forward=passes))
     return found

@@ -291,7 +291,8 @@ def _forward(layer: BatchNorm, recorder: Recorder, x: torch.Tensor) -> torch.Ten
     drops = layer.drop is not None and not isinstance(layer.drop, nn.Identity)
     fused = None if drops else activation_of(layer.act)
     same = loops("eager", fused or IDENTITY, x.dtype)
-    x = layer._normalise(x, Loops(**{name: recorder.one_kernel(loop) for name, loop in vars(same).items()}))
+    noted = {name: recorder.one_kernel(loop) for name, loop in vars(same).items() if name != "activation"}
+    x = layer._normalise(x, Loops(same.activation, **noted))
     if fused is not None:
         return x
     x = x if layer.drop is None else layer.drop(x)

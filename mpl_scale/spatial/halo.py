@@ -60,22 +60,34 @@ def _new(x: torch.Tensor, columns: int) -> torch.Tensor:
     return torch.empty((*x.shape[:3], columns), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
+# The functions below are linear: `jvp` (forward mode) does to a derivative what `forward` does to x.
+
+
+def _exchanged(x: torch.Tensor, route: Route, ranks: WidthGroup, fill: float) -> torch.Tensor:
+    """See `exchange`."""
+    y = _new(x, route.total)
+    real = y.narrow(3, route.pad_left, route.reads)
+    y[..., : route.pad_left] = fill
+    y[..., route.pad_left + route.reads :] = fill
+    real[..., slice(*route.keep_to)] = x[..., slice(*route.keep_from)]
+    line = x.shape[:3].numel()
+    counts = [(stop - start) * line for start, stop in route.receives]
+    received = ranks.all_to_all([x[..., slice(*pair)] for pair in route.sends], counts)
+    for (start, stop), piece in zip(route.receives, received, strict=True):
+        if stop > start:
+            real[..., start:stop] = piece.view(*x.shape[:3], stop - start)
+    return y
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, route, ranks, fill):  # type: ignore[no-untyped-def]
         ctx.route, ctx.ranks = route, ranks
-        y = _new(x, route.total)
-        real = y.narrow(3, route.pad_left, route.reads)
-        y[..., : route.pad_left] = fill
-        y[..., route.pad_left + route.reads :] = fill
-        real[..., slice(*route.keep_to)] = x[..., slice(*route.keep_from)]
-        line = x.shape[:3].numel()
-        counts = [(stop - start) * line for start, stop in route.receives]
-        received = ranks.all_to_all([x[..., slice(*pair)] for pair in route.sends], counts)
-        for (start, stop), piece in zip(route.receives, received, strict=True):
-            if stop > start:
-                real[..., start:stop] = piece.view(*x.shape[:3], stop - start)
-        return y
+        return _exchanged(x, route, ranks, fill)
+
+    @staticmethod
+    def jvp(ctx: Any, dx, *_):  # type: ignore[no-untyped-def]
+        return _exchanged(dx, ctx.route, ctx.ranks, 0.0)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
@@ -117,15 +129,21 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, ranks):  # type: ignore[no-untyped-def]
         ctx.ranks = ranks
-        y = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, group=ranks.group)
-        return y
+        return _summed(x, ranks)
+
+    @staticmethod
+    def jvp(ctx: Any, dx, *_):  # type: ignore[no-untyped-def]
+        return _summed(dx, ctx.ranks)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
-        dx = dy.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(dx, group=ctx.ranks.group)
-        return dx, None
+        return _summed(dy, ctx.ranks), None
+
+
+def _summed(x: torch.Tensor, ranks: WidthGroup) -> torch.Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=ranks.group)
+    return total
 
 
 def sum_over(x: torch.Tensor, ranks: WidthGroup) -> torch.Tensor:
@@ -170,6 +188,10 @@ class _ToRows(torch.autograd.Function):
         return _columns_to_rows(x, rows, columns, ranks)
 
     @staticmethod
+    def jvp(ctx: Any, dx, *_):  # type: ignore[no-untyped-def]
+        return _columns_to_rows(dx, *ctx.how)
+
+    @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
         return _rows_to_columns(dy, *ctx.how), None, None, None
 
@@ -183,8 +205,11 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, rows, ranks):  # type: ignore[no-untyped-def]
         ctx.rows, ctx.ranks = rows, ranks
-        counts = [(high - low) * x.shape[1:].numel() for low, high in slices(rows)]
-        return torch.cat(ranks.all_to_all([x] * ranks.size, counts)).view(rows[-1], *x.shape[1:])
+        return _gathered(x, rows, ranks)
+
+    @staticmethod
+    def jvp(ctx: Any, dx, *_):  # type: ignore[no-untyped-def]
+        return _gathered(dx, ctx.rows, ctx.ranks)
 
     @staticmethod
     def backward(ctx: Any, dy):  # type: ignore[no-untyped-def]
@@ -192,6 +217,11 @@ class _GatherRows(torch.autograd.Function):
         own = dy[low:high]
         received = ctx.ranks.all_to_all([dy[a:b] for a, b in slices(ctx.rows)], [own.numel()] * ctx.ranks.size)
         return torch.stack(received).sum(0).view(own.shape), None, None
+
+
+def _gathered(x: torch.Tensor, rows: Bounds, ranks: WidthGroup) -> torch.Tensor:
+    counts = [(high - low) * x.shape[1:].numel() for low, high in slices(rows)]
+    return torch.cat(ranks.all_to_all([x] * ranks.size, counts)).view(rows[-1], *x.shape[1:])
 
 
 def gather_rows(x: torch.Tensor, *, batch: int, ranks: WidthGroup) -> torch.Tensor:

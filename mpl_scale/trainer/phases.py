@@ -152,6 +152,7 @@ def build_state(
         world_group=mesh.world_group,
         micro_batches=phase.micro_batches,
         deferred_teacher=found.deferred_teacher,
+        forward_mode=found.derivative == "jvp",
         teacher_views=METHODS[settings.name].teacher_views,
     )
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from mpl_scale.augment import StrongView
 from mpl_scale.config import Batches, RunConfig
+from mpl_scale.config.checks import choose_derivative
 from mpl_scale.config.names import require_known
 from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
@@ -32,6 +33,7 @@ from mpl_scale.models.passes import within
 from mpl_scale.models.randomness import OnlyOurs
 from mpl_scale.models.weights import check_weights, replaced_classifier
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
+from mpl_scale.mpl.forward_mode import following
 from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
 from mpl_scale.trainer.phases import initial_seed, recomputed
@@ -164,6 +166,8 @@ def check_models(run: RunConfig) -> None:
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
         shape = (2, *(input_shape(config) if sees_images else (config.model.num_classes,)))
         _check_forward(model, shape, config.model.num_classes, called=f"{field}.name = {section.name}")
+        if name == "student" and choose_derivative(run)[0] == "jvp":
+            _check_forward_mode(model, shape, called=f"{field}.name = {section.name}")
         _check_split(model, run, field=field, name=section.name)
         recomputed(model, config.parallel)
 
@@ -190,6 +194,29 @@ def _check_forward(model: nn.Module, shape: tuple[int, ...], classes: int, *, ca
     if not torch.is_tensor(logits) or logits.shape != (shape[0], classes):
         found = list(logits.shape) if torch.is_tensor(logits) else type(logits).__name__
         raise ValueError(f"{called} gives {found}, not one logit per class")
+
+
+def _check_forward_mode(model: nn.Module, shape: tuple[int, ...], *, called: str) -> None:
+    """Every layer has a forward-mode derivative; the first that has none is named."""
+    running: list[str] = []
+    hooks = [
+        layer.register_forward_pre_hook(lambda layer, _, path=path: running.append(f"{path} ({type(layer).__name__})"))
+        for path, layer in model.named_modules()
+    ]
+    step, rows = torch.zeros((), dtype=torch.int64, device="meta"), torch.arange(shape[0], device="meta")
+    of_pass = Pass(seed=0, stream=0, step=step, rows=rows, update_statistics=False)
+    direction = {name: torch.empty_like(parameter) for name, parameter in model.named_parameters()}
+    try:
+        with within(of_pass, model.train()), following(model, direction):
+            model(torch.empty(shape, device="meta"))
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"{called}: {running[-1]} has no forward-mode derivative ({_first_line(error)}), which feedback rules "
+            "per_sample and soft_exact use; set mpl_scale.method.feedback.derivative = difference"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _first_line(error: Exception) -> str:

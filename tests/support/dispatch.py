@@ -24,7 +24,8 @@ _HOST_READS = {"_local_scalar_dense", "is_nonzero", "nonzero", "equal", "masked_
 
 
 def _tensors(*trees: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor)]
+    """Those that have memory: forward mode's zeros have none."""
+    return [leaf for leaf in tree_leaves(trees) if isinstance(leaf, torch.Tensor) and not leaf._is_zerotensor()]
 
 
 class HostTensors(TorchDispatchMode):

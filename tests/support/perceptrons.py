@@ -37,7 +37,9 @@ def make_batch(labelled: int = 5, unlabelled: int = 4, seed: int = 0) -> Batch:
     return Batch(x_l, y_l, torch.arange(labelled), x_u, x_u, torch.arange(unlabelled))
 
 
-def make_state(rule: str, *, lr: float = 0.1, teacher_lr: float = 0.0, **method: object) -> State:
+def make_state(
+    rule: str, *, lr: float = 0.1, teacher_lr: float = 0.0, forward_mode: bool = True, **method: object
+) -> State:
     """Feedback only: no supervised or UDA loss, no baseline, unless asked for."""
     settings = {
         "feedback": FeedbackConfig(rule=rule, baseline=False),
@@ -56,6 +58,7 @@ def make_state(rule: str, *, lr: float = 0.1, teacher_lr: float = 0.0, **method:
         student=network(2),
         student_average=None,
         baseline=Baseline(decay=0.99, bias_correction=True, device=CPU),
+        forward_mode=forward_mode,
     )
 
 

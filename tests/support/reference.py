@@ -6,6 +6,7 @@ step with this file is what "correct" means in the tests.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -58,6 +59,7 @@ class Settings:
     micro_batches: int = 1
     ranks: int = 1  # whose rows make up a micro-batch
     deferred: bool = False  # of no effect on the result
+    rule: str = "cosine"  # or per_sample, or soft_exact with soft labels
 
 
 @dataclass
@@ -98,6 +100,19 @@ def frozen_forward(net: OddNet, x: torch.Tensor) -> torch.Tensor:
     return torch.func.functional_call(net, {k: v.clone() for k, v in net.named_buffers()}, (x,))
 
 
+def derivative_along(net: OddNet, direction: torch.Tensor, x: torch.Tensor, rows: int) -> torch.Tensor:
+    """The derivative of the first rows' log-probabilities along a flat direction in the weights, by double backward."""
+    weights, buffers = dict(net.named_parameters()), {k: v.clone() for k, v in net.named_buffers()}
+    pieces = direction.split([w.numel() for w in weights.values()])
+    along = tuple(piece.view_as(w) for piece, w in zip(pieces, weights.values(), strict=True))
+
+    def log_probabilities(*values: torch.Tensor) -> torch.Tensor:
+        whole = {**dict(zip(weights, values, strict=True)), **{k: v.clone() for k, v in buffers.items()}}
+        return torch.func.functional_call(net, whole, (x,))[:rows].log_softmax(-1)
+
+    return torch.autograd.functional.jvp(log_probabilities, tuple(weights.values()), along)[1].detach()
+
+
 def flat_gradient(net: nn.Module, loss: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
 
@@ -122,16 +137,26 @@ def micro_batch(count: int, s: Settings, index: int) -> torch.Tensor:
     return torch.arange(count).view(s.ranks, s.micro_batches, -1)[:, index].flatten()
 
 
+def fed_back_loss(s: Settings, credit: torch.Tensor, z_u: torch.Tensor, y_u: torch.Tensor) -> torch.Tensor:
+    if s.rule == "soft_exact":
+        return (z_u.softmax(-1) * credit).sum(-1).mean()
+    return (credit * F.cross_entropy(z_u, y_u, reduction="none")).mean()
+
+
 def teacher_gradient(  # every micro-batch is normalised by itself; their losses are averaged
-    teacher: nn.Module, s: Settings, h: float, parts: list[tuple[torch.Tensor, ...]], views: list[Views]
+    teacher: nn.Module,
+    s: Settings,
+    credits: list[torch.Tensor],
+    parts: list[tuple[torch.Tensor, ...]],
+    views: list[Views],
 ) -> torch.Tensor:
     total = torch.zeros((), dtype=views[0][0].dtype)
-    for (_, y_l, _, _, y_u), (z_l, z_u, z_s) in zip(parts, views, strict=True):
+    for (_, y_l, _, _, y_u), (z_l, z_u, z_s), credit in zip(parts, views, credits, strict=True):
         target = (z_u.detach() / s.temperature).softmax(-1)
         mask = (target.max(-1).values >= s.threshold).to(z_u.dtype)
         uda = (-(target * z_s.log_softmax(-1)).sum(-1) * mask).mean()
         supervised = F.cross_entropy(z_l, y_l, label_smoothing=s.smoothing)
-        loss = h * F.cross_entropy(z_u, y_u) + supervised + s.uda_weight * uda
+        loss = fed_back_loss(s, credit, z_u, y_u) + supervised + s.uda_weight * uda
         total = total + flat_gradient(teacher, loss) / s.micro_batches
     return total
 
@@ -151,6 +176,7 @@ def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
             rows = of_u + (1 << 28)
             u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=rows, columns=s.classes)
             y_u = (z_u.detach().log_softmax(-1) - torch.log(-torch.log(u))).argmax(-1)
+            y_u = z_u.detach().softmax(-1) if s.rule == "soft_exact" else y_u
             views.append((z_l, z_u, z_s))
             parts.append((x_l[of_l], y_l[of_l], x_u[of_u], x_s[of_u], y_u))
 
@@ -158,15 +184,24 @@ def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
         for part_l, _, _, part_s, y_u in parts:
             loss = F.cross_entropy(student(torch.cat([part_s, part_l]))[: len(part_s)], y_u)
             g_u = g_u + flat_gradient(student, loss) / s.micro_batches
+        before = copy.deepcopy(student)
         apply_gradient(student, student_sgd, g_u, s.clip)
         for part_l, part_y, *_ in parts:
             loss = F.cross_entropy(frozen_forward(student, part_l), part_y)
             g_l = g_l + flat_gradient(student, loss) / s.micro_batches
         cosine = (torch.dot(g_u.double(), g_l.double()) / g_u.double().norm() / g_l.double().norm()).item()
         b = s.baseline_decay * b + (1 - s.baseline_decay) * cosine
-        h = cosine - b / (1 - s.baseline_decay ** (t + 1))
+        offset = b / (1 - s.baseline_decay ** (t + 1))
+        credits = [torch.tensor(cosine - offset, dtype=dtype) for _ in parts]
+        if s.rule != "cosine":
+            norms = g_u.double().norm() * g_l.double().norm()
+            along = [derivative_along(before, g_l, torch.cat([x, x_l]), len(x)) / norms for x_l, _, _, x, _ in parts]
+            credits = along
+        if s.rule == "per_sample":
+            picked = [d.gather(1, part[-1][:, None])[:, 0] for d, part in zip(along, parts, strict=True)]
+            credits = [-row - offset for row in picked]
 
-        apply_gradient(teacher, teacher_sgd, teacher_gradient(teacher, s, h, parts, views), s.clip)
+        apply_gradient(teacher, teacher_sgd, teacher_gradient(teacher, s, credits, parts, views), s.clip)
 
         rate = min(s.ema_decay, (t + 1) / (t + 10))
         for name, value in student.state_dict().items():

@@ -20,7 +20,8 @@ from tests.support.reference import Settings, Trace, make_batches, make_net
 
 def method_config(s: Settings) -> MethodConfig:
     return MethodConfig(
-        feedback=FeedbackConfig(baseline_decay=s.baseline_decay),
+        feedback=FeedbackConfig(rule=s.rule, baseline_decay=s.baseline_decay),
+        pseudo_labels="soft" if s.rule == "soft_exact" else "sampled",
         uda=UDAConfig(weight=s.uda_weight, temperature=s.temperature, threshold=s.threshold),
         label_smoothing=s.smoothing,
         ema_decay=s.ema_decay,
@@ -57,6 +58,7 @@ def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, step
         world_group=mesh.world_group,
         micro_batches=s.micro_batches,
         deferred_teacher=s.deferred,
+        forward_mode=True,
     )
 
 

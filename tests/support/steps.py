@@ -88,6 +88,7 @@ def make_state(case: Case, mesh: Mesh) -> tuple[Step, State]:
         world_group=mesh.world_group,
         micro_batches=case.micro_batches,
         deferred_teacher=case.deferred,
+        forward_mode=True,
         teacher_views=kind.teacher_views,
     )
     return SkipNonfinite(kind.step, state) if case.skipping else kind.step, state
