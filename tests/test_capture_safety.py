@@ -28,6 +28,7 @@ from tests.support.dispatch import HostReads
 from tests.support.ranks import pool
 from tests.support.reference import Settings, make_batches
 from tests.support.sharded import make_network, make_state, rank_batch
+from tests.support.tiers import full
 
 
 def storages(state: State) -> set[int]:
@@ -61,15 +62,24 @@ def count_host_reads(method: str, rule: str, skipping: bool = False) -> tuple[Co
     return counter.seen, storages(state) == before
 
 
-@pytest.mark.parametrize(
-    ("method", "rule"),
-    [("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")]
-    + [
+STEPS = [
+    *(("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")),
+    *(
         (m, "cosine")
         for m in ("supervised", "uda", "mixup", "cutmix", "pseudo_label", "noisy_student", "teacher_warmup")
+    ),
+]
+OVER_RANKS = [("mpl", "cosine"), ("mpl", "per_sample"), ("uda", "cosine")]
+"""In `make test` on two ranks too."""
+
+
+@pytest.mark.parametrize(
+    ("world", "method", "rule"),
+    [
+        *((1, *step) for step in STEPS),
+        *((2, *step) if step in OVER_RANKS else full(2, *step) for step in STEPS),
     ],
 )
-@pytest.mark.parametrize("world", [1, 2])
 def test_step_never_waits_for_the_device(world: int, method: str, rule: str) -> None:
     results = pool(world).run(count_host_reads, method, rule) if world > 1 else [count_host_reads(method, rule)]
     for reads, in_place in results:
@@ -135,7 +145,7 @@ def whole_step(width: int, micro_batches: int, recompute: str) -> tuple[Counter[
 
 @pytest.mark.parametrize(
     ("world", "width", "micro_batches", "recompute"),
-    [(1, 1, 1, "none"), (1, 1, 2, "block"), (2, 1, 1, "none"), (2, 2, 1, "none"), (2, 2, 2, "bn_act")],
+    [full(1, 1, 1, "none"), (1, 1, 2, "block"), full(2, 1, 1, "none"), full(2, 2, 1, "none"), (2, 2, 2, "bn_act")],
 )
 def test_nothing_is_allocated_for_good_after_the_second_step(
     world: int, width: int, micro_batches: int, recompute: str

@@ -28,6 +28,7 @@ from tests.support import mini_imagenet as mini
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.image_sets import split
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 FOLDER = DIGITS.parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
@@ -37,6 +38,9 @@ BASELINE = (
 )
 TRAINED = [name for name in NAMES if not name.endswith("gpu") and ("cifar" in name or not name.endswith(BASELINE))]
 """Each kind of run once; the variants for other data sets and numbers of GPUs as well with MPL_SCALE_TEST_ALL=1."""
+REPEATED = ("svhn_1k", "imagenet_jft_resnet50", "cifar10_4k_mpl_randaugment", "cifar10_4k_supervised")
+REPEATED += ("cifar10_supervised_full", "cifar10_4k_uda")  # UDA learns in test_trainer.py
+"""The method of another one, which is trained in `make test`, on other data or with another view."""
 LARGE = ("l2", "b6_wide")
 """Take minutes even at toy size."""
 WORLDS = {"l2": 2048, "b6_wide": 2048, "imagenet_jft_resnet50": 512}
@@ -66,9 +70,9 @@ def network_key(name: str) -> str:
     return json.dumps([networks, shared])
 
 
-def marked(name: str) -> object:
-    """The largest networks are for `make test-full`."""
-    return pytest.param(name, marks=[pytest.mark.full] if name in LARGE else [])
+def marked(name: str, *more: str) -> object:
+    """The largest networks, and what repeats another one's proof, are for `make test-full`."""
+    return full(name) if name in (*LARGE, *more) else name
 
 
 FIRST_OF_ITS_KIND = sorted({network_key(name): name for name in reversed(NAMES)}.values())
@@ -85,7 +89,7 @@ def test_valid_at_the_world_it_is_meant_for(name: str) -> None:
     assert run.mpl.paper.startswith(("Table", "Figure", "Pseudo", "Section", "none: "))  # none: not in the paper
 
 
-@pytest.mark.parametrize("name", [marked(name) for name in FIRST_OF_ITS_KIND])
+@pytest.mark.parametrize("name", [marked(name, "l2_128gpu", "b7_reduced") for name in FIRST_OF_ITS_KIND])
 def test_builds_and_is_planned_at_full_size(name: str) -> None:
     """One config of each kind of networks; the others have the same ones (network_key)."""
     lines = report(config(name), world=intended_world(name), cuda=True)
@@ -179,7 +183,7 @@ def last_rate(optim: OptimConfig) -> float:
 
 
 @pytest.mark.parametrize(
-    "name", [marked(name) for name in (NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)]
+    "name", [marked(name, *REPEATED) for name in (NAMES if os.environ.get("MPL_SCALE_TEST_ALL") else TRAINED)]
 )
 def test_trains_twenty_steps_on_two_ranks(tmp_path: Path, name: str) -> None:
     np.save(tmp_path / "distributions.npy", np.random.default_rng(0).dirichlet([0.3] * 10, 1797).astype(np.float16))

@@ -24,6 +24,7 @@ from tests.support.bad_files import SPOIL
 from tests.support.batches import splits_of, take, train_loader
 from tests.support.image_sets import write_folder
 from tests.support.ranks import pool
+from tests.support.tiers import crossed, full
 
 STEPS = 4
 # image size, columns by width: uneven ones, and a rank with a single column
@@ -99,8 +100,14 @@ def files_of(config: DataConfig, place: Mesh, size: int, changes: dict[str, Any]
     return paths
 
 
-@pytest.mark.parametrize("size", CUTS)
-@pytest.mark.parametrize(("world", "width"), [(2, 2), (4, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("world", "width", "size"),
+    [
+        *((2, 2, 8), full(2, 2, 75), full(2, 2, 10)),
+        *(full(4, 4, 8), full(4, 4, 75), (4, 4, 10)),
+        *(full(4, 2, 8), (4, 2, 75), full(4, 2, 10)),
+    ],
+)
 def test_slices_are_those_of_whole_images(digits: DataConfig, world: int, width: int, size: int) -> None:
     """Of 6 labelled and 10 unlabelled images each is read once in the group; what is read ahead depends on threads."""
     ranks = pool(world).run(compare_training, digits, width, size, {})
@@ -120,17 +127,18 @@ def test_slices_are_those_of_whole_images(digits: DataConfig, world: int, width:
         )
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"labelled": 1, "unlabelled": 2},
-        {"labelled": 1, "unlabelled": 0},
-        {"strong_view": None},
-        {"labelled": 5, "unlabelled": 3},
-    ],
-    ids=str,
+LARGER_THAN_ITS_BATCH = {"labelled": 1, "unlabelled": 2}
+WITHOUT_UNLABELLED = {"labelled": 1, "unlabelled": 0}
+SINGLE_VIEW: dict[str, Any] = {"strong_view": None}
+UNEVEN = {"labelled": 5, "unlabelled": 3}
+
+
+@crossed(
+    "width, changes",
+    (2, 4),
+    (LARGER_THAN_ITS_BATCH, WITHOUT_UNLABELLED, SINGLE_VIEW, UNEVEN),
+    quick=[(2, WITHOUT_UNLABELLED), (2, SINGLE_VIEW), (2, UNEVEN), (4, LARGER_THAN_ITS_BATCH)],
 )
-@pytest.mark.parametrize("width", [2, 4])
 def test_groups_larger_than_their_batch_and_single_views(
     digits: DataConfig, width: int, changes: dict[str, Any]
 ) -> None:
@@ -153,12 +161,16 @@ def compare_evaluation(config: DataConfig, width: int, size: int) -> tuple[int, 
     return read, sum(len(batch.labels) for batch in whole)
 
 
-@pytest.mark.parametrize("size", CUTS)
-@pytest.mark.parametrize(("world", "width"), [(2, 2), (4, 4), (4, 2)])
-@pytest.mark.parametrize("per_rank", [150, 3])
+@pytest.mark.parametrize(
+    ("per_rank", "world", "width", "size"),
+    [
+        *((150, 2, 2, 8), full(150, 2, 2, 75), full(150, 2, 2, 10)),
+        *(full(150, 4, 4, 8), full(150, 4, 4, 75), (150, 4, 4, 10)),
+        *(full(150, 4, 2, 8), (150, 4, 2, 75), full(150, 4, 2, 10)),
+        *((3, 2, 2, 8), full(3, 4, 4, 8), full(3, 4, 2, 8)),  # many small batches: one size is enough
+    ],
+)
 def test_evaluation_slices(digits: DataConfig, world: int, width: int, size: int, per_rank: int) -> None:
-    if per_rank == 3 and size != 8:
-        pytest.skip("many small batches: once is enough")
     config = digits.model_copy(update={"evaluation_batch": per_rank})
     ranks = pool(world).run(compare_evaluation, config, width, size)
     assert sum(read for read, _ in ranks) == sum(images for _, images in ranks) / width

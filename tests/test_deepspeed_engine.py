@@ -29,6 +29,7 @@ from tests.support.deepspeed_cases import (
     mpl_step,
 )
 from tests.support.ranks import pool
+from tests.support.tiers import crossed, full
 
 FP32_TOLERANCE = 1e-6
 """Sums over rows and ranks in another order: a few units of 2^-24 on values of order 1."""
@@ -74,30 +75,36 @@ def check(case: Case, world: int = 2) -> None:
         assert not excess, (excess, tolerance)
 
 
-STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
-PRECISIONS = pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+STAGES, PRECISIONS = (0, 1, 2, 3), (False, True)
 
 
-@STAGES
-@PRECISIONS
+def label(value: Any) -> str:
+    """Of a parameter, in a test's name."""
+    if isinstance(value, bool):
+        return "bf16" if value else "fp32"
+    return value.name if isinstance(value, OptimConfig) else str(value)
+
+
+@crossed(
+    "bf16, stage", PRECISIONS, STAGES, quick=[*((False, stage) for stage in STAGES), (True, 1), (True, 3)], ids=label
+)
 def test_steps_equal_plain_pytorch(stage: int, bf16: bool) -> None:
     check(Case(stage, bf16))
 
 
-@STAGES
+@pytest.mark.parametrize("stage", [full(0), full(1), 2, 3])
 def test_clipped_steps_equal_plain_pytorch(stage: int) -> None:
     check(Case(stage, clip=0.1))
 
 
-@STAGES
-@pytest.mark.parametrize("optim", [RMSPROP, ADAMW], ids=lambda optim: optim.name)
+@crossed(
+    "optim, stage", (RMSPROP, ADAMW), STAGES, quick=[(RMSPROP, 1), (RMSPROP, 2), (ADAMW, 0), (ADAMW, 3)], ids=label
+)
 def test_other_optimisers_equal_plain_pytorch(stage: int, optim: OptimConfig) -> None:
     check(Case(stage, optim=optim))
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-@PRECISIONS
-@pytest.mark.parametrize("clip", [pytest.param(0.0, marks=pytest.mark.full), 0.1])
+@crossed("clip, bf16, stage", (0.0, 0.1), PRECISIONS, STAGES[1:], quick=[(0.1, False, 2), (0.1, True, 3)], ids=label)
 def test_replicated_shards(stage: int, bf16: bool, clip: float) -> None:
     """4 ranks, 2 copies of the state, each over 2 ranks: equal to the reference, copies bitwise equal."""
     check(Case(stage, bf16, clip=clip, shard_size=2), world=4)
@@ -121,9 +128,11 @@ VARIANTS = {
     "offload-2": (Case(2, zero={"offload_optimizer": {"device": "cpu"}}), 2),
     "offload-3": (Case(3, zero={"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}), 2),
 }
+COMBINED = ("bf16-optimizer-clipped-replicas", "compact-gradients", "offload-1")
+"""Options that others of these and the tests above have, one by one."""
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [full(name) if name in COMBINED else name for name in VARIANTS])
 def test_deepspeed_options(name: str) -> None:
     check(*VARIANTS[name])
 
@@ -168,14 +177,21 @@ def resume(case: Case) -> bool:
     return all(torch.equal(a, b) for run in runs for a, b in zip(runs[0], run, strict=True))
 
 
-@STAGES
-@PRECISIONS
-@pytest.mark.parametrize("optim", [RMSPROP, ADAMW], ids=lambda optim: optim.name)
+@crossed(
+    "optim, bf16, stage",
+    (RMSPROP, ADAMW),
+    PRECISIONS,
+    STAGES,
+    quick=[(RMSPROP, False, 1), (RMSPROP, True, 3), (ADAMW, False, 2), (ADAMW, True, 0)],
+    ids=label,
+)
 def test_resume_is_bitwise(stage: int, bf16: bool, optim: OptimConfig) -> None:
     assert all(pool(2).run(resume, Case(stage, bf16, optim=optim)))
 
 
-@pytest.mark.parametrize("name", ["bf16-optimizer", "persistent-parameters", "sub-groups", "round-robin", "offload-3"])
+@pytest.mark.parametrize(
+    "name", ["bf16-optimizer", full("persistent-parameters"), full("sub-groups"), "round-robin", "offload-3"]
+)
 def test_resume_is_bitwise_with_options(name: str) -> None:
     case, world = VARIANTS[name]
     assert all(pool(world).run(resume, case))
@@ -195,7 +211,7 @@ def two_forwards(case: Case) -> float:
     return distance(gather(network), reference.full())
 
 
-@STAGES
+@pytest.mark.parametrize("stage", [full(0), full(1), 2, 3])
 def test_one_loss_over_two_forwards_and_unused_parameters(stage: int) -> None:
     assert max(pool(2).run(two_forwards, Case(stage))) <= FP32_TOLERANCE
 
@@ -217,7 +233,7 @@ def skip_non_finite(case: Case) -> float:
     return distance(gather(network), reference.full())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, full(2), 3])
 def test_non_finite_gradients_are_skipped(stage: int) -> None:
     assert max(pool(2).run(skip_non_finite, Case(stage))) <= FP32_TOLERANCE
 
@@ -235,7 +251,7 @@ def bf16_starts_unrounded(stage: int) -> float:
     )
 
 
-@STAGES
+@pytest.mark.parametrize("stage", [full(0), 1, full(2), 3])
 def test_bf16_starts_unrounded(stage: int) -> None:
     assert max(pool(2).run(bf16_starts_unrounded, stage)) == 0
 

@@ -12,6 +12,7 @@ from mpl_scale.models import Pass, build_model
 from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.kernels import IDENTITY, Activation, activation_of, loops, rows, unrows
 from mpl_scale.models.passes import Passes
+from tests.support.tiers import full
 
 SILU = Activation("silu")
 
@@ -45,14 +46,21 @@ def outcome(norm: BatchNorm, x: torch.Tensor, dy: torch.Tensor) -> list[torch.Te
     return [value.detach().double() for value in results if value is not None]
 
 
-@pytest.mark.parametrize("act", [nn.SiLU, lambda: nn.LeakyReLU(0.2)], ids=["silu", "leaky_relu"])
+def leaky_relu() -> nn.Module:
+    return nn.LeakyReLU(0.2)
+
+
 @pytest.mark.parametrize(
-    ("shape", "layout"),
+    ("shape", "layout", "act"),
     [
-        ((6, 5, 4, 4), torch.channels_last),
-        ((6, 5, 4, 4), torch.contiguous_format),
-        pytest.param((3, 8, 7, 1), torch.channels_last, marks=pytest.mark.full),
-        ((9, 4), torch.contiguous_format),
+        ((6, 5, 4, 4), torch.channels_last, nn.SiLU),
+        full((6, 5, 4, 4), torch.channels_last, leaky_relu),
+        full((6, 5, 4, 4), torch.contiguous_format, nn.SiLU),
+        ((6, 5, 4, 4), torch.contiguous_format, leaky_relu),
+        full((3, 8, 7, 1), torch.channels_last, nn.SiLU),
+        full((3, 8, 7, 1), torch.channels_last, leaky_relu),
+        ((9, 4), torch.contiguous_format, nn.SiLU),
+        full((9, 4), torch.contiguous_format, leaky_relu),
     ],
 )
 def test_compiled_loops_are_torchs_batch_norm(shape: tuple[int, ...], layout: torch.memory_format, act: object) -> None:
@@ -124,7 +132,7 @@ def test_compiled_loops_keep_the_input_alone() -> None:
     assert kept("eager") >= 2 * activations
 
 
-@pytest.mark.parametrize("name", ["wide_resnet28_2", pytest.param("test_efficientnet", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ["wide_resnet28_2", full("test_efficientnet")])
 def test_a_network_with_compiled_loops_is_the_eager_one(name: str) -> None:
     """float64, channels-last: output and every gradient."""
     section = NetworkConfig(name=name)

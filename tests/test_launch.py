@@ -28,6 +28,7 @@ from tests.support.launched import (
     start_and_wait,
 )
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 
 def make_config(tmp_path: Path, engine: str, steps: int = 8) -> str:
@@ -61,7 +62,7 @@ def test_deepspeed_killed_at_any_moment_ends_like_an_uninterrupted_run(tmp_path:
     assert summary(output)["engine"] == "deepspeed"
 
 
-@pytest.mark.parametrize("launcher", ["python", "torchrun", pytest.param("deepspeed", marks=pytest.mark.full)])
+@pytest.mark.parametrize("launcher", ["python", full("torchrun"), full("deepspeed")])
 def test_ctrl_c_saves_and_stops(tmp_path: Path, launcher: str) -> None:
     """As a terminal sends it, to the launcher and to each rank. The launchers may print tracebacks of their own."""
     config, output = make_config(tmp_path, "flat", steps=100_000), tmp_path / "out"
@@ -102,13 +103,16 @@ def check_two_ranks(output: Path, one: dict[str, Any]) -> None:
         assert result["loss"] == pytest.approx(two["results"][network]["loss"], rel=1e-3)
 
 
-@pytest.mark.full
-def test_two_ranks_under_torchrun_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_ranks_under_a_launcher_agree_with_one(
+    tmp_path: Path, alone: tuple[str, dict[str, Any]], launcher: str
+) -> None:
     config, one = alone
-    finish(command("torchrun", config, tmp_path / "two"))
+    finish(command(launcher, config, tmp_path / "two"))
     check_two_ranks(tmp_path / "two", one)
 
 
+@pytest.mark.full
 def test_srun_variables_start_two_ranks_that_agree_with_one(tmp_path: Path, alone: tuple[str, dict[str, Any]]) -> None:
     """What srun sets for each task, without Slurm itself."""
     (config, one), output = alone, tmp_path / "out"

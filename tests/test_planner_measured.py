@@ -23,6 +23,7 @@ from mpl_scale.planner.memory import network_state
 from mpl_scale.spatial import input_columns, parallelize
 from tests.support.configs import tiny
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 BUCKET, BATCH, RANKS = 20_000, 4, 4
 SIZES = {"wide_resnet28_2": 32, "tf_efficientnet_b0": 32, "resnet50": 32}
@@ -43,6 +44,8 @@ ALWAYS = [
     ("resnet50", "flat", 2, 2, "none"),
 ]
 CASES = sorted({*ALWAYS, *EVERYTHING}) if os.environ.get("MPL_SCALE_TEST_ALL") else ALWAYS
+REPEATED = (ALWAYS[0], ALWAYS[5], ALWAYS[6])
+"""test_planner_static.py measures the state of every engine and stage, test_planner_summary.py whole blocks again."""
 
 
 def settings(name: str) -> ModelConfig:
@@ -103,7 +106,7 @@ def job(name: str, stage: int) -> Job:
     return Job("train", config, ds_config, METHODS["mpl"], config.method, config.optim, labelled, labelled, 1, "eager")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [full(case) if case in REPEATED else case for case in CASES])
 def test_kept_activations_and_static_bytes_are_the_planned_ones(case: tuple[str, str, int, int, str]) -> None:
     """Kept within 10%, static within 5%: padded shards, and small tensors that layers hold on to, are not planned."""
     name, engine, stage, width, recompute = case
@@ -114,7 +117,7 @@ def test_kept_activations_and_static_bytes_are_the_planned_ones(case: tuple[str,
     assert sum(network_state(planned, choice, "student").values()) == pytest.approx(static, rel=0.05)
 
 
-@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("shards", [full(1), full(2), 4])
 def test_l2s_state_is_what_the_flat_engine_holds_on_the_meta_device(shards: int) -> None:
     """480 M parameters in bf16, as l2.json trains them: masters, RMSProp, two gradients, average. 5%; shapes only."""
     shared = ModelConfig(
@@ -152,6 +155,7 @@ def test_l2s_state_is_what_the_flat_engine_holds_on_the_meta_device(shards: int)
     assert expected == pytest.approx(reachable_bytes([network, average], meta=True), rel=0.05)
 
 
+@pytest.mark.full
 def test_l2s_kept_activations_are_linear_in_the_images() -> None:
     """The trace's line, from one large prime batch, against a census of two images on the meta device; 1%."""
     from mpl_scale.planner import kept_bytes, to_compute_dtype

@@ -17,6 +17,7 @@ from mpl_scale.models.layers import convert
 from mpl_scale.mpl import MovingAverage
 from mpl_scale.planner import EngineSettings, TrainedNetwork, reachable_bytes, static_bytes
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 LAYOUTS = [
     ("flat", 0),
@@ -78,8 +79,8 @@ def every_layout(bf16: bool, optimizer: str, clip: float) -> dict[tuple[str, int
     [
         (1, False, "rmsprop", 0.0),
         (2, False, "sgd", 1.0),
-        (2, True, "rmsprop", 0.0),
-        (4, True, "sgd", 0.0),
+        full(2, True, "rmsprop", 0.0),
+        full(4, True, "sgd", 0.0),
         (2, True, "adamw", 1.0),
     ],
 )

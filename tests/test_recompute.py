@@ -12,6 +12,7 @@ from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.engine.recompute import apply_recompute, find_stages
 from mpl_scale.models import Pass, build_model
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 MODELS = [
     ("digits_cnn", {"dropout": 0.2}),
@@ -62,8 +63,10 @@ def test_recomputation_is_exact(name: str, settings: dict[str, float], policy: s
     assert_bitwise(two_passes(copied, rows), expected)  # a deepcopy runs its own weights
 
 
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize(("name", "settings"), MODELS[1:3])
+@pytest.mark.parametrize(
+    ("name", "settings", "offload"),
+    [full(*MODELS[1], False), (*MODELS[1], True), (*MODELS[2], False), full(*MODELS[2], True)],
+)
 def test_fairscales_backend_is_exact(name: str, settings: dict[str, float], offload: bool) -> None:
     recomputed = apply_recompute(build(name, **settings), "block", backend="fairscale", offload=offload)
     copied, rows = copy.deepcopy(recomputed), torch.arange(8)
@@ -131,7 +134,7 @@ def over_ranks(policy: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("policy", ["bn_act", "block"])
+@pytest.mark.parametrize("policy", ["bn_act", full("block")])
 def test_recomputation_repeats_the_collectives_of_batch_norm(policy: str) -> None:
     assert pool(2).run(over_ranks, policy) == [True, True]
 

@@ -32,6 +32,7 @@ from tests.support.faults import check_documented
 from tests.support.ranks import pool
 from tests.support.reference import Settings, make_batches
 from tests.support.sharded import full_state, make_network, make_state, rank_batch, zero
+from tests.support.tiers import full
 
 PREFIXES = ("teacher", "student", "ema", "state")
 
@@ -81,7 +82,7 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "engine", "stage"), [(1, "flat", 0), (2, "flat", 2), (2, "deepspeed", 1), (2, "deepspeed", 3)]
+    ("world", "engine", "stage"), [full(1, "flat", 0), (2, "flat", 2), full(2, "deepspeed", 1), (2, "deepspeed", 3)]
 )
 def test_a_step_with_a_nan_changes_nothing_on_any_rank(tmp_path: Path, world: int, engine: str, stage: int) -> None:
     """The third of five batches has it, on the last rank."""
@@ -165,7 +166,7 @@ def infinite_gradient(engine: str, stage: int) -> tuple[list[int], list[bool], l
     return skipped, finite, same
 
 
-@pytest.mark.parametrize(("world", "engine", "stage"), [(1, "flat", 0), (2, "deepspeed", 1), (2, "deepspeed", 3)])
+@pytest.mark.parametrize(("world", "engine", "stage"), [(1, "flat", 0), (2, "deepspeed", 1), full(2, "deepspeed", 3)])
 def test_a_gradient_that_no_loss_betrays_is_seen(world: int, engine: str, stage: int) -> None:
     """DeepSpeed leaves out the update of that one network, whose weights stay finite: the other has moved by then."""
     results = pool(world).run(infinite_gradient, engine, stage) if world > 1 else [infinite_gradient(engine, stage)]

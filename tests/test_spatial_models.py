@@ -20,6 +20,7 @@ from mpl_scale.spatial.trace import trace
 from tests.support.dispatch import HostReads
 from tests.support.ranks import pool
 from tests.support.spatial_networks import build, compare
+from tests.support.tiers import full
 
 EXACT = 1e-9
 """Relative, in float64: 1e-16 times what 80 batch norms enlarge it by (4e-11 seen, where a gradient cancels to 0)."""
@@ -30,16 +31,16 @@ DROP = {"dropout": 0.2, "drop_path": 0.2}
     ("name", "settings", "width", "image_size", "batch"),
     [
         ("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
-        ("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
-        pytest.param("efficientnet_b0", DROP, 4, 64, 2, marks=pytest.mark.full),
-        ("resnet50", DROP, 2, 64, 2),
-        pytest.param("resnet18", DROP, 3, 75, 2, marks=pytest.mark.full),
+        full("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
+        full("efficientnet_b0", DROP, 4, 64, 2),
+        full("resnet50", DROP, 2, 64, 2),
+        ("resnet18", DROP, 3, 75, 2),  # uneven ones
         ("wide_resnet28_2", {"dropout": 0.2}, 4, 32, 2),
         ("digits_cnn", {"dropout": 0.2}, 4, 8, 3),
         ("regnety_002", DROP, 4, 64, 2),
         ("convnext_atto", DROP, 4, 64, 2),
         ("mobilenetv4_conv_small", DROP, 2, 64, 2),  # batch norm behind the pool
-        pytest.param("b6_wide_slim", {}, 4, 64, 2, marks=pytest.mark.full),
+        full("b6_wide_slim", {}, 4, 64, 2),
     ],
 )
 def test_split_network_is_the_unsplit_one(
@@ -50,7 +51,7 @@ def test_split_network_is_the_unsplit_one(
     assert found.bytes > 0
 
 
-@pytest.mark.parametrize("how", [{}, {"switch_at": "auto", "halo": "block_input"}], ids=str)
+@pytest.mark.parametrize("how", [full({}), {"switch_at": "auto", "halo": "block_input"}], ids=str)
 def test_two_data_by_two_width(how: dict[str, Any]) -> None:
     found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 2, 64, 2, **how)[0]
     assert found.worst < EXACT, found
@@ -65,9 +66,7 @@ def test_switch_at_every_stage(stage: str, batch: int) -> None:
         assert found.worst < EXACT, found
 
 
-@pytest.mark.parametrize(
-    "stage", ["blocks.4", *(pytest.param(stage, marks=pytest.mark.full) for stage in ("conv_stem", "global_pool"))]
-)
+@pytest.mark.parametrize("stage", ["blocks.4", full("conv_stem"), full("global_pool")])
 def test_switch_inside_an_efficientnet(stage: str) -> None:
     """Batch 3 on 4 ranks: one rank is without images behind the switch, drop-path follows the rows."""
     found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 4, 64, 3, switch_at=stage)[0]

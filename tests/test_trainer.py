@@ -23,6 +23,7 @@ from mpl_scale.trainer.evaluation import Evaluator
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 EVERY_LINE = {
     "global_step",
@@ -72,7 +73,7 @@ OWN = {name for name, method in METHODS.items() if method.step.__module__.starts
 @pytest.mark.parametrize(
     "method",
     [
-        pytest.param(name, marks=[pytest.mark.full] if name in ("mixup", "cutmix", "pseudo_label") else [])
+        name if name in ("mpl", "uda") else full(name)
         for name in sorted(OWN - {"teacher_warmup", "reduced_mpl", "noisy_student"})
     ],
 )
@@ -175,25 +176,28 @@ def test_every_preset_runs(tmp_path: Path, preset: str) -> None:
     assert rows[0]["h"] == 0
 
 
-def test_recomputation_trains_the_same_networks(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The results of the flat engine at stage 2, which recomputes nothing."""
+    folder = tmp_path_factory.mktemp("plain")
+    overrides = ("mpl_scale.parallel.recompute=none", "zero_optimization.stage=2")
+    return pool(2).run(run, config_with(folder), str(folder / "out"), overrides)[0]["results"]
+
+
+@pytest.mark.parametrize("policy", [full("bn_act"), "block"])
+def test_recomputation_trains_the_same_networks(tmp_path: Path, plain: dict[str, Any], policy: str) -> None:
     """Bitwise, at width 1: the same sums in the same order."""
-    config, results = config_with(tmp_path), []
-    for policy in ("none", "bn_act", "block"):
-        overrides = (f"mpl_scale.parallel.recompute={policy}",)
-        results.append(pool(2).run(run, config, str(tmp_path / policy), overrides)[0]["results"])
-    assert results[0] == results[1] == results[2]
+    overrides = (f"mpl_scale.parallel.recompute={policy}", "zero_optimization.stage=2")
+    assert pool(2).run(run, config_with(tmp_path), str(tmp_path / "out"), overrides)[0]["results"] == plain
 
 
-def test_both_engines_train_the_same_networks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [full(2), 3])
+def test_both_engines_train_the_same_networks(tmp_path: Path, plain: dict[str, Any], stage: int) -> None:
     """Sixteen steps in three phases: float32 sums in another order, nothing else."""
-    config = config_with(tmp_path)
-    losses = {}
-    for engine, stage in (("flat", 2), ("deepspeed", 2), ("deepspeed", 3)):
-        overrides = (f"mpl_scale.parallel.engine={engine}", f"zero_optimization.stage={stage}")
-        summary = pool(2).run(run, config, str(tmp_path / f"{engine}{stage}"), overrides)[0]
-        losses[engine, stage] = {name: result["loss"] for name, result in summary["results"].items()}
-    for values in losses.values():
-        assert values == pytest.approx(losses["flat", 2], rel=1e-4)
+    overrides = ("mpl_scale.parallel.engine=deepspeed", f"zero_optimization.stage={stage}")
+    found = pool(2).run(run, config_with(tmp_path), str(tmp_path / "out"), overrides)[0]["results"]
+    losses, expected = ({name: result["loss"] for name, result in each.items()} for each in (found, plain))
+    assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_deepspeeds_monitor_sections_are_honoured(tmp_path: Path) -> None:

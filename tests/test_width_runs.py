@@ -26,6 +26,7 @@ from tests.support.reference import Settings
 from tests.support.runs import final_state, lines
 from tests.support.runs import run as run_stopped
 from tests.support.sharded import full_state, make_state
+from tests.support.tiers import full
 
 STEPS = 5
 SIZE = 8
@@ -93,7 +94,7 @@ def whole_images(root: str, name: str) -> Trace:
         ("digits_cnn", 4, 4, {"switch_at": "never"}),
         ("digits_cnn", 2, 2, {"halo": "block_input"}),
         ("wide_resnet28_2", 2, 2, {}),
-        ("wide_resnet28_2", 4, 2, {"switch_at": "never"}),
+        full("wide_resnet28_2", 4, 2, {"switch_at": "never"}),
     ],
     ids=str,
 )
@@ -141,10 +142,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
     [
         (2, "flat", 2),
         (2, "deepspeed", 3),
-        (4, "flat", 2),
-        pytest.param(2, "deepspeed", 2, marks=pytest.mark.full),
-        pytest.param(4, "deepspeed", 2, marks=pytest.mark.full),
-        pytest.param(4, "deepspeed", 3, marks=pytest.mark.full),
+        full(4, "flat", 2),
+        full(2, "deepspeed", 2),
+        full(4, "deepspeed", 2),
+        full(4, "deepspeed", 3),
     ],
 )
 def test_split_runs_report_what_whole_ones_do(
@@ -165,7 +166,7 @@ def test_split_runs_report_what_whole_ones_do(
         assert {key: ours[key] for key in losses} == pytest.approx(losses, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize(("engine", "stage"), [("flat", 2), ("deepspeed", 3)])
+@pytest.mark.parametrize(("engine", "stage"), [("flat", 2), full("deepspeed", 3)])
 def test_resume_of_a_split_run_is_bitwise(tmp_path: Path, engine: str, stage: int) -> None:
     config, overrides = make_config(tmp_path, engine, stage), ("mpl_scale.parallel.width=2",)
     whole = pool(2).run(run_stopped, config, str(tmp_path / "whole"), None, overrides)[0]
