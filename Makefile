@@ -45,7 +45,7 @@ test: install  ## lint, types, layering, and a test of every promise
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(TESTS) -m 'not full'
 
-test-full: install  ## the tests that take long: every pair of layouts, kills under the launcher, the largest networks
+test-full: install  ## further layouts, stages and launchers, kills under the launcher, the largest networks
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python $(TESTS) -m full
 
 test-gpu: install  ## the tests that need a GPU

@@ -39,8 +39,9 @@ BASELINE = (
 TRAINED = [name for name in NAMES if not name.endswith("gpu") and ("cifar" in name or not name.endswith(BASELINE))]
 """Each kind of run once; the variants for other data sets and numbers of GPUs as well with MPL_SCALE_TEST_ALL=1."""
 REPEATED = ("svhn_1k", "imagenet_jft_resnet50", "cifar10_4k_mpl_randaugment", "cifar10_4k_supervised")
-REPEATED += ("cifar10_supervised_full", "cifar10_4k_uda")  # UDA learns in test_trainer.py
-"""The method of another one, which is trained in `make test`, on other data or with another view."""
+REPEATED += ("cifar10_supervised_full", "cifar10_4k_randaugment", "cifar10_4k_mpl_mixup", "cifar10_4k_mpl_pseudo_label")
+REPEATED += ("cifar10_4k_uda", "cifar10_noisy_student", "cifar10_reduced_mpl")  # test_trainer.py trains them
+"""Methods that `make test` trains in another one, here on other data, with another view or both at once."""
 LARGE = ("l2", "b6_wide")
 """Take minutes even at toy size."""
 WORLDS = {"l2": 2048, "b6_wide": 2048, "imagenet_jft_resnet50": 512}
@@ -89,7 +90,9 @@ def test_valid_at_the_world_it_is_meant_for(name: str) -> None:
     assert run.mpl.paper.startswith(("Table", "Figure", "Pseudo", "Section", "none: "))  # none: not in the paper
 
 
-@pytest.mark.parametrize("name", [marked(name, "l2_128gpu", "b7_reduced") for name in FIRST_OF_ITS_KIND])
+@pytest.mark.parametrize(
+    "name", [marked(name, "l2_128gpu", "b6_wide_128gpu", "b7_reduced") for name in FIRST_OF_ITS_KIND]
+)
 def test_builds_and_is_planned_at_full_size(name: str) -> None:
     """One config of each kind of networks; the others have the same ones (network_key)."""
     lines = report(config(name), world=intended_world(name), cuda=True)

@@ -22,6 +22,7 @@ from tests.support.batches import data_rank as mesh
 from tests.support.batches import joined, normalised, splits_of, take, train_loader
 from tests.support.image_sets import write_folder
 from tests.support.photographs import encoded, photograph
+from tests.support.tiers import full
 
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
@@ -121,7 +122,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize(("kind", "pairing"), [("shift_crop", False), ("random_resized_crop", True)])
+@pytest.mark.parametrize(("kind", "pairing"), [full("shift_crop", False), ("random_resized_crop", True)])
 def test_20_global_batches_on_1_2_and_4_ranks_and_resumed_elsewhere(
     photographs: Splits, kind: str, pairing: bool
 ) -> None:

@@ -16,11 +16,15 @@ from benchmarks import gpu_suite
 from benchmarks.gpu import engines, memory
 from benchmarks.gpu.parts import Part, Setting, preload, run_here
 from benchmarks.gpu.shown import shown
+from tests.support.tiers import full
 
 ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {"real_run", "two_ranks"}
 """Parts that start processes: make test-docs runs them, with all others, through make bench-gpu."""
 HERE = [part for module in gpu_suite.MODULES for part in module.parts(tiny=True) if part.name not in ELSEWHERE]
+
+REPEATED = ("largest_bn_act_live", "largest_block_live", "largest_block_deferred")
+"""As largest_none_live, with other policies."""
 
 
 @pytest.fixture
@@ -31,7 +35,9 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Setting:
     return Setting(device="cpu", tiny=True, rounds=2, turn=0.01, limit=2, seconds=100.0, folder=tmp_path)
 
 
-@pytest.mark.parametrize("part", HERE, ids=lambda part: part.name)
+@pytest.mark.parametrize(
+    "part", [full(part) if part.name in REPEATED else part for part in HERE], ids=lambda part: part.name
+)
 def test_a_part_runs(part: Part, setting: Setting) -> None:
     result = run_here(part, setting)
     assert not {"error", "skipped"} & result.keys()

@@ -32,6 +32,7 @@ from mpl_scale.types import Batch, StepMetrics
 from tests.support.dispatch import CpuGraphs
 from tests.support.ranks import pool
 from tests.support.steps import CPU, EVERY_STEP, Case, everything, make_batches, make_state, on_each_device
+from tests.support.tiers import full
 
 PHASE: Any = SimpleNamespace(name="train")
 STEPS = 7
@@ -75,7 +76,7 @@ def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -
         Case(optimizer="rmsprop", micro_batches=2, deferred=True),
         Case(optimizer="lars", skipping=True),
         Case(optimizer="adamw", skipping=True),
-        Case(network="test_efficientnet", size=32, recompute="block"),
+        full(Case(network="test_efficientnet", size=32, recompute="block")),
     ],
     ids=str,
 )
@@ -97,7 +98,7 @@ def test_static_slots_are_bitwise_the_eager_step() -> None:
     assert_equal(everything(slotted), everything(plain))
 
 
-@pytest.mark.parametrize("part", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("part", [0.0, full(0.5), 0.95])
 @pytest.mark.parametrize(
     "case",
     [Case(), Case(rule="per_sample"), Case(method="noisy_student"), Case(micro_batches=2, deferred=True)],

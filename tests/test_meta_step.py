@@ -23,6 +23,7 @@ from mpl_scale.spatial.agreement import ShapeAgreement
 from mpl_scale.trainer.evaluation import count_right
 from tests.support.dispatch import Collective, Collectives, HostTensors
 from tests.support.steps import EVERY_STEP, Case, make_batches, make_state
+from tests.support.tiers import full
 
 META = torch.device("meta")
 EFFICIENTNET = Case(network="test_efficientnet", size=32)
@@ -121,7 +122,8 @@ def test_two_ranks_ask_for_the_same_collectives(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "shard_size", "width"), [(4, None, 1), (4, 2, 1), (4, 1, 1), (2, None, 2), (4, None, 2), (4, 2, 2)]
+    ("world", "shard_size", "width"),
+    [full(4, None, 1), (4, 2, 1), full(4, 1, 1), (2, None, 2), full(4, None, 2), (4, 2, 2)],
 )
 def test_ranks_of_every_mesh_ask_for_the_same_collectives(
     world: int, shard_size: int | None, width: int, monkeypatch: pytest.MonkeyPatch

@@ -111,6 +111,7 @@ def test_meta_and_real_memory_agree() -> None:
     assert found[0] == pytest.approx(found[1], rel=0.01)  # the CPU's kernels may pad or copy a small tensor
 
 
+@pytest.mark.full
 def test_l2_keeps_a_third_without_activations_and_a_twentieth_per_block() -> None:
     """EfficientNet-L2 at 512 pixels, bf16, against timm's own network: one rank, plain kernels."""
     images = torch.empty(2, 3, 512, 512, dtype=torch.bfloat16, device="meta")

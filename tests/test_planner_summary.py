@@ -19,6 +19,7 @@ from mpl_scale.trainer.planning import configured_plan, main_job, make_jobs, mak
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 
 def make_config(folder: Path, *, network: str = "wide_resnet28_2", **top_level: Any) -> str:
@@ -48,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("name", [full(name) if name == "split" else name for name in sorted(CASES)])
 def test_a_runs_summary_has_its_plan_beside_its_census(tmp_path: Path, name: str) -> None:
     """Issue 8's bounds: 5% of state, 10% of kept activations; both networks, through the trainer's own step."""
     cost = pool(2).run(run, make_config(tmp_path), str(tmp_path / "out"), CASES[name])[0]["cost"]

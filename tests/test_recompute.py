@@ -47,8 +47,15 @@ def assert_bitwise(found: dict[str, torch.Tensor], expected: dict[str, torch.Ten
         assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("policy", ["bn_act", "block"])
-@pytest.mark.parametrize(("name", "settings"), MODELS)
+@pytest.mark.parametrize(
+    ("name", "settings", "policy"),
+    [
+        *((*MODELS[0], policy) for policy in ("bn_act", "block")),
+        *((*MODELS[1], "bn_act"), full(*MODELS[1], "block")),
+        *(full(*MODELS[2], "bn_act"), (*MODELS[2], "block")),
+        *((*MODELS[3], policy) for policy in ("bn_act", "block")),
+    ],
+)
 def test_recomputation_is_exact(name: str, settings: dict[str, float], policy: str) -> None:
     plain, recomputed = build(name, **settings), apply_recompute(build(name, **settings), policy)
     assert list(recomputed.state_dict()) == list(plain.state_dict())

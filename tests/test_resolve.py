@@ -22,6 +22,7 @@ from mpl_scale.trainer.planning import configured_plan, main_job, make_jobs, mak
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.ranks import pool
+from tests.support.tiers import full
 
 ROOT = DIGITS.parents[1]
 ENGINES = [
@@ -100,7 +101,7 @@ def run_here(config: str, output: str, overrides: tuple[str, ...]) -> tuple[Any,
     "overrides",
     [
         ("mpl_scale.parallel.engine=flat", "zero_optimization.stage=0", "mpl_scale.parallel.deterministic=true"),
-        ("mpl_scale.parallel.engine=flat", "zero_optimization.stage=2", "train_micro_batch_size_per_gpu=5"),
+        full(("mpl_scale.parallel.engine=flat", "zero_optimization.stage=2", "train_micro_batch_size_per_gpu=5")),
         ("zero_optimization.stage=3", "mpl_scale.parallel.teacher=deferred"),
     ],
     ids=["flat 0", "flat 2", "auto 3"],

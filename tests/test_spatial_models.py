@@ -30,7 +30,7 @@ DROP = {"dropout": 0.2, "drop_path": 0.2}
 @pytest.mark.parametrize(
     ("name", "settings", "width", "image_size", "batch"),
     [
-        ("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
+        full("tf_efficientnet_b0", DROP, 4, 128, 2),  # one column and a kernel of 5: two hops
         full("tf_efficientnet_b0", DROP, 3, 75, 2),  # uneven ones
         full("efficientnet_b0", DROP, 4, 64, 2),
         full("resnet50", DROP, 2, 64, 2),
@@ -66,7 +66,8 @@ def test_switch_at_every_stage(stage: str, batch: int) -> None:
         assert found.worst < EXACT, found
 
 
-@pytest.mark.parametrize("stage", ["blocks.4", full("conv_stem"), full("global_pool")])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", ["blocks.4", "conv_stem", "global_pool"])
 def test_switch_inside_an_efficientnet(stage: str) -> None:
     """Batch 3 on 4 ranks: one rank is without images behind the switch, drop-path follows the rows."""
     found = pool(4).run(compare, "tf_efficientnet_b0", DROP, 4, 64, 3, switch_at=stage)[0]

@@ -19,6 +19,7 @@ from mpl_scale.cli.stop import StopRequest
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 from tests.support.configs import DIGITS
+from tests.support.tiers import full
 
 
 def hold(folder: str, pipe: Connection) -> None:
@@ -114,7 +115,7 @@ store.wait(["never set"], datetime.timedelta(seconds=600))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, full(signal.SIGINT)])
 def test_a_rank_that_waits_in_torch_before_its_first_step_ends_at_once(number: signal.Signals) -> None:
     """Python runs no handler while the main thread waits there."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "SLURM_PROCID")}

@@ -140,7 +140,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], lis
 @pytest.mark.parametrize(
     ("world", "engine", "stage"),
     [
-        (2, "flat", 2),
+        full(2, "flat", 2),
         (2, "deepspeed", 3),
         full(4, "flat", 2),
         full(2, "deepspeed", 2),
@@ -170,7 +170,7 @@ def test_split_runs_report_what_whole_ones_do(
 def test_resume_of_a_split_run_is_bitwise(tmp_path: Path, engine: str, stage: int) -> None:
     config, overrides = make_config(tmp_path, engine, stage), ("mpl_scale.parallel.width=2",)
     whole = pool(2).run(run_stopped, config, str(tmp_path / "whole"), None, overrides)[0]
-    for steps in (2, 5, 6):
+    for steps in (5, 9):  # in the main phase and in the finetuning
         assert pool(2).run(run_stopped, config, str(tmp_path / "stopped"), steps, overrides) == [None, None]
     resumed = pool(2).run(run_stopped, config, str(tmp_path / "stopped"), None, overrides)[0]
     assert resumed["results"] == whole["results"]
@@ -181,15 +181,15 @@ def test_resume_of_a_split_run_is_bitwise(tmp_path: Path, engine: str, stage: in
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
-def test_a_split_run_goes_on_with_whole_images_and_back(tmp_path: Path) -> None:
+def test_a_split_run_goes_on_with_whole_images_and_back(
+    tmp_path: Path, whole: tuple[dict[str, Any], list[dict[str, Any]]]
+) -> None:
     """Checkpoints know no width: 6 steps split, 5 whole, the rest split, against a whole run (float32 roundings)."""
-    config = make_config(tmp_path, "flat", 2)
-    whole = pool(2).run(run_stopped, config, str(tmp_path / "whole"))[0]
-    resumed = None
+    config, summary_of_whole, resumed = make_config(tmp_path, "flat", 2), whole[0], None
     for steps, width in ((6, 2), (5, 1), (None, 2)):
         overrides = (f"mpl_scale.parallel.width={width}",)
         resumed = pool(2).run(run_stopped, config, str(tmp_path / "mixed"), steps, overrides)[0]
     assert resumed is not None
-    assert resumed["steps"] == whole["steps"]
-    for name, result in whole["results"].items():
+    assert resumed["steps"] == summary_of_whole["steps"]
+    for name, result in summary_of_whole["results"].items():
         assert resumed["results"][name]["loss"] == pytest.approx(result["loss"], rel=1e-4), name
