@@ -48,7 +48,7 @@ SHORTENED = {
     r"make bench-gpu": " TINY=1",
     r".*\btrain\.py (?!.*--max_steps)": " --max_steps 2",
     r".*benchmarks/methods\.py ": " --seeds 0 --max_steps 2",
-    r"python -m benchmarks\.two_moons ": " --seeds 2 --blind_seeds 2",
+    r"python -m benchmarks\.two_moons ": " --seeds 2 --tables literal",
     r"python -m benchmarks\.feedback ": " --seeds 2 --settings 'few labels' --rules none cosine",
     r"python -m benchmarks\.digits_table ": " --seeds 0 1 --steps 2 --methods supervised uda",
     r"python -m benchmarks\.throughput ": " --warmup 1 --rounds 1 --steps 1 --phase_steps 1",
