@@ -207,6 +207,7 @@ def main() -> int:
         ours = "cosine" if rows is BLIND else "mpl"
         document["tables"][table] = {"setting": setting, "rows": summary(accuracy, ours=ours)}
         show(f"{table}, {seeds} seeds", document["tables"][table]["rows"])
+    document["tables"] = {table: document["tables"][table] for table in TABLES if table in document["tables"]}
     if options.figure is not None:
         draw(options.figure, seed=0)
     if options.output is not None:
