@@ -167,7 +167,7 @@ def test_a_new_shard_is_noticed_by_the_command(tmp_path: Path, capfd: pytest.Cap
     root = write(tmp_path / "data", "webdataset", [0, 1])
     command = ["index", str(root), "--source", "webdataset", "--output", str(tmp_path / "index")]
     assert main(command) == 0
-    write(root, "webdataset", [0, 1], test=[0, 1])
+    write(root, "webdataset", [0, 1], test=[1, 0])
     assert main(command) == 0
     assert "is stale, building it again" in capfd.readouterr().out
     assert len(IndexedImages(tmp_path / "index")) == 4

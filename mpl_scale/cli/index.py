@@ -75,11 +75,12 @@ def _run(options: argparse.Namespace) -> int:
 def _refuse_faults(output: Path) -> None:
     """ValueError where no run would take the index."""
     from mpl_scale.data.index.reader import IndexedImages
-    from mpl_scale.data.registry import refuse_bad_labels, refuse_damaged
+    from mpl_scale.data.registry import refuse_bad_labels, refuse_damaged, refuse_twins
 
     images = IndexedImages(output)
     refuse_bad_labels(images, built=False)
     refuse_damaged(images)
+    refuse_twins(images)
 
 
 def _print_contents(output: Path) -> None:

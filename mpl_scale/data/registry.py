@@ -149,6 +149,7 @@ def load_images(config: DataConfig) -> ImageSet:
     else:
         refuse_bad_labels(images, built=config.index is not None)
         refuse_damaged(images, allowed=config.allow_damaged_shards)
+        refuse_twins(images)
     if images.bad > config.max_bad_fraction * max(1, len(images)):
         raise ValueError(
             f"{images.bad} of {len(images)} images are more than mpl_scale.data.max_bad_fraction = "
@@ -181,6 +182,16 @@ def refuse_damaged(images: IndexedImages, *, allowed: bool = False) -> None:
             f"{len(lost)} shard(s) of '{images.root}' are damaged or not complete: {'; '.join(lost[:3])}{more}; fetch "
             "them again, or set mpl_scale.data.allow_damaged_shards = true to train on what can be read of them"
         )
+
+
+def refuse_twins(images: IndexedImages) -> None:
+    """ValueError where a shard of the test part is, byte for byte, one that is trained on."""
+    for one, other in images.twins():
+        if (one.part == "test") != (other.part == "test"):
+            raise ValueError(
+                f"'{images.root}': '{other.name}' is '{one.name}' again, byte for byte, and only one of them is test "
+                "data: images would be tested on that were trained on; remove one"
+            )
 
 
 def data_folder() -> Path:

@@ -6,6 +6,7 @@ not changed since. One build at a time per output: others wait, and find it done
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -22,10 +23,11 @@ import numpy as np
 
 from mpl_scale.config.names import require_known
 from mpl_scale.data.index import sidecars
+from mpl_scale.data.index.contents import digest_of_file, digest_of_folder
 from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Scan, ScanOptions, Shard
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
-from mpl_scale.data.index.writer import PartFiles, write_index
+from mpl_scale.data.index.writer import Identity, PartFiles, write_index
 from mpl_scale.files import lock
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
@@ -207,8 +209,20 @@ def _scan(task: _Task) -> int:
         scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
     first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)
     labels = count_from_zero(scan, task.shard, first=first, classes=classes)
-    part.write(scan, task.shard, size=size, mtime_ns=mtime_ns, labels=labels)
+    identity = Identity(size, mtime_ns, _digest(task.root / task.shard.name, scan))
+    part.write(scan, task.shard, identity, labels=labels)
     return len(scan.entries)
+
+
+def _digest(path: Path, scan: Scan) -> str | None:
+    """Tells the shard's content; None where it cannot be read."""
+    try:
+        if not path.is_dir():
+            return digest_of_file(path)
+        bounds = [0, *scan.name_ends.tolist()]
+        return digest_of_folder(str(path), [scan.names[a:b] for a, b in itertools.pairwise(bounds)])
+    except OSError:
+        return None
 
 
 def _identity(root: Path, shard: Shard) -> tuple[int, int]:

@@ -129,16 +129,28 @@ class IndexedImages:
             found = [entry for entry in map(json.loads, file) if entry["reason"].startswith((LOST_WHOLE, LOST_REST))]
         return [f"'{entry['file']}': {entry['reason']}" for entry in found]
 
+    def twins(self) -> list[tuple[IndexedShard, IndexedShard]]:
+        """Shards of the same content as an earlier one, in pairs with that one."""
+        first: dict[str, IndexedShard] = {}
+        pairs = []
+        for shard, digest in zip(self.shards, self.meta.get("contents", [None] * len(self.shards)), strict=True):
+            if digest is not None and self._layout != "file":
+                other = first.setdefault(digest, shard)
+                pairs += [(other, shard)] if other is not shard else []
+        return pairs
+
     def contents(self) -> list[str]:
         """For people: images by part and by format, and what was seen and is not used."""
         ends = np.searchsorted(self._shard, np.arange(len(self.shards) + 1, dtype=self._shard.dtype))
         counts = [(shard.name, shard.part, int(n)) for shard, n in zip(self.shards, np.diff(ends), strict=True)]
-        return parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines()
+        twins = [f"'{other.name}' is '{one.name}' again, byte for byte" for one, other in self.twins()[:5]]
+        return parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines() + twins
 
     @property
     def fingerprint(self) -> str:
-        """Stands for every sample's place, label and size."""
-        joined = json.dumps([self.meta["sha256"], self.meta["classes"]], sort_keys=True)
+        """Stands for every sample's place, label and size, and for the content of the shards."""
+        known = [self.meta["sha256"], self.meta["classes"], *([c] if (c := self.meta.get("contents")) else [])]
+        joined = json.dumps(known, sort_keys=True)
         return hashlib.sha256(joined.encode()).hexdigest()
 
     def ids_of(self, part: Part) -> np.ndarray:

@@ -27,6 +27,14 @@ class _Part(NamedTuple):
     files: PartFiles
 
 
+class Identity(NamedTuple):
+    """Of a shard: bytes, modification time, and what tells its content (contents.py); None: it could not be read."""
+
+    size: int
+    mtime_ns: int
+    digest: str | None = None
+
+
 class PartFiles:
     """What the scan of one shard leaves in the folder of a build."""
 
@@ -36,9 +44,7 @@ class PartFiles:
             stem.with_suffix(suffix) for suffix in (".npy", ".names", ".ends.npy", ".pixels", ".json")
         )
 
-    def write(
-        self, scan: Scan, shard: Shard, *, size: int, mtime_ns: int, labels: tuple[int, int] | None = None
-    ) -> None:
+    def write(self, scan: Scan, shard: Shard, identity: Identity, *, labels: tuple[int, int] | None = None) -> None:
         """Write a scan; the .json comes last, by a rename: with it the part is complete.
 
         labels: the smallest and the largest one, as they stand in the shard.
@@ -49,8 +55,9 @@ class PartFiles:
             np.save(self.ends, scan.name_ends)
         about = {
             "name": shard.name,
-            "bytes": size,
-            "mtime_ns": mtime_ns,
+            "bytes": identity.size,
+            "mtime_ns": identity.mtime_ns,
+            "digest": identity.digest,
             "images": len(scan.entries),
             "unpacked": self.pixels.exists(),
             "refusals": scan.refusals,
@@ -117,12 +124,13 @@ def _fill(
         raise ValueError(f"'{root}' holds no usable image: {'; '.join(first) or 'its shards are empty'}")
     classes = classes or named_classes(class_names, highest=highest)
     census = left_over(root, shards, layout=FORMATS[source].layout, sidecars=FORMATS[source].sidecars(root))
-    described = []
+    described, contents = [], []
     for number, (shard, part) in enumerate(zip(shards, parts, strict=True)):
         about = part.read().about
         census.update(Census.from_json(about["census"]))
         if about["unpacked"]:
             part.pixels.rename(folder / pixels_name(number))
+        contents.append(about.get("digest"))
         described.append([shard.name, shard.part, about["bytes"], about["mtime_ns"], about["unpacked"]])
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     meta = {
@@ -139,6 +147,7 @@ def _fill(
         "census": census.to_json(),
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         "shards": described,
+        "contents": contents,
     }
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return count, sum(reasons.values()), reasons

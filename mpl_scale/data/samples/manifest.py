@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mpl_scale.data.index.contents import middle_of
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.registry import ImageFiles, ImageSet
 from mpl_scale.data.samples.joined import JoinedImages
@@ -18,7 +19,7 @@ from mpl_scale.data.samples.splits import Splits
 from mpl_scale.files import replace_text, replacing
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
-_COMPARED = ("images", "refused", "classes", "class_names", "labels", "files")
+_COMPARED = ("images", "refused", "classes", "class_names", "labels", "files", "contents")
 _END = 64
 """Bytes at the end of a file that tell its content."""
 _CHUNK = 1 << 20  # ids hashed at once
@@ -106,6 +107,9 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
         "classes": len(images.classes),
         "class_names": _hash_text(str(name) for name in images.classes),
         "files": hash_files(images) if isinstance(images, ImageFiles) else None,
+        "contents": _hash_text(middle_of(path).hex() for path in map(str, images.paths) if os.path.isfile(path))
+        if isinstance(images, ImageFiles)
+        else None,
         "labels": _hash(images.labels) if not isinstance(images, IndexedImages | JoinedImages) else None,
         "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
         "unlabelled_index": _describe_unlabelled(splits),

@@ -1,0 +1,44 @@
+"""Digests that tell the content of shards apart without reading terabytes: whole small files, samples of large ones."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+WHOLE = 1 << 24
+"""Files up to this size are read whole."""
+PIECES, PIECE = 64, 1 << 18
+"""Of a larger file: so many pieces of so many bytes, evenly spaced, the first and the last bytes among them."""
+_SHORT = 64  # bytes of a file among many: in its middle
+
+
+def digest_of_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file's size and content, or of pieces of it. Raises OSError."""
+    found = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        found.update(f"{size} ".encode())
+        whole = size <= WHOLE
+        for number in range(1 if whole else PIECES):
+            file.seek(number * (size - PIECE) // (PIECES - 1))
+            found.update(file.read() if whole else file.read(PIECE))
+    return found.hexdigest()
+
+
+def middle_of(path: str | bytes) -> bytes:
+    """Bytes in the middle of a file, where an image has pixels; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _SHORT) // 2)
+            return file.read(_SHORT)
+    except OSError:  # refused when the set was read, or gone: decoding says so
+        return b""
+
+
+def digest_of_folder(folder: str, names: Sequence[bytes]) -> str:
+    """SHA-256 of the middles of a folder's files, in the given order."""
+    found = hashlib.sha256()
+    for name in names:
+        found.update(middle_of(os.path.join(os.fsencode(folder), name)) + b"\0")
+    return found.hexdigest()
