@@ -16,6 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
+OF_A_RUN = ("checkpoints", "metrics.jsonl", "index.json")
+"""What only the folder of a run, or of a checkpoint, holds."""
+FILES_OF_A_RUN = ("metrics.jsonl", "summary.json", "config.json", "index.json", "heartbeat.json", "DONE")
+
 
 @contextmanager
 def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iterator[Path]:
@@ -63,6 +67,17 @@ def refuse_output(path: Path, *, folder: bool, option: str = "--output") -> None
         raise ValueError(
             f"{option} {path}: nothing can be written to {parent}: {error.strerror}; choose another"
         ) from error
+
+
+def refuse_run(path: Path, *, option: str = "--output") -> None:
+    """ValueError where results of a command would lie among, or in place of, the files of a run or a checkpoint."""
+    folder = path.parent if path.name in FILES_OF_A_RUN else path
+    for name in OF_A_RUN:
+        if (folder / name).exists():
+            raise ValueError(
+                f"{option} {path}: {folder} holds a run or a checkpoint ({name}), whose files it might replace; choose "
+                "another"
+            )
 
 
 @contextmanager

@@ -9,10 +9,12 @@ Models that are registered here and not in timm have the same two files; `mpl_sc
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from mpl_scale.checkpoint.format import CheckpointError, read_index
@@ -41,9 +43,20 @@ def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
     content = _hub_config(config, section, labels=class_names(checkpoint))
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / FILE_NAME) as draft:
-        save_file(plain, draft, metadata={"format": "pt"})
+        try:
+            save_file(plain, draft, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{output / FILE_NAME} cannot be written: {error}") from error
+        draft.chmod(0o666 & ~_umask())
     replace_text(output / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _umask() -> int:
+    """Of this process; it can only be read by setting it."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def checkpoint_config(checkpoint: Path) -> Config:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +23,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     refuse_output(options.output, folder=False)
+    refuse_run(options.output)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"WORLD_SIZE = {os.environ['WORLD_SIZE']}: one rank writes all of it; start no launcher")
     import torch  # seconds
 
     from mpl_scale.config import load_config

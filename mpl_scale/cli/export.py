@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     refuse_output(options.output, folder=True)
+    refuse_run(options.output)
     from mpl_scale.checkpoint.export import export  # torch: seconds
 
     checkpoint = choose_checkpoint(options.checkpoint)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from mpl_scale.cli.command import Command, add_config_options, load, positive
 from mpl_scale.cli.fit import emulated_bf16, what_would_fit
 from mpl_scale.config import Batches, RunConfig
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 from mpl_scale.trainer.planning import GIGA, main_job, make_jobs, make_machine
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace) -> int:
     if options.output is not None:
         refuse_output(options.output, folder=False)
+        refuse_run(options.output)
     run = load(options)
     if options.plot is not None and options.sweep is None:
         raise ValueError(f"--plot {options.plot}: there is a plot of --sweep only; add --sweep FROM TO")

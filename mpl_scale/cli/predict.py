@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command, add_network_options, is_main, positive
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     refuse_output(options.output, folder=False)
+    refuse_run(options.output)
     checkpoint = choose_checkpoint(options.checkpoint)
     if options.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(options.local_rank))

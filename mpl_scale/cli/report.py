@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from mpl_scale.cli.command import Command
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +29,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     refuse_output(options.output, folder=False)
+    refuse_run(options.output)
     from mpl_scale.report import write_report  # torch comes with the monitor: seconds
 
     for path in write_report(options.runs, options.output, title=options.title):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command, add_config_options, load, positive
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +54,10 @@ def _share(text: str) -> float:
 def _run(options: argparse.Namespace) -> int:
     if options.output is not None:
         refuse_output(options.output, folder=True)
+        refuse_run(options.output)
     if options.write_hashes is not None:
+        refuse_output(options.write_hashes, folder=False, option="--write_hashes")
+        refuse_run(options.write_hashes, option="--write_hashes")
         from mpl_scale.select.hashes import write_hashes  # torch, DALI: seconds
 
         written, lost = write_hashes(options.index, options.write_hashes, root=options.root)

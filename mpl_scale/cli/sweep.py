@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpl_scale.cli.command import Command, positive
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 if TYPE_CHECKING:
     from mpl_scale.sweep import Sweep, Task
@@ -49,6 +49,7 @@ def _index_or_all(text: str) -> int | str:
 
 def _run(options: argparse.Namespace) -> int:
     refuse_output(options.output, folder=True)
+    refuse_run(options.output)
     from mpl_scale.sweep import Sweep, read_spec
 
     sweep = Sweep(read_spec(options.spec, trials=options.trials, seed=options.seed), options.output)

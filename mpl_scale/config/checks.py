@@ -221,8 +221,12 @@ def _check_data(config: RunConfig) -> None:
                 f"mpl_scale.data.{section}.{name} = {pixels} pixels with mpl_scale.model.image_size = {side}: views "
                 f"may show nothing of the image; use {side} or less"
             )
-    if any(deviation <= 0 for deviation in data.std):
-        raise ValueError(f"mpl_scale.data.std = {list(data.std)}: every value must be above 0")
+    for name, values, least in (("mean", data.mean, -1.0), ("std", data.std, 1e-3)):
+        if any(not least <= value <= 1.0 for value in values):
+            raise ValueError(
+                f"mpl_scale.data.{name} = {list(values)}: pixels are from 0 to 1 here, so each value is from {least:g} "
+                "to 1; divide those of pixels from 0 to 255 by 255"
+            )
     if data.unlabelled_index is not None and data.unlabelled_from != "auto":
         raise ValueError(
             f"mpl_scale.data.unlabelled_from = {data.unlabelled_from} with unlabelled_index: both say which "

@@ -106,6 +106,8 @@ def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict
     chain = (*including, path)
     if path.resolve() in [file.resolve() for file in including]:
         raise ValueError(f"{' includes '.join(map(str, chain))}: a circle; remove one of the includes")
+    if len(including) > MOST_LEVELS:
+        raise ValueError(f"{including[0]}: more than {MOST_LEVELS} files include one another; include fewer")
     raw = _read(path, including=including)
     names = raw.pop(INCLUDE, [])
     names = [names] if isinstance(names, str) else names

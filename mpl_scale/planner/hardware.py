@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,7 +153,7 @@ def find_device(name: str, *, ranks_per_node: int | None = None) -> Device:
 def _check_positive(name: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
         if key not in ("name", "cpu", "bf16") and (
-            isinstance(value, bool) or not isinstance(value, int | float) or value <= 0
+            isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf
         ):
             raise ValueError(f"--gpu {name}: {key} = {value!r}: must be a number above 0")
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mpl_scale.checkpoint import read_prefix
+from mpl_scale.checkpoint import CheckpointError, read_prefix
+from mpl_scale.checkpoint.export import checkpoint_config
 from mpl_scale.checkpoint.format import read_index
 from mpl_scale.config import Config
 from mpl_scale.mesh import Mesh
@@ -31,6 +32,7 @@ def load_network(checkpoint: Path, name: str | None, *, config: Config, mesh: Me
         ValueError: a damaged checkpoint, one without the network, or of another architecture or number of classes.
     """
     network = value_on_main(mesh, lambda: _named(checkpoint, name))
+    value_on_main(mesh, lambda: _refuse_other_views(checkpoint, config))
     kind = "teacher" if network == "teacher" else "student"
     section = getattr(config.model, kind)
     module = build_model(section, config.model, field=f"mpl_scale.model.{kind}", seed=0)
@@ -52,6 +54,25 @@ def load_network(checkpoint: Path, name: str | None, *, config: Config, mesh: Me
         for tensor in module.state_dict().values():
             dist.broadcast(tensor, src=0, group=mesh.world_group)
     return network, module
+
+
+def _refuse_other_views(checkpoint: Path, config: Config) -> None:
+    """ValueError where the network would see images otherwise than it was trained on; a checkpoint may not say how."""
+    try:
+        trained = checkpoint_config(checkpoint)
+    except CheckpointError:  # of an earlier version
+        return
+    for field, was, now in (
+        ("data.mean", trained.data.mean, config.data.mean),
+        ("data.std", trained.data.std, config.data.std),
+        ("model.image_size", trained.model.image_size, config.model.image_size),
+        ("model.bn_eps", trained.model.bn_eps, config.model.bn_eps),
+    ):
+        if was != now:
+            raise ValueError(
+                f"mpl_scale.{field} = {now}, but the network of --checkpoint {checkpoint} was trained with {was}; use "
+                "the config it was trained with"
+            )
 
 
 def _named(checkpoint: Path, name: str | None) -> str:

@@ -43,6 +43,7 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
         file.seek(position)
         header = file.read(_BLOCK)
         if not header.strip(b"\0") and len(header) == _BLOCK:
+            _refuse_more(file, position)
             return  # the end marker
         start = position + _BLOCK
         if len(header) < _BLOCK:
@@ -73,6 +74,13 @@ def read_members(file: BinaryIO) -> Iterator[Member]:
                     length = 0  # a link has no data, whatever its header says
         position = start + -(-length // _BLOCK) * _BLOCK
     raise MalformedShard("its end marker is missing", offset=size)
+
+
+def _refuse_more(file: BinaryIO, position: int) -> None:
+    """Behind the end marker there are zeros alone: another archive there would be passed over."""
+    while rest := file.read(1 << 20):
+        if rest.strip(b"\0"):
+            raise MalformedShard("bytes behind its end marker, as of a second archive", offset=position)
 
 
 def _confined(name: str) -> str | None:

@@ -1,0 +1,97 @@
+"""Commands never put their results among, or in place of, the files of a run or a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpl_scale.cli import main
+from mpl_scale.config import check, load_config
+from mpl_scale.data.index.build import build_index
+from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.files import refuse_run
+from mpl_scale.trainer.prepare import Options, train
+from tests.support.configs import DIGITS, tiny, write
+from tests.support.mini_imagenet import files, tar_of
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A config and the folder of its finished run."""
+    folder = tmp_path_factory.mktemp("run")
+    config = write(folder, tiny())
+    train(load_config(config), Options(folder / "out", max_steps=2))
+    return config, folder / "out"
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_no_command_writes_over_a_run(run: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    config, out = run
+    before = content(out)
+    checkpoint = next((out / "checkpoints").glob("step_*"))
+    for command in (
+        ["export", str(out), "--output", str(out)],
+        ["export", str(out), "--output", str(checkpoint)],
+        ["distributions", "--ds_config", config, "--checkpoint", str(out), "--output", str(out / "summary.json")],
+        ["report", str(out), "--output", str(out / "metrics.jsonl")],
+        ["predict", str(out), str(out), "--output", str(out / "metrics.jsonl")],
+        ["sweep", str(DIGITS.parent / "sweeps" / "digits.json"), "--output", str(out)],
+        ["select", "--index", str(out), "--write_hashes", str(out / "summary.json")],
+    ):
+        assert main(command) == 2, command
+        assert "holds a run or a checkpoint" in capfd.readouterr().err, command
+    assert content(out) == before
+
+
+def test_a_file_of_its_own_beside_them_is_allowed(run: tuple[str, Path]) -> None:
+    refuse_run(run[1] / "teacher.npy")
+    refuse_run(run[1] / "exported")
+
+
+def test_a_network_sees_images_as_it_was_trained_on(
+    run: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, out = run
+    command = ["distributions", "--ds_config", config, "--checkpoint", str(out), "--output", str(tmp_path / "d.npy")]
+    for setting in ("data.mean=[0.9,0.9,0.9]", "data.std=[0.9,0.9,0.9]", "model.image_size=16", "model.bn_eps=0.5"):
+        assert main([*command, "--set", f"mpl_scale.{setting}"]) == 2
+        assert f"mpl_scale.{setting.partition('=')[0]} = " in capfd.readouterr().err
+    assert not (tmp_path / "d.npy").exists()
+
+
+def test_distributions_are_written_by_one_rank(
+    run: tuple[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["distributions", "--ds_config", run[0], "--checkpoint", str(run[1]), "--output", str(tmp_path / "d.npy")]
+    assert main(command) == 2
+    assert "WORLD_SIZE = 2: one rank writes all of it" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "setting", ["mean=[127, 127, 127]", "std=[64, 64, 64]", "std=[1e-30, 1, 1]", "mean=[-2, 0, 0]"]
+)
+def test_means_of_pixels_on_another_scale(setting: str) -> None:
+    with pytest.raises(ValueError, match="pixels are from 0 to 1 here"):
+        check(load_config(DIGITS, overrides=[f"mpl_scale.data.{setting}"]), world=1, cuda=False)
+
+
+def test_a_second_archive_behind_the_first_is_a_damaged_shard(tmp_path: Path) -> None:
+    image = files()[0]
+    archive = tar_of([("a.png", image), ("a.cls", b"0"), ("b.png", image), ("b.cls", b"1")])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train-000.tar").write_bytes(archive + archive)
+    build_index("webdataset", tmp_path / "data", output=tmp_path / "index")
+    (lost,) = IndexedImages(tmp_path / "index").lost()
+    assert "bytes behind its end marker, as of a second archive" in lost
+
+
+def test_a_long_chain_of_includes(tmp_path: Path) -> None:
+    for number in range(1200):
+        (tmp_path / f"{number}.json").write_text(f'{{"include": "{number + 1}.json"}}')
+    with pytest.raises(ValueError, match="more than 50 files include one another"):
+        load_config(tmp_path / "0.json")
