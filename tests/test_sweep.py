@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pytest
@@ -189,6 +190,21 @@ def test_a_loss_is_better_where_it_is_lower(tmp_path: Path) -> None:
         ValueError, match=r"metric = 'ema\.top1', which .*summary\.json does not have; it has student\.loss"
     ):
         other.ranked()
+
+
+def test_seeds_of_the_command_replace_the_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The summary and the report give mean and deviation over them, of the same config but for the seed."""
+    path = write_spec(tmp_path, trials=1, seeds=[7])
+    assert main(["sweep", str(path), "--output", str(tmp_path / "out"), "--seeds", "3"]) == 0
+    sweep = Sweep(read_spec(path, seeds=3), tmp_path / "out")
+    assert [task.seed for task in sweep.finals()] == [1, 2, 3]
+    values = [task.results()["finetuned"]["top1"] for task in sweep.finals()]
+    row = capsys.readouterr().out.split("best trials")[1].splitlines()[1].split()
+    assert row == ["trial_000", f"{fmean(values):.3f}", f"{stdev(values):.3f}", "3", "of", "3"]
+
+    page = tmp_path / "report.html"
+    assert main(["report", *(str(task.folder) for task in sweep.finals()), "--output", str(page)]) == 0
+    assert f"{fmean(values):.2f} ± {stdev(values):.2f}" in page.read_text()
 
 
 @pytest.mark.parametrize(

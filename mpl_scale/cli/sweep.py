@@ -23,6 +23,12 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=positive, metavar="N", help="how many are drawn; default: the spec's, or 128")
     parser.add_argument("--seed", type=_index, metavar="N", help="of the draws; default: the spec's, or 0")
     parser.add_argument(
+        "--seeds",
+        type=positive,
+        metavar="N",
+        help="of the final runs: 1 to N; default: the spec's",
+    )
+    parser.add_argument(
         "--index", type=_index_or_all, default=ALL, metavar="I|all", help="run this trial only, failed or not"
     )
     parser.add_argument("--finals", action="store_true", help="the final runs instead of the trials")
@@ -52,13 +58,14 @@ def _run(options: argparse.Namespace) -> int:
     refuse_run(options.output)
     from mpl_scale.sweep import Sweep, read_spec
 
-    sweep = Sweep(read_spec(options.spec, trials=options.trials, seed=options.seed), options.output)
+    spec = read_spec(options.spec, trials=options.trials, seed=options.seed, seeds=options.seeds)
+    sweep = Sweep(spec, options.output)
     if options.summary:
         if not options.output.is_dir():
             raise ValueError(f"--output {options.output}: no such folder; run the sweep first")
         return _summarise(sweep)
     if options.finals and not sweep.spec.seeds:
-        raise ValueError(f"{options.spec}: no seeds, and so no final runs; add seeds")
+        raise ValueError(f"{options.spec}: no seeds, and so no final runs; add seeds, or give --seeds")
     tasks = _chosen(sweep.finals() if options.finals else sweep.trials, options.index)
     _prepare(sweep, sweep.finals() if options.finals else sweep.trials, options.ranks)
     if options.prepare:
@@ -133,6 +140,7 @@ SWEEP = Command(
     help="random search over settings, then the best of them on several seeds; resumable, or as a Slurm array",
     examples=(
         "mpl-scale sweep sweep.json --output runs/sweep --trials 128 --processes 2",
+        "mpl-scale sweep sweep.json --output runs/sweep --seeds 10",
         "mpl-scale sweep sweep.json --output runs/sweep --summary",
         "mpl-scale sweep sweep.json --output runs/sweep --index 7",
         "mpl-scale sweep sweep.json --output runs/sweep --prepare && "

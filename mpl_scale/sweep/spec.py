@@ -64,13 +64,15 @@ class Spec:
         return {**self.trial(index), **self.final_settings, SEED: seed}
 
 
-def read_spec(path: Path, *, trials: int | None = None, seed: int | None = None) -> Spec:
-    """Read a spec; `trials` and `seed`, where given, replace the file's.
+def read_spec(path: Path, *, trials: int | None = None, seed: int | None = None, seeds: int | None = None) -> Spec:
+    """Read a spec; `trials` and `seed`, where given, replace the file's, and `seeds` its list by 1 to that number.
 
     Raises:
         ValueError: names the file, the field, the value and the fix.
     """
     raw = read_object(path, fix="give the JSON that declares a sweep")
+    if seeds is not None:
+        raw["seeds"] = list(range(1, seeds + 1))
     try:
         return _parsed(path, raw, trials=trials, seed=seed)
     except ValueError as error:
