@@ -7,7 +7,6 @@ image/encoded and image/class/label are needed; the label of the first class is 
 from __future__ import annotations
 
 import os
-import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,11 +30,10 @@ from mpl_scale.data.index.format import (
     classes_file,
     register_format,
 )
-from mpl_scale.data.index.parts import find_shards
+from mpl_scale.data.index.parts import find_shards, refuse_gaps
 
 _HEADER = struct.Struct("<QI")
 _NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
-_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(\.tfrecords?)?")
 _COMPRESSED = {b"\x1f\x8b": "GZIP", b"\x78\x01": "ZLIB", b"\x78\x5e": "ZLIB", b"\x78\x9c": "ZLIB", b"\x78\xda": "ZLIB"}
 _DATA_CRC = "wrong checksum of the record's data"
 
@@ -53,7 +51,7 @@ class TFRecord:
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = find_shards(root, _NAMES, what="TFRecord file (train-00000-of-01024, *.tfrecord)")
-        _refuse_gaps(root, [shard.name for shard in found])
+        refuse_gaps(root, [shard.name for shard in found])
         return found
 
     def classes(self, root: Path) -> Sequence[str] | None:
@@ -150,20 +148,3 @@ def _others(features: Mapping[str, Feature]) -> str:
     if "image" not in features:
         return ""
     return ", only 'image' (a name of TensorFlow Datasets); name the features image/encoded and image/class/label"
-
-
-def _refuse_gaps(root: Path, names: Sequence[str]) -> None:
-    """ValueError where a set of files numbered "N-of-M" is not complete: splits by shard would move unseen."""
-    sets: dict[tuple[str, str, int], set[int]] = {}
-    for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match:
-            sets.setdefault((match[1], match[4] or "", int(match[3])), set()).add(int(match[2]))
-    for (stem, suffix, count), numbers in sets.items():
-        absent = min(set(range(min(count, len(numbers) + 1))) - numbers, default=None)
-        if absent is not None:
-            raise ValueError(
-                f"mpl_scale.data.root = '{root}' holds {len(numbers)} of the {count} shards '{stem}-*-of-{count:05d}"
-                f"{suffix}'; number {absent} is missing: fetch it, or give another folder the shards you have under "
-                "names that do not promise more"
-            )
