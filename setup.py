@@ -40,7 +40,7 @@ setup(
         "cuda130": [f"nvidia-dali-cuda130>={DALI}"],
         "cuda120": [f"nvidia-dali-cuda120>={DALI}"],
         "digits": ["scikit-learn"],
-        "parquet": ["pyarrow"],
+        "parquet": ["pyarrow>=14.0.1"],  # older ones run pickles that a schema holds: CVE-2023-47248
         "plots": ["matplotlib", "tensorboard"],
         "monitors": ["wandb", "comet_ml>=3.41.0", "tensorboard"],
         "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scikit-learn", "matplotlib", "pyarrow"],

@@ -43,7 +43,7 @@ PACKAGES = {
         Package("matplotlib", "matplotlib", "matplotlib", "plots"),
         Package("nvidia.dali", "nvidia-dali (DALI)", "nvidia-dali-cuda130"),
         Package("PIL", "pillow", "pillow"),
-        Package("pyarrow", "pyarrow", "pyarrow", "parquet"),
+        Package("pyarrow", "pyarrow", "'pyarrow>=14.0.1'", "parquet"),
         Package("shtab", "shtab", "shtab"),
         Package("sklearn", "scikit-learn", "scikit-learn", "digits"),
         Package("tensorboard", "tensorboard", "tensorboard", "monitors"),

@@ -42,6 +42,16 @@ def packed(root: Path) -> Path:
     return root / "train.tar.gz"
 
 
+def parquet(root: Path) -> Path:
+    write(root, "parquet", [0, 1] * 6)
+    return root / "train.parquet"
+
+
+def arrow(root: Path) -> Path:
+    write(root, "arrow", [0, 1] * 6)
+    return root / "train.arrow"
+
+
 def binary(root: Path) -> Path:
     mini.write_cifar_binary(root)
     return root / "data_batch_3.bin"
@@ -76,6 +86,8 @@ KINDS = {
     "tfrecord": tfrecord,
     "webdataset": webdataset,
     "webdataset packed": packed,
+    "parquet": parquet,
+    "arrow": arrow,
     "cifar10 binary": binary,
     "cifar10": pickled,
     "cifar100": fine,
@@ -90,7 +102,7 @@ KINDS = {
 def test_a_damaged_shard_is_refused_unless_it_is_allowed(tmp_path: Path, kind: str, share: float) -> None:
     root = tmp_path / "data"
     damaged, source = KINDS[kind](root), kind.partition(" ")[0]
-    if source in ("tfrecord", "webdataset"):  # a whole one beside it: something is left to train on
+    if source in ("tfrecord", "webdataset", "parquet", "arrow"):  # a whole one beside it: something is left to train on
         (root / damaged.name.replace("train", "train-b")).write_bytes(damaged.read_bytes())
     cut(damaged, share)
     with pytest.raises(ValueError, match=rf"1 shard\(s\) .* '{damaged.name}': the .* lost: .*allow_damaged_shards"):

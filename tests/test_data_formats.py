@@ -85,8 +85,8 @@ def test_a_folder_tree_through_an_index(tmp_path: Path) -> None:
 
 def test_jpeg_files_come_out_of_shards_byte_for_byte(tmp_path: Path) -> None:
     originals = mini.files("JPEG")
-    for source, write in (("tfrecord", mini.write_tfrecord), ("webdataset", mini.write_webdataset)):
-        write(tmp_path / source, "JPEG")
+    for source in ("tfrecord", "webdataset", "parquet", "arrow"):
+        mini.WRITERS[source][1](tmp_path / source, "JPEG")
         images = load_images(DataConfig(source=source, root=str(tmp_path / source)))
         assert [images.read(sample).tobytes() for sample in range(48)] == originals
 

@@ -108,6 +108,14 @@ def whole_tar(content: bytes) -> None:
     _scan("webdataset", "train.tar", content)
 
 
+def whole_parquet(content: bytes) -> None:
+    _scan("parquet", "train.parquet", content)
+
+
+def whole_arrow(content: bytes) -> None:
+    _scan("arrow", "train.arrow", content)
+
+
 def whole_cifar(content: bytes) -> None:
     _scan("cifar10", "data_batch_1", content)
     _scan("cifar10", "data_batch_1.bin", content)
@@ -184,6 +192,8 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "npy": (npy, ("npy",)),
     "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),
     "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
+    "scan of parquet": (whole_parquet, ("parquet", "parquet, dictionary")),
+    "scan of arrow": (whole_arrow, ("arrow",)),
     "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
     "scan of cifar100": (whole_cifar100, ("cifar100, python 2", "cifar100")),
     "scan of stl10": (whole_stl10, ("stl10", "stl10, labels")),
@@ -208,7 +218,11 @@ def _valid() -> dict[str, bytes]:
     np.save(names, labels[:2])
     grey, grey_labels = mini.idx(images[:2, :4, :4], labels[:2])
     planes = images[:1].transpose(0, 3, 1, 2).reshape(1, -1)
+    rows = mini.table(small, [0, 1, None, 1], ["a", "b"])
     return {
+        "parquet": mini.parquet(rows, use_dictionary=False, compression="none", row_group_size=2),
+        "parquet, dictionary": mini.parquet(rows),
+        "arrow": mini.arrow(rows, rows=2),
         "tfrecord": b"".join(mini.record(mini.example(content, 1)) for content in small[:2]),
         "example": mini.example(small[0], 7, note=b"x"),
         "ustar": mini.tar_of(two, format=tarfile.USTAR_FORMAT)[:5120],

@@ -32,7 +32,16 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("source", "start"),
-    [("tfrecord", 0), ("tfrecord", 2), ("webdataset", 1), ("webdataset", 5), ("arrays", 1), ("arrays", 5)],
+    [
+        ("tfrecord", 0),
+        ("tfrecord", 2),
+        ("webdataset", 1),
+        ("webdataset", 5),
+        ("parquet", 1),
+        ("arrow", 2),
+        ("arrays", 1),
+        ("arrays", 5),
+    ],
 )
 @pytest.mark.parametrize("named", [False, True])
 def test_labels_that_start_elsewhere_are_refused_with_the_offset(

@@ -17,7 +17,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         "--source",
         required=True,
         metavar="NAME",
-        help="folder, tfrecord, webdataset, cifar10, cifar100, svhn, stl10, idx or arrays",
+        help="folder, tfrecord, webdataset, parquet, arrow, cifar10, cifar100, svhn, stl10, idx or arrays",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the index; default: SRC.index")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")

@@ -104,8 +104,8 @@ class DataConfig(Section):
 
     source: str = Field(
         "digits",
-        description="Registered: digits, folder, tfrecord, webdataset, cifar10, cifar100, svhn, stl10, idx "
-        "(MNIST), arrays; two_moons, of vectors.",
+        description="Registered: digits, folder, tfrecord, webdataset, parquet and arrow (Hugging Face), cifar10, "
+        "cifar100, svhn, stl10, idx (MNIST), arrays; two_moons, of vectors.",
     )
     root: str | None = Field(None, description="Folder of the data set; digits: where its PNG files are written.")
     index: str | None = Field(
@@ -122,8 +122,8 @@ class DataConfig(Section):
     )
     label_offset: int | None = Field(
         None,
-        description="The first class's label in the files; null: the format's custom (tfrecord 1; webdataset, arrays, "
-        "idx 0), or what `index` was built with.",
+        description="The first class's label in the files; null: the format's custom (tfrecord 1; webdataset, "
+        "parquet, arrow, arrays, idx 0), or what `index` was built with.",
     )
     check_data: bool | None = Field(
         None, description="Whether TFRecord data are compared with their checksum when indexed; null: yes."

@@ -3,7 +3,19 @@
 from mpl_scale.data.batch_spec import BatchSpec, ImageFormat, StrongViewFunction
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.evaluation import EvaluationBatch, evaluation_batches
-from mpl_scale.data.formats import arrays, cifar, digits, folder, idx, stl10, svhn, tfrecord, webdataset
+from mpl_scale.data.formats import (
+    arrays,
+    arrow,
+    cifar,
+    digits,
+    folder,
+    idx,
+    parquet,
+    stl10,
+    svhn,
+    tfrecord,
+    webdataset,
+)
 from mpl_scale.data.loader import TrainLoader, check_batches
 from mpl_scale.data.registry import SOURCES, ImageFiles, ImageSet, load_images, register_source
 from mpl_scale.data.samples import whole_training_set
@@ -22,6 +34,7 @@ __all__ = [
     "StrongViewFunction",
     "TrainLoader",
     "arrays",
+    "arrow",
     "check_batches",
     "cifar",
     "digits",
@@ -30,6 +43,7 @@ __all__ = [
     "idx",
     "load_images",
     "make_splits",
+    "parquet",
     "register_source",
     "stl10",
     "svhn",

@@ -1,7 +1,7 @@
 """A made-up ImageNet of 6 classes x 8 real photographs' parts, and a writer of it for each format that is read.
 
-The writers are written against the formats' descriptions, not against the readers: scipy writes the .mat files, pickle
-and tarfile theirs, and the protocol buffers and checksums of TFRecord are built here, bit by bit.
+The writers are written against the formats' descriptions, not against the readers: scipy writes the .mat files, pickle,
+pyarrow and tarfile theirs, and the protocol buffers and checksums of TFRecord are built here, bit by bit.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import scipy.io
 
 from tests.support.photographs import encoded, photograph
@@ -142,6 +143,59 @@ def write_webdataset(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
     for shard, rows in enumerate(_shards(shards)):
         style = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[shard % 3]
         (root / f"train-{shard:06d}.tar").write_bytes(tar_of(samples(rows, kind), format=style))
+
+
+def table(contents: Sequence[bytes | None], labels: Sequence[int | None], names: Sequence[str] = ()) -> pyarrow.Table:
+    """As `datasets` lays out images and labels. names: of the classes, where the schema gives them."""
+    image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    rows = [{"bytes": content, "path": f"{row}.png"} for row, content in enumerate(contents)]
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    schema = pyarrow.schema(
+        {"image": image, "label": pyarrow.int64()},
+        metadata={"huggingface": json.dumps({"info": {"features": features}})} if names else None,
+    )
+    return pyarrow.table([pyarrow.array(rows, image), pyarrow.array(labels, pyarrow.int64())], schema=schema)
+
+
+def parquet(table: pyarrow.Table, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    pyarrow.parquet.write_table(table, buffer, **options)
+    return buffer.getvalue()
+
+
+def arrow(table: pyarrow.Table, *, rows: int = 1000, compression: str | None = None) -> bytes:
+    """A stream, as save_to_disk writes it. rows: of a batch."""
+    buffer = io.BytesIO()
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_stream(buffer, table.schema, options=options) as writer:
+        writer.write_table(table, max_chunksize=rows)
+    return buffer.getvalue()
+
+
+def _tables(shards: int, kind: str) -> list[pyarrow.Table]:
+    contents, labels = files(kind), pictures()[1].tolist()
+    names = [f"name of {label}" for label in range(max(labels) + 1)]
+    return [table(contents[r.start : r.stop], labels[r.start : r.stop], names) for r in _shards(shards)]
+
+
+def write_parquet(root: Path, kind: str = "PNG", *, shards: int = 3, plain: bool = False) -> None:
+    """As on Hugging Face's hub; plain: the column holds the bytes themselves."""
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    for number, rows in enumerate(_tables(shards, kind)):
+        if plain:
+            rows = rows.set_column(0, "image", rows["image"].combine_chunks().field("bytes"))
+        content = parquet(rows, row_group_size=5, compression=("snappy", "zstd", "none")[number % 3])
+        (root / "data" / f"train-{number:05d}-of-{shards:05d}.parquet").write_bytes(content)
+
+
+def write_arrow(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
+    """As DatasetDict.save_to_disk."""
+    (root / "train").mkdir(parents=True, exist_ok=True)
+    (root / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    for name in ("dataset_info.json", "state.json"):
+        (root / "train" / name).write_text("{}")
+    for number, rows in enumerate(_tables(shards, kind)):
+        (root / "train" / f"data-{number:05d}-of-{shards:05d}.arrow").write_bytes(arrow(rows, rows=5))
 
 
 def _batches() -> list[tuple[str, slice]]:
@@ -312,6 +366,9 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "folder": ("folder", write_folder),
     "tfrecord": ("tfrecord", write_tfrecord),
     "webdataset": ("webdataset", write_webdataset),
+    "parquet": ("parquet", write_parquet),
+    "parquet, plain bytes": ("parquet", functools.partial(write_parquet, plain=True)),
+    "arrow": ("arrow", write_arrow),
     "cifar10 binary": ("cifar10", write_cifar_binary),
     "cifar10 python": ("cifar10", write_cifar_python),
     "cifar100": ("cifar100", functools.partial(write_cifar100, python=2)),

@@ -134,7 +134,7 @@ def imagenet_10(images: ImageSet, config: DataConfig, seed: int) -> Parts:
     if not isinstance(images, IndexedImages):
         raise ValueError(
             f"mpl_scale.data.split = 'imagenet_10' counts shards, and source {config.source} has none; "
-            "use tfrecord or webdataset, or split = 'stratified'"
+            "use tfrecord, webdataset, parquet or arrow, or split = 'stratified'"
         )
     shards = [number for number, shard in enumerate(images.shards) if shard.part == "train"]
     labelled, held_out = int(config.labelled_fraction * len(shards) + 1e-9), config.held_out_shards
@@ -203,8 +203,8 @@ def _part(images: ImageSet, part: str, config: DataConfig) -> np.ndarray:
     if not (isinstance(images, IndexedImages) or (isinstance(images, ImageFiles) and len(images.tests))):
         raise ValueError(
             f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, cifar100, "
-            f"svhn, stl10, idx, tfrecord, webdataset, arrays; folder with train/ and test/), and {config.source} "
-            "has none; use split = 'stratified'"
+            "svhn, stl10, idx, tfrecord, webdataset, parquet, arrow, arrays; folder with train/ and test/), and "
+            f"{config.source} has none; use split = 'stratified'"
         )
     return images.ids_of(part)  # type: ignore[arg-type]
 

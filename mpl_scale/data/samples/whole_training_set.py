@@ -26,7 +26,7 @@ def all_labelled(images: ImageSet, config: DataConfig, seed: int) -> Parts:
     if not isinstance(images, IndexedImages):
         raise ValueError(
             f"mpl_scale.data.split = 'all_labelled' counts shards, and source {config.source} has none; use cifar10, "
-            "cifar100, svhn, stl10, idx, tfrecord, webdataset or arrays"
+            "cifar100, svhn, stl10, idx, tfrecord, webdataset, parquet, arrow or arrays"
         )
     unlabelled = [
         number
