@@ -6,21 +6,16 @@ what is compared.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import pytest
 
 from mpl_scale.augment import OP_SETS
 from mpl_scale.config import check, load_config
-from mpl_scale.config.presets import flatten
 from mpl_scale.mpl import METHODS
-from tests.support.configs import DIGITS
+from tests.support.paper_configs import FOLDER, NAMES, paper_row, settings
 
-FOLDER = DIGITS.parent
-NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 NOT_OF_A_TABLE = {"digits", "fashion_mnist", "two_moons"}
 """Data sets that the paper has not; section 3.1, of which it gives no table."""
 
@@ -313,17 +308,6 @@ WITHOUT_A_NUMBER = {
     *("imagenet10_resnet50_supervised", "imagenet10_resnet50_randaugment"),  # bars of Figure 3
     *("imagenet10_resnet50_mpl_supervised", "imagenet100_resnet50", "imagenet100_resnet50_randaugment"),  # and of 5
 }
-
-
-@cache
-def settings(name: str) -> Row:
-    """Dotted fields of the resolved config."""
-    return flatten(load_config(FOLDER / f"{name}.json").resolved())
-
-
-def paper_row(name: str) -> str:
-    """The config whose row this one has: its own, or the one it spreads over some number of GPUs."""
-    return re.sub(r"_\d+gpu$", "", name)
 
 
 def test_every_config_stands_for_a_row() -> None:
