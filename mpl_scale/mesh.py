@@ -75,6 +75,9 @@ def _check_ranks(environment: Mapping[str, str]) -> None:
         text, most = environment.get(name), _MOST.get(name)
         if text is not None and not (text.isdecimal() and least <= int(text) <= (most or int(text))):
             faults.append(f"{name} = {text!r}, not a whole number from {least}{f' to {most}' if most else ''}")
+    for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if environment.get(size, "1") != "1" and "RANK" not in environment and "SLURM_PROCID" not in environment:
+            faults.append(f"{size} = {environment[size]!r}, and RANK is not set: mpirun's ranks would each train alone")
     if not faults and (rank := int(environment.get("RANK", 0))) >= (world := int(environment.get("WORLD_SIZE", 1))):
         faults.append(f"RANK = {rank} with WORLD_SIZE = {world}: ranks count from 0")
     if faults:

@@ -55,7 +55,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = find_package(name)
         line = f"{error}; install it, --debug shows what imports it" if package is None else package.missing()
         return _refused(error, line, BAD_INPUT, debug=options.debug)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        output = getattr(options, "output", None)
+        where = f" (--output {output})" if error.filename is None and output is not None else ""
+        return _refused(error, f"{error}{where}", BAD_INPUT, debug=options.debug)
+    except ValueError as error:
         return _refused(error, str(error), BAD_INPUT, debug=options.debug)
     return status
 

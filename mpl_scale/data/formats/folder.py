@@ -182,8 +182,17 @@ def _folders(root: Path | None) -> list[Shard]:
 def _class_folders(root: Path) -> list[str]:
     """Relative to the root: <class>, or <part>/<class>."""
     folders = _visible_folders(root)
-    if folders and all(is_part(folder) for folder in folders):
+    parts = [folder for folder in folders if is_part(folder)]
+    if folders and len(parts) == len(folders):
         return [f"{part}/{folder}" for part in folders for folder in _visible_folders(root / part)]
+    whole = next((part for part in parts if _visible_folders(root / part)), None)
+    if whole is not None:
+        others = [folder for folder in folders if folder not in parts]
+        raise ValueError(
+            f"mpl_scale.data.root = '{root}' holds '{whole}', a part with folders of its own, beside "
+            f"{', '.join(map(repr, others[:5]))}: are these classes, or parts? Keep one kind there, "
+            "and move the rest away (images without labels: mpl_scale.data.unlabelled_index)"
+        )
     return folders
 
 

@@ -159,11 +159,31 @@ def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample) -> None:
         if sample.doubled:
             raise BadLabel("two members of one name: which image the label belongs to is unknown")
         label = _label(file, by_ending)
+        if "cls" in by_ending and "json" in by_ending:
+            _refuse_another(file, by_ending["json"], label)
         header = probe_at(file.fileno(), offset=image.offset, length=image.length)
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(image.offset, image.length, error)
         return
     builder.add(image.offset, image.length, label=label, header=header)
+
+
+def _refuse_another(file: BinaryIO, member: Member, label: int) -> None:
+    """BadLabel where the .json beside a .cls says another label; without a label it is a caption or the like."""
+    try:
+        other = _label(file, {"json": member})
+    except MalformedShard as error:
+        if isinstance(error, BadLabel):
+            raise
+        return
+    if other != label:
+        raise BadLabel(f"the .cls member says {label}, the .json member {other}")
+
+
+def _one_label(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if sum(key == "label" for key, _ in pairs) > 1:
+        raise BadLabel("the .json member has several 'label'")
+    return dict(pairs)
 
 
 def _label(file: BinaryIO, by_ending: dict[str, Member]) -> int:
@@ -179,7 +199,9 @@ def _label(file: BinaryIO, by_ending: dict[str, Member]) -> int:
             raise BadLabel(f"the label {text[:20]!r} is no number")
         return int(text)
     try:
-        label = json.loads(text)["label"]
+        label = json.loads(text, object_pairs_hook=_one_label)["label"]
+    except BadLabel:
+        raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise MalformedShard("the .json member has no whole number 'label'") from error
     if type(label) is not int or abs(label) >= 10**18:

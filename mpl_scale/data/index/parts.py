@@ -132,7 +132,7 @@ def refuse_gaps(root: Path, names: Sequence[str]) -> None:
 def left_over(root: Path, shards: Sequence[Shard], *, layout: Layout, sidecars: Sequence[str] = ()) -> Census:
     """The files below `root` that belong to no shard; sidecars, labels, class names and the like do not count."""
     census, names = Census(), {shard.name for shard in shards}.union(sidecars)
-    folders = walk(root) if layout == "encoded" else [next(walk(root))]
+    folders = walk(root) if layout == "encoded" else [next(walk(root)), *_parts_below(root, names)]
     for folder in folders:
         for name in [*folder.files, *folder.loops]:
             path = _join(folder.name, name)
@@ -145,6 +145,13 @@ def left_over(root: Path, shards: Sequence[Shard], *, layout: Layout, sidecars: 
             else:
                 census.leave_out(path)
     return census
+
+
+def _parts_below(root: Path, shards: set[str]) -> list[Folder]:
+    """The part folders that hold class folders: a file right in one is of no class."""
+    found = {name.partition("/")[0] for name in shards if "/" in name and is_part(name.partition("/")[0])}
+    found |= {name for name in os.listdir(root) if is_part(name) and (root / name).is_dir()}
+    return [next(walk(root, name)) for name in sorted(found - shards)]
 
 
 def parts_line(counts: Sequence[tuple[str, Part, int]]) -> list[str]:
