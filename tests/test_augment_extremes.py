@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,20 @@ UNCHANGED = {("posterize", 27.0, "level")}
 """Operations that leave the image alone at the config's largest magnitude, each with a line in docs/fidelity.md."""
 
 
+def policy_of(path: Path) -> tuple[str, int] | None:
+    """A config's strong view and image size; None: it has none."""
+    config = load_config(path).mpl
+    if not config.data.strong.num_ops or config.data.source in LENGTHS:
+        return None
+    return json.dumps(config.data.strong.model_dump(), sort_keys=True), config.model.image_size
+
+
 def policies() -> dict[str, tuple[str, int]]:
-    """The strong views of ds_configs and their image sizes, each under the first config that has it."""
+    """The policies of ds_configs, each under the first config that has it."""
     found: dict[tuple[str, int], str] = {}
     for path in sorted(DIGITS.parent.glob("*.json")):
-        data, model = (section := load_config(path).mpl).data, section.model
-        if data.strong.num_ops and data.source not in LENGTHS:
-            found.setdefault((json.dumps(data.strong.model_dump(), sort_keys=True), model.image_size), path.stem)
+        if (policy := policy_of(path)) is not None:
+            found.setdefault(policy, path.stem)
     return {name: policy for policy, name in found.items()}
 
 
@@ -51,7 +59,8 @@ def pictures(size: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_policies_of_the_large_configs_are_among_them() -> None:
-    assert {"b6_wide", "b7_noisy_student", "cifar10_4k", "digits", "imagenet10_resnet50", "svhn_1k"} <= POLICIES.keys()
+    for name in ("b6_wide", "b7_noisy_student", "cifar10_4k", "digits", "imagenet10_resnet50", "svhn_1k"):
+        assert policy_of(DIGITS.with_name(f"{name}.json")) in POLICIES.values()
     assert POLICIES["b6_wide"] == next(p for n, p in POLICIES.items() if p[1] == 512)  # L2's is the same
 
 

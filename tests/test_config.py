@@ -76,7 +76,7 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
         ),
         (["mpl_scale.method.student_wait_steps=8"], r"student_wait_steps = 8 leaves the student no step"),
         (["mpl_scale.phases.finetune.batch_size=7"], r"finetune.batch_size = 7 does not divide over 2 .*use 8"),
-        (["mpl_scale.data.std=[0.5, 0, 0.5]"], r"mpl_scale.data.std = .*above 0"),
+        (["mpl_scale.data.std=[0.5, 0, 0.5]"], r"mpl_scale.data.std = .* from 0.001 to 1;"),
         (["mpl_scale.phases.train.steps"], r"--set mpl_scale.phases.train.steps: write it as"),
         (["train_batch_size.x=1"], r"--set train_batch_size.x=1: train_batch_size is a value, not a section"),
     ],
