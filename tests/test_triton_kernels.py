@@ -28,7 +28,7 @@ def test_every_loop_compiles_for_ampere_and_hopper(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    wanted = {field.name for field in dataclasses.fields(Loops)}
+    wanted = {field.name for field in dataclasses.fields(Loops)} - {"activation"}
     wanted |= {name for name, kind in OPTIMIZERS.items() if kind.elementwise}
     for architecture in (80, 90):
         assert {name for name, _, made_for, _ in rows if made_for == architecture} == wanted
