@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command, add_network_options, is_main
-from mpl_scale.files import refuse_output
+from mpl_scale.files import refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +24,7 @@ def _run(options: argparse.Namespace) -> int:
     checkpoint = choose_checkpoint(options.checkpoint)
     output = options.output or checkpoint.absolute().parents[1] / "evaluation"
     refuse_output(output, folder=True)
+    refuse_run(output)
     if options.data is None and options.index is None and (options.source, options.label_offset) != ("folder", None):
         raise ValueError("--source and --label_offset are of --data; give it, too")
     if options.local_rank is not None:
@@ -43,7 +44,13 @@ def _run(options: argparse.Namespace) -> int:
         )
         shares = sorted((result["top1"], name) for name, result in found["classes"].items())
         print(f"worst classes: {', '.join(f'{name} {share:.1f}%' for share, name in shares[:5])}")
-        print(f"files in {output}: evaluation.json, classes.csv, confusion.csv, confusion.png")
+        written = (
+            "evaluation.json",
+            "classes.csv",
+            "confusion.csv",
+            "confusion.png",
+        )  # some, of many classes, are not
+        print(f"files in {output}: {', '.join(name for name in written if (output / name).exists())}")
     return 0
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
-from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.cli.command import Command, add_config_options, is_main, load, positive
 from mpl_scale.files import refuse_output, refuse_run
 
 
@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
         keep_scores=options.keep_scores,
     )
     summary = select(run, chosen)
-    if os.environ.get("RANK", "0") == "0":
+    if is_main():
         print(
             f"{summary['images']:,} rows of {summary['distinct_images']:,} images out of {summary['scored']:,}; "
             f"{summary['removed']:,} removed, {summary['unreadable']:,} unreadable: {options.output}"

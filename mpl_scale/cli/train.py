@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from mpl_scale.cli.command import Command, add_config_options, load, positive
+from mpl_scale.cli.command import Command, add_config_options, is_main, load, positive
 from mpl_scale.cli.fit import check_this_gpu
 from mpl_scale.cli.stop import StopRequest
 
@@ -47,7 +47,7 @@ def _train(options: argparse.Namespace, stop: StopRequest) -> int:
     output = options.output or Path("runs") / Path(options.ds_config).stem
     chosen = Options(output, options.resume, options.max_steps, options.calibration)
     summary = train(run, chosen, stop_requested=stop)
-    if summary is not None and os.environ.get("RANK", "0") == "0":
+    if summary is not None and is_main():
         results = ", ".join(f"{name} {result['top1']:.2f}%" for name, result in summary["results"].items())
         print("\n".join([f"done: test top-1 {results}; files in {output}", *cost_lines(summary)]), flush=True)
     return 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,7 +51,7 @@ class Table(Protocol):
         """Where a reader of the index finds the bytes [start, stop) of a batch's buffer: the offset of the first."""
 
 
-class TableFormat:
+class TableFormat(ABC):
     """A Format of files that hold one table each. Subclasses set `source` and `names`, and open a file."""
 
     layout: Layout = "encoded"
@@ -60,14 +61,12 @@ class TableFormat:
     names: str
     """A regular expression."""
 
-    @contextlib.contextmanager
-    def open(self, path: Path, unpacked: Path | None) -> Iterator[Table]:
+    @abstractmethod
+    def open(self, path: Path, unpacked: Path | None) -> contextlib.AbstractContextManager[Table]:
         """The table of a file; unpacked: where images go that cannot be read in place, None: only its schema is read.
 
         Errors of pyarrow are turned into MalformedShard by the caller.
         """
-        raise NotImplementedError
-        yield
 
     def sidecars(self, root: Path) -> Sequence[str]:
         return (CLASSES_FILE,)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 WHOLE = 1 << 24
 """Files up to this size are read whole."""
 PIECES, PIECE = 64, 1 << 18
-"""Of a larger file: so many pieces of so many bytes, evenly spaced, the first and the last bytes among them."""
+"""Of a larger file, this many pieces of this many bytes are read, evenly spaced from its first byte to its last."""
 _SHORT = 64  # bytes of a file among many: in its middle
 
 
