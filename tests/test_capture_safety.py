@@ -66,7 +66,7 @@ STEPS = [
     *(("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")),
     *(
         (m, "cosine")
-        for m in ("supervised", "uda", "mixup", "cutmix", "pseudo_label", "noisy_student", "teacher_warmup")
+        for m in ("supervised", "uda", "fixmatch", "mixup", "cutmix", "pseudo_label", "noisy_student", "teacher_warmup")
     ),
 ]
 OVER_RANKS = [("mpl", "cosine"), ("mpl", "per_sample"), ("uda", "cosine")]

@@ -43,24 +43,35 @@ def moons(rule: str, **changes: object) -> list[str]:
     return as_overrides(settings)
 
 
-@pytest.mark.parametrize("rule", sorted(RULES))
-def test_one_of_many_seeds_is_the_run_alone(rule: str) -> None:
+FIXMATCH = {"mpl_scale.method.pseudo_label_threshold": 0.7}
+
+
+@pytest.mark.parametrize(
+    ("rule", "changes"),
+    [
+        *((rule, {}) for rule in sorted(RULES)),
+        ("none", {"mpl_scale.method.name": "fixmatch", **FIXMATCH}),
+        ("soft_exact", {"mpl_scale.method.teacher_loss": "fixmatch", **FIXMATCH}),
+    ],
+)
+def test_one_of_many_seeds_is_the_run_alone(rule: str, changes: dict[str, object]) -> None:
     """A stack of one against the plain run: the same numbers, but for float32 sums of batched products."""
     optim = {f"mpl_scale.optim.{name}.weight_decay": 0.01 for name in ("teacher", "student")}
-    run = load_config(two_moons.CONFIG, overrides=moons(rule, **optim, **{"mpl_scale.seed": 3}))
+    run = load_config(two_moons.CONFIG, overrides=moons(rule, **optim, **changes, **{"mpl_scale.seed": 3}))
     results, stacked = train_many(run, [two_moons.make_samples(3)], two_moons.Jittered, seeds=[3])
     alone, weights = train(run, two_moons.make_samples(3), two_moons.Jittered)
     assert results[0]["student_top1"] == pytest.approx(alone["student_top1"], abs=0.2)
-    for name in ("teacher", "student"):
+    assert stacked.keys() == weights.keys()
+    for name in stacked:
         expected = torch.cat([value.flatten() for key, value in weights[name].items() if key.endswith("weight")])
         found = torch.cat([value.detach().flatten() for value in stacked[name].weights])
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)  # central differences: 1e-4 of rounding
 
 
-@pytest.mark.parametrize("rule", ["cosine", "per_sample"])
-def test_seeds_do_not_meet(rule: str) -> None:
+@pytest.mark.parametrize(("rule", "loss"), [("cosine", "uda"), ("per_sample", "uda"), ("none", "fixmatch")])
+def test_seeds_do_not_meet(rule: str, loss: str) -> None:
     """Another neighbour changes nothing; another number of seeds scales no step."""
-    run = load_config(two_moons.CONFIG, overrides=moons(rule))
+    run = load_config(two_moons.CONFIG, overrides=moons(rule, **FIXMATCH, **{"mpl_scale.method.teacher_loss": loss}))
     first, second, third = (two_moons.make_samples(seed) for seed in (0, 1, 2))
     trained = [train_many(run, [first, other], two_moons.Jittered, seeds=[0, 1])[1] for other in (second, third)]
     for name in ("teacher", "student"):

@@ -51,6 +51,7 @@ def test_flops_of_a_step_are_its_passes() -> None:
     assert step_flops("mpl", **common, recompute=True) == 2 * 4 * (teacher + update + feedback)
     assert step_flops("mpl", **common, deferred=True) == 2 * (3 * (teacher + update + feedback) + teacher)
     assert step_flops("supervised", **common) == 2 * 3 * 2
+    assert step_flops("uda", **common) == step_flops("fixmatch", **common) == 2 * 3 * 14
     assert step_flops("pseudo_label", **common) == 2 * (6 * 10 + 3 * 8)
     with pytest.raises(ValueError, match="no row"):
         step_flops("other", **common)

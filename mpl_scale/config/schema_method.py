@@ -46,7 +46,8 @@ class MethodConfig(Section):
 
     name: str = Field(
         "mpl",
-        description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, mpl, reduced_mpl.",
+        description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, fixmatch, mpl, "
+        "reduced_mpl.",
     )
     preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
         None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
@@ -55,13 +56,15 @@ class MethodConfig(Section):
     pseudo_label_view: Literal["weak", "strong"] = Field("weak", description="The view of x_u the teacher labels.")
     pseudo_label_temperature: Positive = 1.0
     pseudo_label_threshold: Probability = Field(
-        0.95, description="Methods pseudo_label and noisy_student, and that teacher_loss: least confidence (Table 6)."
+        0.95,
+        description="Methods pseudo_label, noisy_student and fixmatch, and the losses of these names: least confidence "
+        "(Table 6).",
     )
     feedback: FeedbackConfig = FeedbackConfig()
     teacher_loss: str = Field(
         "uda",
-        description="Registered: uda, supervised, mixup, cutmix, pseudo_label. What the teacher follows beside the "
-        "feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
+        description="Registered: uda, fixmatch, supervised, mixup, cutmix, pseudo_label. What the teacher follows "
+        "beside the feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
     )
     mixup_alpha: Positive = Field(1.0, description="mixup and cutmix: lambda ~ Beta(alpha, alpha).")
     supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")

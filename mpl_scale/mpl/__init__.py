@@ -1,6 +1,6 @@
 """Meta Pseudo Labels itself: losses, feedback, the step, and the baselines on the same terms."""
 
-from mpl_scale.mpl import baselines, kekmodel, step
+from mpl_scale.mpl import baselines, kekmodel, matching, step
 from mpl_scale.mpl.feedback import FEEDBACK_RULES, register_feedback
 from mpl_scale.mpl.methods import METHODS, Method, register_method
 from mpl_scale.mpl.network import GradientShard, Network
@@ -20,6 +20,7 @@ __all__ = [
     "State",
     "baselines",
     "kekmodel",
+    "matching",
     "register_feedback",
     "register_loss",
     "register_method",

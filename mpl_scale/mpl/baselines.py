@@ -44,7 +44,8 @@ def _on_the_students_slot(loss: str) -> Step:
     return step
 
 
-register_method("uda", teacher=False, student=True)(_on_the_students_slot("uda"))
+for _name in ("uda", "fixmatch"):
+    register_method(_name, teacher=False, student=True)(_on_the_students_slot(_name))
 for _name in ("mixup", "cutmix"):
     register_method(_name, teacher=False, student=True, unlabelled=False)(_on_the_students_slot(_name))
 

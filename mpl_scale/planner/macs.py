@@ -75,7 +75,7 @@ def step_flops(
     | method | teacher | student |
     |---|---|---|
     | mpl | B + 2 U | U (+ B if it sees them), and B again for a feedback rule that takes a gradient |
-    | uda | | B + 2 U |
+    | uda, fixmatch | | B + 2 U |
     | teacher_warmup | B + 2 U | |
     | reduced_mpl | B + U distributions | as mpl |
     | pseudo_label, noisy_student | U, forward only | B + U |
@@ -106,6 +106,7 @@ def step_flops(
         "mpl": (both_views, student_batch + feedback),
         "reduced_mpl": (labelled + unlabelled, student_batch + feedback),
         "uda": (0, both_views),
+        "fixmatch": (0, both_views),
         "teacher_warmup": (both_views, 0),
         "pseudo_label": (0, labelled + unlabelled),
         "noisy_student": (0, labelled + unlabelled),
