@@ -24,11 +24,11 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.passes import Passes
 from mpl_scale.mpl import FEEDBACK_RULES, Network, State
-from mpl_scale.mpl.feedback import Directional, FeedbackRule, PerSample, Signal, SoftExact, StudentUpdate
+from mpl_scale.mpl.feedback import Directional, FeedbackRule, PerSample, Signal, SoftExact, StudentUpdate, overwrite
 from mpl_scale.mpl.feedback import labelled_gradient as whole_labelled_gradient
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.trainer.phases import build_state, initial_seed, plan_phases
-from mpl_scale.types import Batch
+from mpl_scale.types import Batch, Slice
 
 EACH = "each seed's "
 
@@ -68,28 +68,19 @@ class Stacked(nn.Module):
         return values.transpose(0, 1).reshape(len(x), -1)
 
 
-def seed_of_elements(network: Network) -> list[torch.Tensor]:
-    """The seed of each element of the network's shards, int64; 0 in padding, where gradients are 0."""
-    owners = [torch.zeros(len(shard), dtype=torch.int64) for shard in network.master]
-    for piece in network.layout:
-        each = torch.Size(piece.shape).numel() // cast(Stacked, network.module).count
-        owners[piece.shard][piece.offset : piece.offset + piece.length] = (
-            torch.arange(piece.start, piece.start + piece.length) // each
-        )
-    return owners
-
-
 class EachSeed(FeedbackRule):
     """Base: dots and baselines by seed."""
 
     count = 0
-    owners: Sequence[torch.Tensor] = ()
+    layout: Sequence[Slice] = ()
+    """Where the parameters lie in the shards; on one rank each is whole, [S, ...]."""
 
     def dots(self, u: GradientShard, v: GradientShard) -> torch.Tensor:
         """<u, v> of each seed's part, float64 [S]."""
         total = torch.zeros(self.count, dtype=torch.float64)
-        for a, b, owner in zip(u, v, self.owners, strict=True):
-            total.index_add_(0, owner, a.double() * b.double())
+        for piece in self.layout:
+            a, b = (shards[piece.shard].narrow(0, piece.offset, piece.length).view(self.count, -1) for shards in (u, v))
+            total += (a * b).sum(1, dtype=torch.float64)
         return total
 
     def cosines(self, u: GradientShard, v: GradientShard) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,30 +118,19 @@ class EachFlipped(EachCosine):
 
 
 class EachDirectional(EachSeed, Directional):
-    """The rules with a credit for each row: the shift along g_l is as long for each seed as it would be alone."""
+    """The rules with a credit for each row: no row meets another seed's weights, so one derivative serves all seeds."""
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
         """The signal of each seed; see Directional.after_update."""
         student = cast(Network, state.student)
         gradient, _, metrics = whole_labelled_gradient(state, batch, update)
         h, norms = self.cosines(update.gradient, gradient)
-        weights, own = self.dots(self._weights, self._weights), self.dots(gradient, gradient).clamp(min=1e-300)
-        step = self.relative_step * torch.sqrt(weights / own)
         updated = [shard.detach().clone() for shard in student.master]
-        shifted = []
-        for sign in (1.0, -1.0):
-            steps = [(sign * step)[owner] for owner in self.owners]
-            for shard, at, direction, length in zip(student.master, self._weights, gradient, steps, strict=True):
-                shard.data.copy_(at + length.to(at.dtype) * direction)
-            student.refresh_weights()
-            shifted.append(update.forward().double().log_softmax(-1))
-        for shard, value in zip(student.master, updated, strict=True):
-            shard.data.copy_(value)
-        student.refresh_weights()
+        derivative = self._followed(student, gradient, update)
+        overwrite(student, updated)
         # Along S g, the gradient a seed would have alone: its derivative is S times that along g.
-        scale = self.count / (2.0 * step * norms)
-        derivative = (shifted[0] - shifted[1]) * self.of_rows(scale, len(shifted[0]))[:, None]
-        return self.signal(state, h, self._credit(derivative, update), metrics)
+        credit = derivative * self.of_rows(self.count / norms, len(derivative))[:, None]
+        return self.signal(state, h, self._credit(credit, update), metrics)
 
 
 class EachPerSample(EachDirectional, PerSample):
@@ -173,7 +153,7 @@ RULES: dict[str, type[FeedbackRule]] = {
 @contextmanager
 def _registered(rule: str, network: Network | None, count: int) -> Iterator[str]:
     """The rule for these seeds, under a name that lasts as long as the context."""
-    settings = {"count": count, "owners": [] if network is None else seed_of_elements(network)}
+    settings = {"count": count, "layout": [] if network is None else network.layout}
     name = EACH + rule
     FEEDBACK_RULES[name] = type(name, (RULES[rule],), settings)
     try:

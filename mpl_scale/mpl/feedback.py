@@ -157,15 +157,15 @@ class Directional(FeedbackRule, ABC):
         updated = [shard.detach().clone() for shard in student.master]
         differentiate = self._followed if state.forward_mode else self._difference
         derivative = differentiate(student, gradient, update)  # D, float64 [U, K]
-        _overwrite(student, updated)
+        overwrite(student, updated)
         return Signal(h=cosine(dots), credit=self._credit(derivative / norms, update), metrics=metrics)
 
     def _followed(self, student: Network, direction: GradientShard, update: StudentUpdate) -> torch.Tensor:
         """D [U, K] by one pass with dual numbers; the direction is gathered as weights are."""
-        _overwrite(student, direction)
+        overwrite(student, direction)
         module = student.module
         whole = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
-        _overwrite(student, self._weights)
+        overwrite(student, self._weights)
         with following(module, whole):
             return derivative_of(update.forward().double().log_softmax(-1))
 
@@ -181,7 +181,7 @@ class Directional(FeedbackRule, ABC):
     ) -> torch.Tensor:
         """log S(x_s) [U, K], float64, at theta + step * direction."""
         shifted = [w + step.to(w.dtype) * d.to(w.dtype) for w, d in zip(self._weights, direction, strict=True)]
-        _overwrite(student, shifted)
+        overwrite(student, shifted)
         return update.forward().double().log_softmax(-1)
 
     @abstractmethod
@@ -267,7 +267,8 @@ def _student(state: State) -> Network:
     return state.student
 
 
-def _overwrite(network: Network, shards: Sequence[torch.Tensor]) -> None:
+def overwrite(network: Network, shards: Sequence[torch.Tensor]) -> None:
+    """Replace the network's weights by shards like its masters'."""
     for shard, value in zip(network.master, shards, strict=True):
         shard.copy_(value)
     network.refresh_weights()
