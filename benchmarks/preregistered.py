@@ -32,10 +32,10 @@ from mpl_scale.data.samples.plan import Draws
 
 TASKS = {
     "class mismatch": {"per_class": 4, "known": 6},
-    "2 labels": {"per_class": 2},
-    "4 labels": {"per_class": 4},
     "wrong labels": {"per_class": 20, "wrong": 0.4},
+    "4 labels": {"per_class": 4},
     "long tail": {"per_class": 4, "tail": 0.05},
+    "2 labels": {"per_class": 2},
     "plain": {"per_class": 20},
 }
 """What is done to the data, see small_digits.Digits."""

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks import digits_table, feedback, two_moons
+from benchmarks import digits_table, feedback, preregistered, two_moons
 from benchmarks.in_memory import CPU, Batches, ImageViews, PointViews, Samples, train
 from benchmarks.many_seeds import RULES, Stacked, as_overrides, train_many
 from benchmarks.paired import Kept, paired
@@ -186,3 +186,43 @@ def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setitem(two_moons.METHODS_SETTING, "mpl_scale.phases.train.steps", 3)
     two_moons.draw(tmp_path / "images" / "moons.png", seed=0, rows=("supervised", "mpl"))
     assert (tmp_path / "images" / "moons.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", preregistered.METHODS)
+def test_the_preregistered_methods_share_all_but_themselves(method: str) -> None:
+    trial = preregistered.trials()[0]
+    uda, own = (preregistered.config_of("digits", name, trial).mpl for name in ("uda", method))
+    assert own.method.uda == uda.method.uda
+    assert (own.data, own.optim, own.phases) == (uda.data, uda.optim, uda.phases)
+    if method in preregistered.FEEDBACK:
+        control = preregistered.config_of("digits", method, trial, sign=0.0).mpl.method
+        assert control.feedback.rule == "none"
+        assert control.model_copy(update={"feedback": own.method.feedback}) == own.method
+        flipped = preregistered.config_of("digits", method, trial, sign=-1.0).mpl.method
+        assert flipped.feedback.weight == -own.method.feedback.weight
+
+
+def test_a_preregistered_run_is_kept_and_depends_on_its_sign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preregistered.BASE, "phases", {"train": {"steps": 30}})
+    experiment = preregistered.Experiment("digits", Kept(tmp_path / "kept.jsonl"))
+    right, wrong = (
+        experiment.accuracies("class mismatch", "soft_exact", 0, seeds=range(2), sign=sign) for sign in (1.0, -1.0)
+    )
+    assert right != wrong
+    monkeypatch.setattr(preregistered, "train_many", None)
+    again = preregistered.Experiment("digits", Kept(tmp_path / "kept.jsonl"))
+    assert again.accuracies("class mismatch", "soft_exact", 0, seeds=range(2)) == right
+
+
+def test_holms_method() -> None:
+    """Sorted p values times 4, 3, 2 and 1, never falling."""
+    adjusted = preregistered.holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_the_unlabelled_part_can_hold_more_classes_and_a_tail() -> None:
+    samples = make_digits(Digits(per_class=4, known=6, tail=0.1, vectors=True), seed=0)
+    assert set(samples.truth[samples.labelled].tolist()) == set(samples.truth[samples.test].tolist()) == set(range(6))
+    counts = np.bincount(samples.truth[samples.unlabelled].numpy(), minlength=10)
+    assert counts[9] == pytest.approx(counts[0] / 10, abs=1)
+    assert all(counts[:-1] > counts[1:])
