@@ -40,7 +40,12 @@ TRAINED = [name for name in NAMES if not name.endswith("gpu") and ("cifar" in na
 """Each kind of run once; the variants for other data sets and numbers of GPUs as well with MPL_SCALE_TEST_ALL=1."""
 REPEATED = ("svhn_1k", "imagenet_jft_resnet50", "cifar10_4k_mpl_randaugment", "cifar10_4k_supervised")
 REPEATED += ("cifar10_supervised_full", "cifar10_4k_randaugment", "cifar10_4k_mpl_mixup", "cifar10_4k_mpl_pseudo_label")
-REPEATED += ("cifar10_4k_uda", "cifar10_noisy_student", "cifar10_reduced_mpl")  # test_trainer.py trains them
+REPEATED += (
+    "cifar10_4k_mixup",
+    "cifar10_4k_uda",
+    "cifar10_noisy_student",
+    "cifar10_reduced_mpl",
+)  # test_trainer.py trains them
 """Methods that `make test` trains in another one, here on other data, with another view or both at once."""
 LARGE = ("l2", "b6_wide")
 """Take minutes even at toy size."""

@@ -15,6 +15,7 @@ from mpl_scale.data.index.format import FORMATS
 from mpl_scale.trainer.prepare import Options, train
 from tests.support import mini_imagenet as mini
 from tests.support.configs import DIGITS
+from tests.support.tiers import full
 
 REPOSITORY = DIGITS.parents[1]
 PAGE = (REPOSITORY / "docs" / "data.md").read_text()
@@ -42,7 +43,9 @@ def several(classes: int, count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.resize(pictures, (count, *pictures.shape[1:])), np.arange(count) % classes
 
 
-@pytest.mark.parametrize("source", EXAMPLES)
+@pytest.mark.parametrize(
+    "source", [source if source in ("folder", "parquet", "idx") else full(source) for source in EXAMPLES]
+)
 def test_the_example_of_a_source_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
     monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)

@@ -22,6 +22,7 @@ from tests.support.derivatives import assert_forwards_equals_backwards, forwards
 from tests.support.ranks import pool
 from tests.support.spatial_networks import LAYERS, build, layer_network
 from tests.support.steps import CPU, Case, make_batches, make_state
+from tests.support.tiers import full
 
 SIZE = 40  # and four images: batch norm of fewer values in the last stages is no well-posed problem
 NETWORKS = {
@@ -66,8 +67,15 @@ def split_derivative(name: str, layer: bool, width: int, switch_at: str) -> torc
     return forwards(module, pictures(mesh.data * 4).chunk(mesh.data)[mesh.data_index][..., begin:end].contiguous())
 
 
-@pytest.mark.parametrize("name", ["wide_resnet28_2", "tf_efficientnet_b0"])
-@pytest.mark.parametrize("switch_at", ["never", "auto"])
+@pytest.mark.parametrize(
+    ("name", "switch_at"),
+    [
+        ("wide_resnet28_2", "auto"),
+        full("wide_resnet28_2", "never"),
+        ("tf_efficientnet_b0", "never"),
+        full("tf_efficientnet_b0", "auto"),
+    ],
+)
 def test_a_network_split_by_width(name: str, switch_at: str) -> None:
     module = build(name, None, **NETWORKS[name]).double().train()
     for found in pool(2).run(split_derivative, name, False, 2, switch_at):

@@ -171,6 +171,7 @@ def test_without_deepspeed_and_dali_their_parts_say_so_and_the_others_run(tmp_pa
     assert why == {"step_digits_cnn_8_2x2": "", "elementwise": ""}
 
 
+@pytest.mark.full
 def test_importing_the_parts_leaves_cuda_alone() -> None:
     """A part is forked from a process that has imported all of them, and CUDA does not survive a fork."""
     code = (

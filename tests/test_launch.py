@@ -103,7 +103,7 @@ def check_two_ranks(output: Path, one: dict[str, Any]) -> None:
         assert result["loss"] == pytest.approx(two["results"][network]["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+@pytest.mark.parametrize("launcher", [full("torchrun"), "deepspeed"])
 def test_two_ranks_under_a_launcher_agree_with_one(
     tmp_path: Path, alone: tuple[str, dict[str, Any]], launcher: str
 ) -> None:

@@ -78,7 +78,7 @@ def every_layout(bf16: bool, optimizer: str, clip: float) -> dict[tuple[str, int
     ("ranks", "bf16", "optimizer", "clip"),
     [
         (1, False, "rmsprop", 0.0),
-        (2, False, "sgd", 1.0),
+        full(2, False, "sgd", 1.0),
         full(2, True, "rmsprop", 0.0),
         full(4, True, "sgd", 0.0),
         (2, True, "adamw", 1.0),

@@ -49,7 +49,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [full(name) if name == "split" else name for name in sorted(CASES)])
+@pytest.mark.parametrize("name", [name if name == "micro-batches" else full(name) for name in sorted(CASES)])
 def test_a_runs_summary_has_its_plan_beside_its_census(tmp_path: Path, name: str) -> None:
     """Issue 8's bounds: 5% of state, 10% of kept activations; both networks, through the trainer's own step."""
     cost = pool(2).run(run, make_config(tmp_path), str(tmp_path / "out"), CASES[name])[0]["cost"]

@@ -21,7 +21,7 @@ ENGINES = [
     full("deepspeed", 0),
     full("deepspeed", 1),
     full("deepspeed", 2),
-    ("deepspeed", 3),
+    full("deepspeed", 3),
 ]
 """Steps of every stage of DeepSpeed are resumed in test_deepspeed_engine.py as well."""
 
@@ -107,6 +107,7 @@ def test_resume_never_does_not_overwrite_an_earlier_run(tmp_path: Path) -> None:
         train(load_config(config), Options(tmp_path / "new", resume=str(tmp_path)))
 
 
+@pytest.mark.full
 def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
     config = make_config(tmp_path, "flat", 2)
     whole = run(config, str(tmp_path / "whole"))

@@ -82,7 +82,7 @@ def weights(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("world", "engine", "stage"), [full(1, "flat", 0), (2, "flat", 2), full(2, "deepspeed", 1), (2, "deepspeed", 3)]
+    ("world", "engine", "stage"), [full(1, "flat", 0), (2, "flat", 2), full(2, "deepspeed", 1), full(2, "deepspeed", 3)]
 )
 def test_a_step_with_a_nan_changes_nothing_on_any_rank(tmp_path: Path, world: int, engine: str, stage: int) -> None:
     """The third of five batches has it, on the last rank."""

@@ -192,6 +192,7 @@ def test_a_loss_is_better_where_it_is_lower(tmp_path: Path) -> None:
         other.ranked()
 
 
+@pytest.mark.full
 def test_seeds_of_the_command_replace_the_specs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The summary and the report give mean and deviation over them, of the same config but for the seed."""
     path = write_spec(tmp_path, trials=1, seeds=[7])

@@ -153,7 +153,9 @@ def test_cutmix_needs_whole_images(tmp_path: Path) -> None:
         check(over_teacher, world=2, cuda=False)
 
 
-@pytest.mark.parametrize("rule", sorted(FEEDBACK_RULES))
+@pytest.mark.parametrize(
+    "rule", [rule if rule in ("cosine", "soft_exact") else full(rule) for rule in sorted(FEEDBACK_RULES)]
+)
 def test_every_rule_runs_and_is_logged(tmp_path: Path, rule: str) -> None:
     labels = "soft" if rule == "soft_exact" else "sampled"
     overrides = (f"mpl_scale.method.feedback.rule={rule}", f"mpl_scale.method.pseudo_labels={labels}")
@@ -165,7 +167,7 @@ def test_every_rule_runs_and_is_logged(tmp_path: Path, rule: str) -> None:
     assert (last["h"] == 0) == (rule == "none")
 
 
-@pytest.mark.parametrize("preset", ["paper", "released_code", "kekmodel_compat"])
+@pytest.mark.parametrize("preset", ["paper", full("released_code"), full("kekmodel_compat")])
 def test_every_preset_runs(tmp_path: Path, preset: str) -> None:
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}
@@ -191,7 +193,7 @@ def test_recomputation_trains_the_same_networks(tmp_path: Path, plain: dict[str,
     assert pool(2).run(run, config_with(tmp_path), str(tmp_path / "out"), overrides)[0]["results"] == plain
 
 
-@pytest.mark.parametrize("stage", [full(2), 3])
+@pytest.mark.parametrize("stage", [2, full(3)])
 def test_both_engines_train_the_same_networks(tmp_path: Path, plain: dict[str, Any], stage: int) -> None:
     """Sixteen steps in three phases: float32 sums in another order, nothing else."""
     overrides = ("mpl_scale.parallel.engine=deepspeed", f"zero_optimization.stage={stage}")

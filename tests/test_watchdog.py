@@ -22,6 +22,7 @@ from mpl_scale.trainer.watchdog import HANG_STATUS, Sighting, Watchdog, verdict
 from tests.support.configs import tiny, write
 from tests.support.faults import check_documented
 from tests.support.launched import free_port
+from tests.support.tiers import full
 
 HANG_AFTER = 7
 
@@ -50,29 +51,25 @@ def hang(rank: int, port: int, config: str, output: str, how: str) -> None:
     train(load_config(config), Options(Path(output)), stop_requested=stop)
 
 
-@pytest.fixture(scope="module")
-def hung(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, list[SpawnProcess]]]]:
-    """By how its rank 1 hangs: the folder of a run, and its two ranks. Both runs at once: most of it is waiting."""
+@pytest.fixture
+def hung(tmp_path: Path, how: str) -> Iterator[tuple[Path, list[SpawnProcess]]]:
+    """The folder of a run whose rank 1 hangs, and its two ranks."""
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}
     raw["mpl_scale"]["guard"] = {"hang_seconds": 10.0}  # hundreds of these steps: a busy machine took 3 s for one
     context = multiprocessing.get_context("spawn")
-    runs = {}
-    for how in ("asleep", "frozen"):
-        folder, port = tmp_path_factory.mktemp(how), free_port()
-        given = (port, write(folder, raw), str(folder / "out"), how)
-        runs[how] = folder, [context.Process(target=hang, args=(rank, *given)) for rank in range(2)]
-        for rank in runs[how][1]:
-            rank.start()
-    yield runs
-    for _, ranks in runs.values():
-        for rank in ranks:
-            rank.kill()
+    given = (free_port(), write(tmp_path, raw), str(tmp_path / "out"), how)
+    ranks = [context.Process(target=hang, args=(rank, *given)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    yield tmp_path, ranks
+    for rank in ranks:
+        rank.kill()
 
 
-@pytest.mark.parametrize("how", ["asleep", "frozen"])
-def test_the_rank_that_hangs_is_named(hung: dict[str, tuple[Path, list[SpawnProcess]]], how: str) -> None:
-    folder, ranks = hung[how]
+@pytest.mark.parametrize("how", ["asleep", full("frozen")])
+def test_the_rank_that_hangs_is_named(hung: tuple[Path, list[SpawnProcess]], how: str) -> None:
+    folder, ranks = hung
     output = folder / "out"
     ranks[0].join(200)
     said = Path(f"{output}.log0").read_text()
