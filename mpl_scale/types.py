@@ -35,6 +35,7 @@ class Batch:
     unlabelled_rows: torch.Tensor  # int64 [U], in [0, global U)
     labelled_distributions: torch.Tensor | None = None  # [B, K], what a trained teacher once said of x_l (appendix E)
     unlabelled_distributions: torch.Tensor | None = None  # [U, K], and of x_u
+    unlabelled_ids: torch.Tensor | None = None  # int64 [U], their places in the list of unlabelled images, if asked for
     normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are  # any of the images, to floating point
 
     def tensors(self) -> dict[str, torch.Tensor]:

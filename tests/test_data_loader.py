@@ -205,6 +205,31 @@ def test_ranks_of_a_width_group_get_the_same_rows(digits: DataConfig) -> None:
         assert torch.equal(one.strong, other.strong)
 
 
+def test_batches_say_which_unlabelled_images_they_have(digits: DataConfig) -> None:
+    """Their places in the list, over two epochs: by the pixels; on two ranks of width groups, and from step 2 on."""
+    config = digits.model_copy(update={"weak": WeakConfig(pad=0, flip=False)})
+    splits = dataclasses.replace(splits_of(config), unlabelled=splits_of(config).unlabelled[::40])
+    count = len(splits.unlabelled)
+    pixels = [np.array(Image.open(splits.images.paths[sample]).convert("L")) for sample in splits.unlabelled]
+
+    def ids(place: Mesh, **changes: int) -> list[torch.Tensor]:
+        found = take(train_loader(config, splits, place, unlabelled=16, ids=True, **changes), 4)
+        assert all(batch.unlabelled_ids is not None for batch in found)
+        return [batch.unlabelled_ids for batch in found if batch.unlabelled_ids is not None]
+
+    alone = take(train_loader(config, splits, mesh(), unlabelled=16, ids=True), 4)
+    assert 16 < count < 48
+    for batch in alone:
+        for image, place in zip(batch.weak, batch.unlabelled_ids.tolist(), strict=True):
+            assert np.array_equal(image[0].numpy(), pixels[place])
+    whole = [batch.unlabelled_ids for batch in alone]
+    assert sorted(torch.cat(whole)[:count].tolist()) == list(range(count))
+    parts = [ids(mesh(2, index, width=2)) for index in range(2)]
+    assert all(torch.equal(torch.cat(both), one) for one, *both in zip(whole, *parts, strict=True))
+    assert all(torch.equal(*both) for both in zip(whole[2:], ids(mesh(), start_step=2)[:2], strict=True))
+    assert batches(digits, mesh(), steps=1)[0].unlabelled_ids is None
+
+
 def test_streams_and_seeds_draw_different_batches(digits: DataConfig) -> None:
     reference = batches(digits, mesh(), steps=1)[0]
     for change in ({"stream": 2}, {"seed": 1}):

@@ -65,7 +65,8 @@ class BatchSpec(ImageFormat):
     """The global batches of a phase, and in which form the networks are given them.
 
     labelled, unlabelled: images of a batch; 0 unlabelled: none. seed: the run's. stream: phases with different streams
-    draw different orders and views; in [0, 2**24). strong_view: makes x_s from x_u; None: the weak view itself.
+    draw different orders and views; in [0, 2**24). strong_view: makes x_s from x_u; None: the weak view itself. ids:
+    whether batches say which unlabelled images they have.
     """
 
     labelled: int
@@ -73,11 +74,19 @@ class BatchSpec(ImageFormat):
     seed: int
     stream: int
     strong_view: StrongViewFunction | None = None
+    ids: bool = False
 
     def plan(self, kind: Kind, splits: Splits, *, rows: np.ndarray, columns: int) -> SamplePlan:
         """Which images of one kind are drawn for some rows, int64 [r]; columns: random numbers that a view needs."""
+        return self._plan(kind, getattr(splits, kind), rows=rows, columns=columns)
+
+    def places(self, splits: Splits, *, rows: np.ndarray) -> SamplePlan:
+        """The places of the unlabelled images that are drawn for some rows in their list, in place of their ids."""
+        return self._plan("unlabelled", np.arange(len(splits.unlabelled)), rows=rows, columns=0)
+
+    def _plan(self, kind: Kind, ids: np.ndarray, *, rows: np.ndarray, columns: int) -> SamplePlan:
         return SamplePlan(
-            getattr(splits, kind),
+            ids,
             batch=getattr(self, kind),
             rows=rows,
             columns=columns,

@@ -81,6 +81,8 @@ class TrainLoader:
         self._share, own, self._exchange = _divide(batch, mesh)
         self._labelled = batch.plan("labelled", splits, rows=labelled, columns=view.columns)
         self._unlabelled = batch.plan("unlabelled", splits, rows=unlabelled[own], columns=view.columns)
+        self._places = batch.places(splits, rows=unlabelled) if batch.ids else None
+        self._steps = itertools.count(start_step)
         requests = self._requests(start_step)
         self._source: ViewSource
         if resident is not None:
@@ -121,8 +123,14 @@ class TrainLoader:
             strong=views[-1],
             unlabelled_rows=self._unlabelled_rows,
             normalise=self._normalise,
+            unlabelled_ids=self._ids(),
             **self._stored(),
         )
+
+    def _ids(self) -> torch.Tensor | None:
+        """Those drawn: a substitute counts as the image it stands for."""
+        step = next(self._steps)
+        return None if self._places is None else to_device(self._places.draw(step).ids, self._device)
 
     def _stored(self) -> dict[str, torch.Tensor]:
         """The distributions of the images that this step decoded."""
