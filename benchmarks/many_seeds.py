@@ -23,10 +23,11 @@ from mpl_scale.engine import build_network
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.passes import Passes
-from mpl_scale.mpl import FEEDBACK_RULES, Network, State
+from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, Network, State
 from mpl_scale.mpl.feedback import Directional, FeedbackRule, PerSample, Signal, SoftExact, StudentUpdate, overwrite
 from mpl_scale.mpl.feedback import labelled_gradient as whole_labelled_gradient
 from mpl_scale.mpl.network import GradientShard
+from mpl_scale.mpl.training_losses import Mixup
 from mpl_scale.trainer.phases import build_state, initial_seed, plan_phases
 from mpl_scale.types import Batch, Slice
 
@@ -180,8 +181,12 @@ def train_many(
         ValueError: a method or rule that is not for this.
     """
     config, count, mesh = run.mpl, len(seeds), build_mesh(device=CPU)
-    if config.method.ema_decay or {"mixup", "cutmix"} & {config.method.name, config.method.teacher_loss}:
-        raise ValueError("many seeds at once: set method.ema_decay = 0, and no mixup, which would mix seeds")
+    losses = [LOSSES[name] for name in (config.method.name, config.method.teacher_loss) if name in LOSSES]
+    mixing = any(issubclass(loss, Mixup) or loss.adapts for loss in losses)
+    if config.method.ema_decay or mixing:
+        raise ValueError(
+            "many seeds at once: set method.ema_decay = 0, and no mixup or thresholds that adapt: they would mix seeds"
+        )
     results: list[Results] = [{} for _ in seeds]
     trained: dict[str, Stacked] = {}
     for phase in plan_phases(config, check(run, world=1, cuda=False), max_steps=None):

@@ -93,8 +93,12 @@ def make_workload(
     resolved.numerics.apply(device)
     mesh = build_mesh(device=device, width=run.mpl.parallel.width, shard_size=resolved.shard_size)
     phase = next(phase for phase in plan_phases(run.mpl, resolved.batches, max_steps=None) if phase.name == "train")
-    state = build_state(phase, run, mesh=mesh, weights={}, resolved=resolved)
-    source = repeat(synthetic_batch(run, phase, mesh)) if data == "synthetic" else _batches(run, phase, mesh)
+    source: Iterator[Batch]
+    if data == "synthetic":
+        source, images = repeat(synthetic_batch(run, phase, mesh)), phase.unlabelled
+    else:
+        source, images = _batches(run, phase, mesh)
+    state = build_state(phase, run, mesh=mesh, weights={}, resolved=resolved, unlabelled_images=images)
     workload = Workload(run, mesh, phase, state, None, source, resolved, resolved.eager_because)  # type: ignore[arg-type]
 
     def fall_back(reason: str) -> None:
@@ -130,6 +134,7 @@ def synthetic_batch(run: RunConfig, phase: Phase, mesh: Mesh) -> Batch:
         weak=images(len(unlabelled)),
         strong=images(len(unlabelled)),
         unlabelled_rows=unlabelled,
+        unlabelled_ids=unlabelled,
         normalise=_normalised,
     )
 
@@ -139,8 +144,8 @@ def _normalised(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float().sub_(127.5).div_(64.0)
 
 
-def _batches(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
-    """The batches of the configured run, from files or resident."""
+def _batches(run: RunConfig, phase: Phase, mesh: Mesh) -> tuple[Iterator[Batch], int]:
+    """The batches of the configured run, from files or resident, and its number of unlabelled images."""
     from mpl_scale.data import Quarantine  # imports DALI
     from mpl_scale.data.resident_parts import ResidentParts
     from mpl_scale.trainer.data_source import DataSource
@@ -150,7 +155,8 @@ def _batches(run: RunConfig, phase: Phase, mesh: Mesh) -> Iterator[Batch]:
     resident = ResidentParts(
         config.data, splits, image_size=config.model.image_size, device=mesh.device, quarantine=quarantine
     )
-    return DataSource(config, splits, mesh, resident, quarantine).batches(phase, start_step=0)
+    batches = DataSource(config, splits, mesh, resident, quarantine).batches(phase, start_step=0)
+    return batches, len(splits.unlabelled)
 
 
 def reset_peak(device: torch.device) -> None:

@@ -24,6 +24,7 @@ from mpl_scale.types import Batch
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
 from tests.support.runs import StopAfter
+from tests.support.tiers import full
 
 BATCH, MICRO = 40, 10
 Seen = dict[int, dict[str, int]]
@@ -39,10 +40,11 @@ def build(*, num_classes: int) -> nn.Module:
     return model
 
 
-def make_config(folder: Path) -> str:
+def make_config(folder: Path, loss: str) -> str:
     raw = tiny(train_batch_size=BATCH, train_micro_batch_size_per_gpu=MICRO)
     section = raw["mpl_scale"]
     section["parallel"] = {"engine": "flat"}
+    section["method"] |= {"teacher_loss": loss, "pseudo_label_threshold": 0.15}
     section["model"] |= {name: {"name": "digits_cnn_without_norm", "dropout": 0.1} for name in ("teacher", "student")}
     section["logging"]["every"] = 1
     return write(folder, raw)
@@ -90,9 +92,10 @@ def losses(output: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name.endswith("_loss")} for row in rows]
 
 
-def test_two_ranks_then_one_then_four(tmp_path: Path) -> None:
-    """Stopped in the warm-up and in the main phase."""
-    config = make_config(tmp_path)
+@pytest.mark.parametrize("loss", ["uda", full("flexmatch"), full("freematch"), full("softmatch")])
+def test_two_ranks_then_one_then_four(tmp_path: Path, loss: str) -> None:
+    """Stopped in the warm-up and in the main phase; thresholds that adapt do so to the same batches."""
+    config = make_config(tmp_path, loss)
     batches = [check(load_config(config), world=ranks, cuda=False) for ranks in (2, 1, 4)]
     assert [(one.labelled, one.micro_batches) for one in batches] == [(BATCH, 2), (BATCH, 4), (BATCH, 1)]
     whole = in_turn(config, tmp_path / "whole", [(2, None)])

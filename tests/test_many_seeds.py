@@ -91,9 +91,10 @@ def test_the_rules_of_many_seeds_are_gone_afterwards() -> None:
 def test_what_cannot_be_stacked_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Conv2d cannot be stacked"):
         Stacked([torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1))])
-    run = load_config(two_moons.CONFIG, overrides=moons("none", **{"mpl_scale.method.teacher_loss": "mixup"}))
-    with pytest.raises(ValueError, match=r"no mixup, which would mix seeds"):
-        train_many(run, [two_moons.make_samples(0)], PointViews, seeds=[0])
+    for loss in ("mixup", "freematch"):
+        run = load_config(two_moons.CONFIG, overrides=moons("none", **{"mpl_scale.method.teacher_loss": loss}))
+        with pytest.raises(ValueError, match=r"no mixup or thresholds that adapt: they would mix seeds"):
+            train_many(run, [two_moons.make_samples(0)], PointViews, seeds=[0])
 
 
 def test_batches_in_memory_are_the_loaders() -> None:

@@ -145,7 +145,11 @@ def test_where_unsure_looks_at_the_right_class() -> None:
 # ---- teachers of Table 10
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES.keys() - {"cutmix"}))  # of images
+OWN_LOSSES = sorted(name for name, loss in LOSSES.items() if not loss.adapts and name != "cutmix")
+"""Those that adapt are in test_matching.py; cutmix is of images."""
+
+
+@pytest.mark.parametrize("loss", OWN_LOSSES)
 def test_mpl_without_feedback_trains_its_teacher_by_its_own_loss(loss: str) -> None:
     """What moves the teacher is the gradient of the loss of that name and nothing else."""
     batch = make_batch(labelled=6)

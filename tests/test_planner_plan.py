@@ -13,6 +13,7 @@ from mpl_scale.cli.check import report
 from mpl_scale.cli.main import main
 from mpl_scale.config import check, load_config
 from mpl_scale.config.schema import WeakConfig
+from mpl_scale.mpl import METHODS
 from mpl_scale.planner.duration import collective
 from mpl_scale.planner.hardware import DEVICES, Reached, find_device, load_calibration
 from mpl_scale.planner.job import Choice, Job, Machine
@@ -122,6 +123,38 @@ def test_resident_images_are_counted_where_they_may_stay(tmp_path: Path) -> None
     assert counted(weak=WeakConfig(), source="folder") == 1 << 31  # as many as there may be
     assert counted(resident="off") == counted(weak=WeakConfig(kind="random_resized_crop")) == counted(97) == 0
     assert counted(97, resident="on", resident_bytes=1000) == 1000
+
+
+def test_the_buffers_of_a_loss_are_counted(tmp_path: Path) -> None:
+    """A status of 4 bytes for each digit and one more; averages of 10 classes, twice where steps can be skipped."""
+    planned = job(tmp_path)
+
+    def counted(loss: str, *, nonfinite: str = "stop") -> float | None:
+        settings = planned.settings.model_copy(update={"teacher_loss": loss})
+        guard = planned.config.guard.model_copy(update={"nonfinite": nonfinite})
+        config = planned.config.model_copy(update={"guard": guard})
+        choice = Choice(1, 1, 0, 1, "flat", "none", True, 64, 1)
+        found = memory(dataclasses.replace(planned, settings=settings, config=config), choice, H200)
+        assert found.static >= found.categories.get("loss_buffers", 0)
+        return found.categories.get("loss_buffers")
+
+    assert counted("uda") is None
+    assert counted("flexmatch") == 4 * (1797 + 1)
+    assert counted("freematch") == 8 * 21
+    assert counted("softmatch", nonfinite="skip") == 2 * 8 * 12
+
+
+def test_a_loss_that_adapts_takes_another_forward_of_each_micro_batch(tmp_path: Path) -> None:
+    """Of a baseline; MPL's deferred teacher sees them all before."""
+    planned = job(tmp_path)
+
+    def forwards(method: str, parts: int) -> list[int]:
+        one = dataclasses.replace(planned, method=METHODS[method])
+        choice = Choice(1, 1, 0, 1, "flat", "none", True, planned.labelled // parts, parts)
+        return [a_pass.forward for a_pass in one.passes(choice)]
+
+    assert forwards("freematch", 1) == forwards("fixmatch", 2) == [1]
+    assert forwards("freematch", 2) == [2]
 
 
 def test_batches_are_bytes_and_micro_batches_what_networks_are_given(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ WITHOUT_EFFECT = {
     "mpl_scale.optim.teacher.decay_rate=0.5": "optim.teacher.decay_rate (schedule = cosine)",
     "mpl_scale.parallel.halo=block_input": "parallel.halo (width = 1)",
     "mpl_scale.checkpoint.timeout_seconds=7": "checkpoint.timeout_seconds (asynchronous = false)",
+    "mpl_scale.method.freematch.decay=0.5": "method.freematch.decay (no loss is freematch)",
     "mpl_scale.guard.max_skipped=3": "guard.max_skipped (nonfinite = stop)",
 }
 
@@ -80,6 +81,7 @@ def test_a_default_that_is_written_out_asks_for_nothing(tmp_path: Path) -> None:
 
 def test_what_a_users_own_names_read_is_not_judged(tmp_path: Path) -> None:
     own = ["mpl_scale.data.split=mine", "mpl_scale.optim.student.name=mine", "mpl_scale.data.weak.kind=mine"]
+    own += ["mpl_scale.method.teacher_loss=mine", "mpl_scale.method.softmatch.decay=0.5"]
     run = load_config(
         write(tmp_path, tiny()),
         overrides=[*own, "mpl_scale.data.test_fraction=0.2", "mpl_scale.optim.student.rho=0.5"],

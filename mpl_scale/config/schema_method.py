@@ -41,13 +41,33 @@ class UDAConfig(Section):
     ramp_steps: CountOrZero = Field(0, description="Linear ramp of the weight: weight * min(1, step / ramp_steps).")
 
 
+class FreeMatchConfig(Section):
+    """The loss freematch: thresholds from the network's own confidence (Wang et al. 2023)."""
+
+    decay: Probability = Field(0.999, description="Of its moving averages.")
+    fairness_weight: NonNegative = Field(0.01, description="Of the fairness loss, whatever uda.weight is.")
+
+
+class SoftMatchConfig(Section):
+    """The loss softmatch: weights that fall below the average confidence (Chen et al. 2023)."""
+
+    decay: Probability = Field(0.999, description="Of its moving averages.")
+    max_weight: Positive = Field(1.0, description="The weight lambda at and above the average confidence.")
+    sigmas: Positive = Field(
+        1.0, description="Divides the Gaussian's standard deviation: 1 in the paper's equation, 2 in its authors' code."
+    )
+    alignment: Literal["uniform", "none"] = Field(
+        "uniform", description="Whether confidences are compared after uniform alignment of the classes."
+    )
+
+
 class MethodConfig(Section):
     """The training method: what one step computes."""
 
     name: str = Field(
         "mpl",
-        description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, fixmatch, mpl, "
-        "reduced_mpl.",
+        description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, fixmatch, flexmatch, "
+        "freematch, softmatch, mpl, reduced_mpl.",
     )
     preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
         None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
@@ -57,18 +77,21 @@ class MethodConfig(Section):
     pseudo_label_temperature: Positive = 1.0
     pseudo_label_threshold: Probability = Field(
         0.95,
-        description="Methods pseudo_label, noisy_student and fixmatch, and the losses of these names: least confidence "
-        "(Table 6).",
+        description="Methods pseudo_label, noisy_student, fixmatch and flexmatch, and the losses of these names: least "
+        "confidence (Table 6).",
     )
     feedback: FeedbackConfig = FeedbackConfig()
     teacher_loss: str = Field(
         "uda",
-        description="Registered: uda, fixmatch, supervised, mixup, cutmix, pseudo_label. What the teacher follows "
-        "beside the feedback and in its warm-up (Table 10); its part on unlabelled images has the weight uda.weight.",
+        description="Registered: uda, fixmatch, flexmatch, freematch, softmatch, supervised, mixup, cutmix, "
+        "pseudo_label. What the teacher follows beside the feedback and in its warm-up (Table 10); its part on "
+        "unlabelled images has the weight uda.weight.",
     )
     mixup_alpha: Positive = Field(1.0, description="mixup and cutmix: lambda ~ Beta(alpha, alpha).")
     supervised_weight: NonNegative = Field(1.0, description="Weight of the teacher's CE on labelled images.")
     uda: UDAConfig = UDAConfig()
+    freematch: FreeMatchConfig = FreeMatchConfig()
+    softmatch: SoftMatchConfig = SoftMatchConfig()
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     student_label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Smooths the pseudo labels."

@@ -33,6 +33,9 @@ _OPTIMIZER_SETTINGS = {
     "trust": ("lars",),
 }
 _OPTIMIZERS = {"sgd", "rmsprop", "lars", "adamw"}
+_METHODS = {"supervised", "mixup", "cutmix", "pseudo_label", "noisy_student", "mpl", "reduced_mpl"}
+_METHODS |= {"uda", "fixmatch", "flexmatch", "freematch", "softmatch"}
+"""And training losses."""
 _SCHEDULE_SETTINGS = {
     "decay_rate": ("exponential", "step"),
     "decay_steps": ("exponential",),
@@ -92,6 +95,10 @@ def _unused(config: Config) -> Iterator[_Unused]:
         yield _Unused("checkpoint.timeout_seconds", "asynchronous = false")
     if config.guard.nonfinite != "skip":
         yield _Unused("guard.max_skipped", f"nonfinite = {config.guard.nonfinite}")
+    names = {config.method.name, config.method.teacher_loss}
+    for name in ("freematch", "softmatch"):
+        if name not in names and names <= _METHODS:
+            yield _Unused(f"method.{name}", f"no loss is {name}")
     if not config.method.feedback.baseline:
         for name in ("baseline_decay", "baseline_bias_correction"):
             yield _Unused(f"method.feedback.{name}", "baseline = false")

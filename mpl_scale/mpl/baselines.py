@@ -12,11 +12,11 @@ from typing import Literal
 import torch
 
 from mpl_scale.mpl.losses import accuracy, cross_entropy
-from mpl_scale.mpl.methods import Step, register_method
+from mpl_scale.mpl.methods import CONFIGURED, Step, register_method
 from mpl_scale.mpl.network import Network
 from mpl_scale.mpl.state import STUDENT_PASS, TEACHER_PASS, State, means
 from mpl_scale.mpl.training_losses import LOSSES, Metrics
-from mpl_scale.mpl.views import LABELLED_ROWS, STRONG_ROWS, WEAK_ROWS, three_views
+from mpl_scale.mpl.views import LABELLED_ROWS, STRONG_ROWS, WEAK_ROWS, Logits, three_views
 from mpl_scale.types import Batch, StepMetrics
 
 
@@ -44,13 +44,13 @@ def _on_the_students_slot(loss: str) -> Step:
     return step
 
 
-for _name in ("uda", "fixmatch"):
-    register_method(_name, teacher=False, student=True)(_on_the_students_slot(_name))
+for _name in ("uda", "fixmatch", "flexmatch", "freematch", "softmatch"):
+    register_method(_name, teacher=False, student=True, loss=_name)(_on_the_students_slot(_name))
 for _name in ("mixup", "cutmix"):
-    register_method(_name, teacher=False, student=True, unlabelled=False)(_on_the_students_slot(_name))
+    register_method(_name, teacher=False, student=True, unlabelled=False, loss=_name)(_on_the_students_slot(_name))
 
 
-@register_method("teacher_warmup", teacher=True, student=False)
+@register_method("teacher_warmup", teacher=True, student=False, loss=CONFIGURED)
 def teacher_warmup_step(state: State, batch: Batch) -> StepMetrics:
     """The teacher's training loss on its slot: the phase before MPL or pseudo labels."""
     return _train(state, batch, "teacher", loss=state.method.teacher_loss)
@@ -110,15 +110,29 @@ def _fixed_teacher(state: State, batch: Batch) -> torch.Tensor:
 
 
 def _train(state: State, batch: Batch, name: Literal["teacher", "student"], *, loss: str) -> StepMetrics:
-    """A step of one network on [x_l, x_u, x_s] as one batch by a training loss."""
+    """A step of one network on [x_l, x_u, x_s] as one batch by a training loss.
+
+    One that adapts to the whole batch sees micro-batches twice: the first time without a graph.
+    """
     training_loss, measured, now = LOSSES[loss](), list[Metrics](), state.schedules.at(state.step)
     if name == "teacher":
         network, number, look, lr = state.teacher, TEACHER_PASS, state.teacher_views, now.teacher_lr
     else:
         network, number, look, lr = state.student, STUDENT_PASS, three_views, now.student_lr
     assert network is not None
-    for part in batch.split(state.micro_batches):
-        logits = state.view_logits(network, number, look(part, training_loss.images(state, part)))
+
+    def views(part: Batch, *, learn: bool = True) -> Logits:
+        return state.view_logits(network, number, look(part, training_loss.images(state, part)), learn=learn)
+
+    parts = batch.split(state.micro_batches)
+    twice = training_loss.adapts and len(parts) > 1
+    if twice:
+        with torch.no_grad():
+            training_loss.adapt(state, parts, [views(part) for part in parts])
+    for part in parts:
+        logits = views(part, learn=not twice)
+        if training_loss.adapts and not twice:
+            training_loss.adapt(state, parts, [logits])
         total, found = training_loss(state, part, logits, weight=now.uda_weight)  # []
         network.accumulate(total / state.micro_batches)
         measured.append({f"{name}_{key}": value for key, value in {"loss": total.detach(), **found}.items()})

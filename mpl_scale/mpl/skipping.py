@@ -95,4 +95,4 @@ def _changed(state: State) -> Iterator[torch.Tensor]:
     if state.student_average is not None:
         yield from state.student_average.shards
         yield from state.student_average.buffers.values()
-    yield from (state.baseline.average, state.baseline.steps)
+    yield from (state.baseline.average, state.baseline.steps, *state.loss_buffers.values())

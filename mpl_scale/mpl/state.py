@@ -7,7 +7,7 @@ replayed. Reading one on the host is the caller's business, outside the step.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.distributed as dist
@@ -98,6 +98,8 @@ class State:
     deferred_teacher: bool = False  # its graph is built after the feedback is known, not kept over the student's
     forward_mode: bool = False  # whether exact rules differentiate by a forward-mode pass, not by a difference
     teacher_views: Views = three_views  # what the teacher sees of a batch
+    loss_buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # the training loss's, alike on all ranks
+    data_ranks: int = 1
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:
         """The context of one forward pass on global rows (int64 [B]) at this step."""
@@ -115,6 +117,14 @@ class State:
         total = value.clone()
         dist.all_reduce(total, group=self.world_group)
         return total / dist.get_world_size(self.world_group)
+
+    def gather_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor of each rank, all of one shape, in their order: [ranks, ...]."""
+        if self.world_group is None:
+            return value[None]
+        found = value.new_empty(dist.get_world_size(self.world_group) * value.numel())
+        dist.all_gather_into_tensor(found, value.flatten(), group=self.world_group)
+        return found.view(-1, *value.shape)
 
     def advance(self) -> None:
         """End the step: student EMA, then the counter."""

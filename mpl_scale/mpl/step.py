@@ -12,7 +12,7 @@ import torch
 
 from mpl_scale.mpl.feedback import FEEDBACK_RULES, StudentUpdate
 from mpl_scale.mpl.losses import accuracy, cross_entropy, sample_labels
-from mpl_scale.mpl.methods import register_method
+from mpl_scale.mpl.methods import CONFIGURED, register_method
 from mpl_scale.mpl.network import Network
 from mpl_scale.mpl.state import LABEL_SAMPLING, STUDENT_PASS, TEACHER_PASS, State, means
 from mpl_scale.mpl.training_losses import LOSSES, TrainingLoss
@@ -21,8 +21,8 @@ from mpl_scale.philox import uniform
 from mpl_scale.types import Batch, StepMetrics
 
 
-@register_method("reduced_mpl", teacher=True, student=True, teacher_views=stored_views)
-@register_method("mpl", teacher=True, student=True)
+@register_method("reduced_mpl", teacher=True, student=True, teacher_views=stored_views, loss=CONFIGURED)
+@register_method("mpl", teacher=True, student=True, loss=CONFIGURED)
 def mpl_step(state: State, batch: Batch) -> StepMetrics:
     """Student update, feedback, teacher update (Algorithm 1, with C.3's cosine and baseline by default).
 
@@ -48,6 +48,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
     # Teacher: z = T([x_l, x_u, x_s]; theta_T)
     with torch.set_grad_enabled(not state.deferred_teacher):
         logits = [_teacher_pass(state, part, teacher, loss=training_loss) for part in parts]  # [B, K], [U, K], [U, K]
+    training_loss.adapt(state, parts, logits)
 
     # Pseudo labels: y_u ~ P(. | x_u; theta_T)
     labels = [_pseudo_labels(state, *pair) for pair in zip(parts, logits, strict=True)]  # int64 [U] or [U, K] if soft

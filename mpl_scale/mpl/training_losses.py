@@ -6,6 +6,9 @@ teacher follows it beside the student's feedback (`mpl_scale.method.teacher_loss
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 
 from mpl_scale.config.names import Registry
@@ -24,7 +27,30 @@ Metrics = dict[str, torch.Tensor]
 
 
 class TrainingLoss:
-    """Base: the loss `supervised`, CE on labelled images with label smoothing (Table 6)."""
+    """Base: the loss `supervised`, CE on labelled images with label smoothing (Table 6). One instance for each step.
+
+    adapts: it keeps buffers, and `adapt` looks at the step's whole batch first. per_image: batches say which unlabelled
+    images they have, `Batch.unlabelled_ids`.
+    """
+
+    adapts: ClassVar[bool] = False
+    per_image: ClassVar[bool] = False
+
+    def buffers(self, *, classes: int, images: int) -> dict[str, torch.Tensor]:
+        """What it keeps from step to step, `State.loss_buffers`, as a phase begins; the same on every rank.
+
+        images: number of unlabelled ones in the data set.
+        """
+        return {}
+
+    def adapt(self, state: State, parts: Sequence[Batch], views: Sequence[Logits]) -> None:
+        """Update `state.loss_buffers` in place, and note what the step needs of them.
+
+        Args:
+            state: its buffers are the same on every rank before, and must be after.
+            parts: this rank's micro-batches of the step.
+            views: their logits, whose graphs are of no use here.
+        """
 
     def images(self, state: State, batch: Batch) -> torch.Tensor:
         """What the network sees of x_l, normalised, [B, ...]."""

@@ -12,7 +12,8 @@ from mpl_scale.config.checks import EXACT_RULES, FED_BACK
 from mpl_scale.config.schema import Config, MethodConfig, OptimsConfig
 from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.models.kernels import Mode
-from mpl_scale.mpl import FEEDBACK_RULES, METHODS, Method
+from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS, Method
+from mpl_scale.mpl.training_losses import TrainingLoss
 from mpl_scale.planner.cache import traced
 from mpl_scale.planner.hardware import Device, Reached
 from mpl_scale.planner.trace import NetworkTrace, TraceKey
@@ -133,6 +134,12 @@ class Job:
         """Whether it does in the run's method, and so in its warm-up."""
         return METHODS[self.settings.name].teacher_sees_images
 
+    @property
+    def training_loss(self) -> TrainingLoss | None:
+        """The one that its step uses; None: none of LOSSES."""
+        name = self.method.training_loss(self.settings)
+        return None if name is None else LOSSES[name]()
+
     def networks(self) -> list[Literal["teacher", "student"]]:
         """The networks that the method trains."""
         found: list[Literal["teacher", "student"]] = []
@@ -163,7 +170,9 @@ class Job:
                 NetworkPass("student_update", "student", labelled + unlabelled, forward=1, backward=1, graph=True),
             ]
         images = views if self.method.unlabelled else labelled
-        return [NetworkPass(f"{n}_update", n, images, forward=1, backward=1, graph=True) for n in self.networks()]
+        loss = self.training_loss
+        forward = 2 if loss is not None and loss.adapts and choice.parts > 1 else 1
+        return [NetworkPass(f"{n}_update", n, images, forward, backward=1, graph=True) for n in self.networks()]
 
 
 @dataclass(frozen=True)

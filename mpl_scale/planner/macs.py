@@ -75,7 +75,7 @@ def step_flops(
     | method | teacher | student |
     |---|---|---|
     | mpl | B + 2 U | U (+ B if it sees them), and B again for a feedback rule that takes a gradient |
-    | uda, fixmatch | | B + 2 U |
+    | uda, fixmatch, flexmatch, freematch, softmatch | | B + 2 U |
     | teacher_warmup | B + 2 U | |
     | reduced_mpl | B + U distributions | as mpl |
     | pseudo_label, noisy_student | U, forward only | B + U |
@@ -83,7 +83,7 @@ def step_flops(
 
     With `recompute` every backward repeats its forward (4 instead of 3; an upper bound for bn_act, which keeps the
     convolutions): the work of the hardware. Without, the work that the method asks for, which is what MFU divides by.
-    A `deferred` teacher has one more forward.
+    A `deferred` teacher has one more forward. So has, uncounted, a baseline of several micro-batches whose loss adapts.
 
     Args:
         method: a name in mpl_scale.mpl.METHODS.
@@ -106,7 +106,7 @@ def step_flops(
         "mpl": (both_views, student_batch + feedback),
         "reduced_mpl": (labelled + unlabelled, student_batch + feedback),
         "uda": (0, both_views),
-        "fixmatch": (0, both_views),
+        **dict.fromkeys(("fixmatch", "flexmatch", "freematch", "softmatch"), (0, both_views)),
         "teacher_warmup": (both_views, 0),
         "pseudo_label": (0, labelled + unlabelled),
         "noisy_student": (0, labelled + unlabelled),

@@ -25,8 +25,8 @@ from mpl_scale.types import Batch, StepMetrics
 class Measured:
     """Bytes.
 
-    static: of both networks' engines, gradients and averages, and of a step's own copies. activations: kept, at the
-    worst moment.
+    static: of both networks' engines, gradients and averages, of a loss's buffers, and of a step's own copies.
+    activations: kept, at the worst moment.
     """
 
     static: int
@@ -52,7 +52,9 @@ def measure_step(step: Step, state: State, batch: Batch) -> tuple[StepMetrics, M
     }
     census.networks = [one.network for one in watched.values()]
     metrics = step(dataclasses.replace(state, **watched), batch)  # type: ignore[arg-type]
-    static = sum(one.static for one in watched.values()) + reachable_bytes([state.student_average, step])
+    static = sum(one.static for one in watched.values()) + reachable_bytes(
+        [state.student_average, state.loss_buffers, step]
+    )
     return metrics, Measured(static, census.most)
 
 

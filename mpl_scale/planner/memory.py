@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from mpl_scale.config.checks import FED_BACK
 from mpl_scale.config.schema import Config
 from mpl_scale.data.decode.views import weak_view
@@ -52,8 +54,9 @@ STATIC = (
     "accumulation",
     "ema",
     "skip",
+    "loss_buffers",
 )
-"""Categories of network_state."""
+"""Categories of network_state, and the training loss's buffers."""
 
 
 def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
@@ -66,6 +69,7 @@ def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
     for network in job.networks():
         for name, size in network_state(job, choice, network).items():
             found[name] += size
+    found["loss_buffers"] = loss_buffers(job)
     found = {name: size for name, size in found.items() if size}
     found |= _transient(job, choice)
     activations, stages = _activations(job, choice)
@@ -78,6 +82,19 @@ def memory(job: Job, choice: Choice, machine: Machine) -> Memory:
     found["fragmentation"] = reached.fragmentation * per_step
     found["runtime"] = reached.runtime
     return Memory(found, stages)
+
+
+def loss_buffers(job: Job) -> float:
+    """Bytes that the training loss keeps from step to step, twice where a step can be taken back.
+
+    A status of every unlabelled image is counted where the size of the source is known.
+    """
+    if (loss := job.training_loss) is None:
+        return 0.0
+    with torch.device("meta"):
+        kept = loss.buffers(classes=job.config.model.num_classes, images=IMAGES.get(job.config.data.source, 0))
+    copies = 2 if job.config.guard.nonfinite == "skip" else 1
+    return float(copies * sum(buffer.nbytes for buffer in kept.values()))
 
 
 def resident_bytes(config: Config) -> float:

@@ -14,6 +14,7 @@ from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet
 from mpl_scale.mesh import Mesh
+from mpl_scale.mpl import LOSSES
 from mpl_scale.spatial import input_columns
 from mpl_scale.trainer.phases import Phase
 
@@ -49,7 +50,7 @@ def batch_spec(
     phase: Phase, config: Config, splits: Splits, *, width: int = 1, channels_last: bool = False
 ) -> BatchSpec:
     """The global batches of a phase, for `width` ranks to an image."""
-    size = config.model.image_size
+    size, loss = config.model.image_size, phase.method.training_loss(phase.settings)
     return BatchSpec(
         image_size=size,
         columns=input_columns(size, width),
@@ -59,6 +60,7 @@ def batch_spec(
         seed=config.seed,
         stream=phase.index,
         strong_view=strong_view(phase, config, splits),
+        ids=loss is not None and LOSSES[loss].per_image,
     )
 
 

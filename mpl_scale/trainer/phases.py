@@ -21,7 +21,7 @@ from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.weights import load_weights
-from mpl_scale.mpl import METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
+from mpl_scale.mpl import LOSSES, METHODS, Baseline, Method, MovingAverage, Network, Schedules, State
 from mpl_scale.optim import schedule
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.spatial import parallelize
@@ -98,11 +98,17 @@ def plan_phases(config: Config, batches: Batches, *, max_steps: int | None) -> l
 
 
 def build_state(
-    phase: Phase, run: RunConfig, *, mesh: Mesh, weights: Mapping[str, Weights], resolved: Resolved | None = None
+    phase: Phase,
+    run: RunConfig,
+    *,
+    mesh: Mesh,
+    weights: Mapping[str, Weights],
+    resolved: Resolved | None = None,
+    unlabelled_images: int = 0,
 ) -> State:
     """The networks of a phase under their engines, from the weights of the phase before where there are any.
 
-    resolved: the run on this mesh; None: it is resolved here.
+    resolved: the run on this mesh; None: it is resolved here. unlabelled_images: in the data set.
     """
     config, settings, parallel = run.mpl, phase.settings, run.mpl.parallel
     found = resolved or resolve(run, world=mesh.world, device=mesh.device.type)
@@ -137,7 +143,8 @@ def build_state(
         student = network("student", config.model.student, phase.optim.student, phase.start_student_from)
         if settings.ema_decay:
             average = MovingAverage(student, decay=settings.ema_decay)
-    feedback = settings.feedback
+    feedback, loss = settings.feedback, phase.method.training_loss(settings)
+    kept = LOSSES[loss]().buffers(classes=config.model.num_classes, images=unlabelled_images) if loss else {}
     return State(
         method=settings,
         seed=(config.seed + (phase.index << 24)) & 0xFFFFFFFF,
@@ -154,6 +161,8 @@ def build_state(
         deferred_teacher=found.deferred_teacher,
         forward_mode=found.derivative == "jvp",
         teacher_views=METHODS[settings.name].teacher_views,
+        loss_buffers={name: buffer.to(mesh.device) for name, buffer in kept.items()},
+        data_ranks=mesh.data,
     )
 
 

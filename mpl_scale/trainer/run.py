@@ -127,7 +127,14 @@ class Trainer:
 
     def _begin(self, phase: Phase, *, weights: Mapping[str, Weights], step: int = 0) -> PhaseRun:
         """A phase with its networks under their engines."""
-        state: State = build_state(phase, self.config, mesh=self.mesh, weights=weights, resolved=self.resolved)
+        state: State = build_state(
+            phase,
+            self.config,
+            mesh=self.mesh,
+            weights=weights,
+            resolved=self.resolved,
+            unlabelled_images=len(self.source.splits.unlabelled),
+        )
         return PhaseRun(phase, state, source=self.source, guard=self.config.mpl.guard, step=step)
 
     def _runner(self, run: PhaseRun) -> StepRunner:

@@ -241,6 +241,7 @@ def state_entries(state: State, *, mesh: Mesh) -> list[Entry]:
         {"step": state.step, "baseline": state.baseline.average, "baseline_steps": state.baseline.steps},
         mesh=mesh,
     )
+    entries += replicated_entries("loss", state.loss_buffers, mesh=mesh)
     for name, network in (("teacher", state.teacher), ("student", state.student)):
         if network is not None:
             entries += network_entries(name, network, mesh=mesh)

@@ -14,13 +14,13 @@ from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.mpl import FEEDBACK_RULES, METHODS, Baseline, MovingAverage, Network, Schedules, State
+from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS, Baseline, MovingAverage, Network, Schedules, State
 from mpl_scale.mpl.methods import Step
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
 from mpl_scale.types import Batch
 
-CLASSES, STEPS = 7, 20
+CLASSES, STEPS, IMAGES = 7, 20, 40
 CPU = torch.device("cpu")
 on_each_device = pytest.mark.parametrize(
     "device",
@@ -44,6 +44,7 @@ class Case:
 
     method: str = "mpl"
     rule: str = "cosine"
+    loss: str = "uda"
     optimizer: str = "sgd"
     recompute: str = "none"
     network: str = "digits_cnn"
@@ -54,7 +55,7 @@ class Case:
     bf16: bool = False
 
     def __str__(self) -> str:
-        changed = [getattr(self, name) for name in ("method", "rule", "optimizer", "recompute", "network")]
+        changed = [getattr(self, name) for name in ("method", "rule", "loss", "optimizer", "recompute", "network")]
         flags = [name for name in ("deferred", "skipping", "bf16") if getattr(self, name)]
         return "-".join([*changed, *flags, *([f"x{self.micro_batches}"] if self.micro_batches > 1 else [])])
 
@@ -62,8 +63,9 @@ class Case:
 EVERY_STEP = [
     *(Case(rule=name) for name, rule in FEEDBACK_RULES.items() if rule.__module__.startswith("mpl_scale.")),
     *(Case(method=method) for method in METHODS if method != "mpl"),
+    *(Case(loss=name) for name, loss in LOSSES.items() if loss.adapts),
 ]
-"""Each registered feedback rule with mpl, and every other registered method."""
+"""Each registered feedback rule with mpl, every other registered method, and mpl over each loss that adapts."""
 
 
 def make_state(case: Case, mesh: Mesh) -> tuple[Step, State]:
@@ -71,11 +73,14 @@ def make_state(case: Case, mesh: Mesh) -> tuple[Step, State]:
     labels = "soft" if FEEDBACK_RULES[case.rule].soft_labels else "sampled"
     named = "mpl" if case.method == "teacher_warmup" else case.method  # a phase of its own, of any method
     feedback = FeedbackConfig(rule=case.rule, baseline_decay=0.9)
-    method = MethodConfig(name=named, pseudo_labels=labels, feedback=feedback, ema_decay=0.9)
+    followed = {"teacher_loss": case.loss, "pseudo_label_threshold": 0.2}
+    method = MethodConfig(name=named, pseudo_labels=labels, feedback=feedback, ema_decay=0.9, **followed)
     kind = METHODS[case.method]
     teacher = _network(case, "teacher", mesh) if kind.teacher else None
     student = _network(case, "student", mesh) if kind.student else None
     rates = torch.linspace(0.01, 0.1, STEPS).to(mesh.device)
+    loss = kind.training_loss(method)
+    kept = LOSSES[loss]().buffers(classes=CLASSES, images=IMAGES) if loss else {}
     state = State(
         method=method,
         seed=5,
@@ -90,6 +95,8 @@ def make_state(case: Case, mesh: Mesh) -> tuple[Step, State]:
         deferred_teacher=case.deferred,
         forward_mode=True,
         teacher_views=kind.teacher_views,
+        loss_buffers={name: buffer.to(mesh.device) for name, buffer in kept.items()},
+        data_ranks=mesh.data,
     )
     return SkipNonfinite(kind.step, state) if case.skipping else kind.step, state
 
@@ -133,6 +140,7 @@ def make_batches(case: Case, mesh: Mesh, count: int) -> list[Batch]:
         if case.method == "reduced_mpl":
             drawn = {n: torch.rand(n, CLASSES, generator=generator).softmax(1)[rows[n]] for n in rows}
             stored = {"labelled_distributions": drawn[8], "unlabelled_distributions": drawn[16]}
+        ids = torch.randint(0, IMAGES, (16,), generator=generator)[rows[16]]
         return Batch(
             labelled=pixels(8),
             labels=labels.to(mesh.device),
@@ -141,6 +149,7 @@ def make_batches(case: Case, mesh: Mesh, count: int) -> list[Batch]:
             strong=pixels(16),
             unlabelled_rows=rows[16].to(mesh.device),
             normalise=normalise,
+            unlabelled_ids=ids.to(mesh.device),
             **{name: values.to(mesh.device) for name, values in stored.items()},
         )
 
@@ -149,7 +158,7 @@ def make_batches(case: Case, mesh: Mesh, count: int) -> list[Batch]:
 
 def everything(state: State) -> list[torch.Tensor]:
     """Copies of what a step reads and changes."""
-    tensors = [state.step, state.baseline.average, state.baseline.steps]
+    tensors = [state.step, state.baseline.average, state.baseline.steps, *state.loss_buffers.values()]
     if state.student_average is not None:
         tensors += [*state.student_average.shards, *state.student_average.buffers.values()]
     for network in (state.teacher, state.student):
