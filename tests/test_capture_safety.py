@@ -21,7 +21,7 @@ from mpl_scale.engine.graph import StepRunner
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.mpl import METHODS, State
+from mpl_scale.mpl import LOSSES, METHODS, State
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
 from tests.support.dispatch import HostReads
@@ -34,7 +34,7 @@ from tests.support.tiers import full
 def storages(state: State) -> set[int]:
     """Addresses of everything that lives from step to step."""
     assert state.student_average is not None
-    tensors = [state.step, state.baseline.average, *state.student_average.shards]
+    tensors = [state.step, state.baseline.average, *state.student_average.shards, *state.loss_buffers.values()]
     for network in (state.teacher, state.student):
         assert network is not None
         tensors += [*network.module.parameters(), *network.module.buffers(), *network.master]
@@ -52,7 +52,10 @@ def count_host_reads(method: str, rule: str, skipping: bool = False) -> tuple[Co
     labels = "soft" if rule == "soft_exact" else "sampled"
     feedback = FeedbackConfig(rule=rule)
     state.method = state.method.model_copy(update={"feedback": feedback, "pseudo_labels": labels})
+    if loss := METHODS[method].training_loss(state.method):
+        state.loss_buffers = LOSSES[loss]().buffers(classes=s.classes, images=s.unlabelled)
     batch = rank_batch(make_batches(s, torch.float32)[0], mesh)
+    batch = replace(batch, unlabelled_ids=batch.unlabelled_rows)
     step = SkipNonfinite(METHODS[method].step, state) if skipping else METHODS[method].step
     step(state, batch)
     before = storages(state)
@@ -64,10 +67,8 @@ def count_host_reads(method: str, rule: str, skipping: bool = False) -> tuple[Co
 
 STEPS = [
     *(("mpl", r) for r in ("cosine", "dot", "loss_difference", "none", "flipped", "per_sample", "soft_exact")),
-    *(
-        (m, "cosine")
-        for m in ("supervised", "uda", "fixmatch", "mixup", "cutmix", "pseudo_label", "noisy_student", "teacher_warmup")
-    ),
+    *((m, "cosine") for m in ("supervised", "uda", "mixup", "cutmix", "pseudo_label", "noisy_student")),
+    *((m, "cosine") for m in ("teacher_warmup", "fixmatch", "flexmatch", "freematch", "softmatch")),
 ]
 OVER_RANKS = [("mpl", "cosine"), ("mpl", "per_sample"), ("uda", "cosine")]
 """In `make test` on two ranks too."""
