@@ -258,3 +258,64 @@ def test_bad_input_of_predict(made: dict[str, Any], tmp_path: Path, images: str,
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=message):
         predict(PredictOptions(network(made), tmp_path / images, tmp_path / output))
+
+
+def test_real_labels_by_hand(made: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Right where the class is one of several; without a label left out; by the order of file names, not of folders."""
+    paths = sorted((made["folder"] / "labelled").rglob("*.png"), key=lambda path: path.name)
+    predicted = probabilities(made, paths).argmax(1)
+    kinds = [lambda k: [k], lambda k: [(k + 1) % 10, k, (k + 2) % 10], lambda k: [(k + 3) % 10], lambda k: []]
+    labels = [kinds[place % 4](int(k)) for place, k in enumerate(predicted)]
+    counted = [place for place in range(len(paths)) if place % 4 != 3]
+    own = [int(path.parent.name) in labels[place] for place, path in enumerate(paths)]
+    command = ["evaluate", str(made["folder"] / "run"), "--data", str(made["folder"] / "labelled")]
+    for name, content in {"list": labels, "named": dict(zip([p.name for p in paths], labels, strict=True))}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+        given = ["--real_labels", str(tmp_path / f"{name}.json"), "--output", str(tmp_path / name)]
+        assert main([*command, *given]) == 0
+        found = json.loads((tmp_path / name / "evaluation.json").read_text())
+        assert found["real_images"] == len(counted)
+        assert found["real_top1"] == pytest.approx(100 * sum(place % 4 < 2 for place in counted) / len(counted))
+        assert found["real_agreement"] == pytest.approx(100 * sum(own) / len(counted))
+    assert f"of the {len(counted)} images that have one" in capfd.readouterr().out
+    assert "real_top1" not in evaluate(EvaluateOptions(network(made), tmp_path / "without"))
+
+
+@pytest.mark.parametrize(
+    ("spoil_labels", "message"),
+    [
+        (lambda labels: labels[:-1], r"48 entries for 49 images"),
+        (lambda labels: [[10], *labels[1:]], r"'0000\.png' has \[10\]; give a list of classes from 0 to 9"),
+        (lambda labels: [[-1], *labels[1:]], r"classes from 0 to 9"),
+        (lambda labels: [3, *labels[1:]], r"'0000\.png' has 3; give a list"),
+        (lambda labels: [[] for _ in labels], r"no image has a label"),
+        (lambda labels: {"0000.png": [1]}, r"48 names are only in it or only among the images, '0037\.png' first"),
+        (lambda labels: "labels", r"neither a list of lists of classes nor an object"),
+    ],
+)
+def test_bad_real_labels(made: dict[str, Any], tmp_path: Path, spoil_labels: Any, message: str) -> None:
+    labels = [[1] for _ in (made["folder"] / "labelled").rglob("*.png")]
+    (tmp_path / "real.json").write_text(json.dumps(spoil_labels(labels)))
+    options = EvaluateOptions(
+        network(made), tmp_path / "out", DataChoice(made["folder"] / "labelled"), real_labels=tmp_path / "real.json"
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(options)
+    assert not (tmp_path / "out").exists()  # before anything was scored
+
+
+def test_real_labels_need_names(made: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(made["folder"] / "labelled", tmp_path / "twice")
+    first = next((tmp_path / "twice" / "3").glob("*.png"))
+    shutil.copy(first, tmp_path / "twice" / "4" / first.name)
+    (tmp_path / "arrays").mkdir()
+    np.save(tmp_path / "arrays" / "images.npy", np.zeros((10, 8, 8, 3), np.uint8))
+    np.save(tmp_path / "arrays" / "labels.npy", np.arange(10))
+    (tmp_path / "real.json").write_text(json.dumps([[1]] * 10))
+    for choice, message in (
+        (DataChoice(tmp_path / "twice"), f"2 images are called '{first.name}'"),
+        (DataChoice(tmp_path / "arrays", "arrays"), "the images are not files of their own"),
+    ):
+        options = EvaluateOptions(network(made), tmp_path / "out", choice, real_labels=tmp_path / "real.json")
+        with pytest.raises(ValueError, match=message):
+            evaluate(options)

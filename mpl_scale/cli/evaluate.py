@@ -17,6 +17,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", default="folder", metavar="NAME", help="of --data, as mpl_scale.data.source")
     parser.add_argument("--index", type=Path, metavar="DIR", help="an index of --source, instead of --data")
     parser.add_argument("--label_offset", type=int, metavar="N", help="of --data, as mpl_scale.data.label_offset")
+    parser.add_argument(
+        "--real_labels", type=Path, metavar="JSON", help="several right classes an image, as ImageNet-ReaL's real.json"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="default: evaluation/ beside the checkpoints")
 
 
@@ -34,7 +37,8 @@ def _run(options: argparse.Namespace) -> int:
     from mpl_scale.inference.scoring import StoredNetwork
 
     data = DataChoice(options.data, options.source, options.index, options.label_offset)
-    found = evaluate(EvaluateOptions(StoredNetwork(checkpoint, options.network), output, data))
+    network = StoredNetwork(checkpoint, options.network)
+    found = evaluate(EvaluateOptions(network, output, data, real_labels=options.real_labels))
     if is_main():
         bad = f", {found['unreadable']:,} unreadable" if found["unreadable"] else ""
         print(f"{options.network} of {checkpoint}, {found['evaluated']:,} images{bad}:")
@@ -42,6 +46,11 @@ def _run(options: argparse.Namespace) -> int:
             f"top-1 {found['top1']:.2f}%, top-5 {found['top5']:.2f}%, loss {found['loss']:.4f}, "
             f"calibration error {found['calibration_error']:.2f}%"
         )
+        if options.real_labels is not None:
+            print(
+                f"real labels: top-1 {found['real_top1']:.2f}% of the {found['real_images']:,} images that have one; "
+                f"{found['real_agreement']:.2f}% of them keep their own label"
+            )
         shares = sorted((result["top1"], name) for name, result in found["classes"].items())
         print(f"worst classes: {', '.join(f'{name} {share:.1f}%' for share, name in shares[:5])}")
         written = (

@@ -18,6 +18,7 @@ from mpl_scale.config.load import import_modules
 from mpl_scale.files import replace_text, replacing
 from mpl_scale.inference.labelled import DataChoice, LabelledImages, describe, load_labelled
 from mpl_scale.inference.picture import draw_confusion
+from mpl_scale.inference.real_labels import RealLabels, read_real_labels
 from mpl_scale.inference.scores import Column, ScoreFiles
 from mpl_scale.inference.scoring import Scoring, StoredNetwork, joined_ranks, undecodable
 from mpl_scale.monitor import command
@@ -33,12 +34,16 @@ _MOST_DRAWN = 200
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """output: the folder that gets the results. chunk: images that a stopped command may have to score again."""
+    """output: the folder that gets the results. real_labels: see real_labels.py.
+
+    chunk: images that a stopped command may have to score again.
+    """
 
     network: StoredNetwork
     output: Path
     data: DataChoice = field(default_factory=DataChoice)
     chunk: int = 4096
+    real_labels: Path | None = None
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -48,7 +53,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Returns:
         What evaluation.json holds: top1, top5 and calibration_error in percent, loss (mean CE), images, unreadable,
-        classes by name (images, top1).
+        classes by name (images, top1). With real labels also real_top1, real_images, which have one, and
+        real_agreement: of those, the percentage whose own label is one of the real ones.
 
     Raises:
         ValueError: bad input; what was scored until then is kept in the folder.
@@ -57,6 +63,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     config = checkpoint_config(network.checkpoint)
     import_modules(config.imports)
     images = load_labelled(config, options.data, classes=class_names(network.checkpoint))
+    real = None if options.real_labels is None else read_real_labels(options.real_labels, images)
     top = min(5, config.model.num_classes)
     loss = Column(("loss", "<f4"), lambda ids, logits: _losses(logits, images.labels[ids]))
     files = ScoreFiles(output / "scores.partial", len(images), options.chunk, top, (loss,))
@@ -68,7 +75,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         def write() -> dict[str, Any]:
             result = _Measured(files, images, config.model.num_classes)
             about = {"command": command(), "checkpoint": str(network.checkpoint), **scoring.identity}
-            summary = {**about, **result.summary(), "bad_files": undecodable(files.folder)}
+            summary = {**about, **result.summary(), **_real(files, images, real)}
+            summary["bad_files"] = undecodable(files.folder)
             result.write(output)
             replace_text(output / "evaluation.json", json.dumps(summary, indent=1) + "\n")
             shutil.rmtree(files.folder)
@@ -81,6 +89,22 @@ def _losses(logits: torch.Tensor, labels: np.ndarray) -> np.ndarray:
     """Cross-entropy, float32 [n]. labels: int64 [n]."""
     wanted = torch.from_numpy(labels).to(logits.device)
     return torch.nn.functional.cross_entropy(logits, wanted, reduction="none").cpu().numpy()
+
+
+def _real(files: ScoreFiles, images: LabelledImages, real: RealLabels | None) -> dict[str, Any]:
+    """See `evaluate`; nothing without real labels."""
+    if real is None:
+        return {}
+    counted = right = agreeing = 0
+    for chunk in range(files.chunks):
+        ids, predicted = files.ids(chunk), files.read(chunk)["classes"][:, 0]
+        kept = (predicted >= 0) & real.labelled[ids]
+        counted += int(kept.sum())
+        right += int(real.right(ids, predicted)[kept].sum())
+        agreeing += int(real.right(ids, images.labels[ids])[kept].sum())
+    if not counted:
+        raise ValueError("none of the images with real labels could be read; see --data and --real_labels")
+    return {"real_top1": 100 * right / counted, "real_images": counted, "real_agreement": 100 * agreeing / counted}
 
 
 class _Measured:

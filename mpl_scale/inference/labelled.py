@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,12 @@ class DataChoice:
 class LabelledImages:
     """An ImageSet of some samples of another one, numbered from 0.
 
-    ids: int64 [n], ascending, of `images`. labels: int64 [n], of the network's classes.
+    ids: int64 [n], ascending, of `images`. places: int64 [C], the network's class of each class of `images`.
     """
 
     images: ImageSet
     ids: np.ndarray
-    labels: np.ndarray
+    places: np.ndarray
     classes: Sequence[str]
     refused: np.ndarray = field(init=False)
 
@@ -43,6 +44,11 @@ class LabelledImages:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [n], of the network's classes."""
+        return self.places[self.images.labels[self.ids]]
 
     @property
     def sizes(self) -> np.ndarray:
@@ -91,7 +97,7 @@ def load_labelled(config: Config, choice: DataChoice, *, classes: Sequence[str] 
         if isinstance(images, ImageFiles | IndexedImages) and len(test := images.ids_of("test")):
             ids = test
     places = _places(images.classes, known, count=config.model.num_classes)
-    return LabelledImages(images, ids, places[images.labels[ids]], known or list(images.classes))
+    return LabelledImages(images, ids, places, known or list(images.classes))
 
 
 def describe(images: ImageSet) -> str:

@@ -185,6 +185,11 @@ class IndexedImages:
             content = ppm(_RAW[self._layout](content, height, width), height=height, width=width)
         return np.frombuffer(content, np.uint8)
 
+    @property
+    def of_files(self) -> bool:
+        """Whether each image is a file of its own."""
+        return self._layout == "file"
+
     def name(self, sample: int) -> str:
         """The file, and the byte its image begins at where it holds several."""
         path, offset, _ = self._place(sample)
