@@ -91,7 +91,7 @@ def test_an_operation_at_its_extremes_keeps_the_image(name: str, op: str) -> Non
 @pytest.mark.parametrize(("name", "op"), CASES)
 def test_both_forms_agree_at_the_largest_magnitude(name: str, op: str) -> None:
     """Grouped by operation and with fixed shapes: equal bytes, both signs drawn."""
-    config = policy(name, op_set=None, ops=[op], num_ops=1, random_magnitude=False, cutout=0)
+    config = policy(name, policy=None, op_set=None, ops=[op], num_ops=1, random_magnitude=False, cutout=0)
     view = StrongView(config, seed=0, stream=0, candidates=IDS)
     images, partners = pictures(min(POLICIES[name][1], 64), len(IDS))
     assert view.static is not None

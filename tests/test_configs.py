@@ -92,7 +92,8 @@ def test_valid_at_the_world_it_is_meant_for(name: str) -> None:
     phases = plan_phases(run.mpl, batches, max_steps=None)
     assert sum(phase.steps for phase in phases) >= run.mpl.phases.train.steps
     assert run.mpl.paper is not None
-    assert run.mpl.paper.startswith(("Table", "Figure", "Pseudo", "Section", "none: "))  # none: not in the paper
+    # none: not in the paper
+    assert run.mpl.paper.startswith(("Table", "Figure", "Pseudo", "Section", "Appendix", "none: "))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ SAID = {
     "crop of evaluation": ("l2 b7_supervised", r"crop of evaluation .*0\.94[19]"),
     "moving average of weights": (
         "cifar10_4k svhn_1k imagenet10_resnet50 l2 b7_supervised cifar10_4k_uda svhn_1k_uda imagenet10_resnet50_uda "
+        "imagenet10_resnet50_uda_autoaugment "
         "cifar10_4k_supervised svhn_1k_supervised imagenet10_resnet50_supervised cifar10_noisy_student "
         "svhn_noisy_student cifar10_b0_supervised svhn_b0_supervised imagenet_jft_resnet50_uda "
         "imagenet_jft_resnet50_noisy_student cifar10_supervised_full svhn_supervised_full "

@@ -1,12 +1,14 @@
 """How far each operation goes: from a strength to the argument of PIL's function.
 
 A strength is magnitude / 10 with a random sign; at 1 an operation reaches its limit, a setting of `StrongConfig` whose
-default is AutoAugment's (Cubuk et al. 2019, Table 6). Two rules (`magnitude_rule`):
+default is AutoAugment's (Cubuk et al. 2019, Table 6). Three rules (`magnitude_rule`):
 
 - distance: 0 leaves the image alone and distortion grows with the strength, as a uniformly drawn magnitude needs.
 - level: the released code's. Enhancers, posterize and solarize read the magnitude without a sign, from one end of
   their range to the other: 0 is the greyest, the fewest bits, everything inverted. Solarize's threshold is an 8-bit
   number there, so 409 means 153.
+- autoaugment: from one end of AutoAugment's ranges to the other, as its policy's levels count: an enhancer from 0.1 to
+  1.9, posterize from 4 bits kept to 8, solarize's threshold from 0 to 256.
 
 Magnitudes above 10 go beyond the limits, as in Noisy Student's code: 27 rotates by 81 degrees. Where that would replace
 the image, the limit holds: the weight of Sample Pairing's partner, which that code does not have (at 27 it would be 1,
@@ -44,7 +46,7 @@ def rows(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> n
 
 def factor(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
     """PIL's enhancement factor; 1 leaves the image alone. Never below that of strength -1: 0 is one grey or black."""
-    if limits.magnitude_rule == "level":
+    if limits.magnitude_rule != "distance":
         return (1 - limits.enhance) + 2 * limits.enhance * np.abs(strength)
     return np.maximum(1 + limits.enhance * np.maximum(strength, -1.0), 0.0)
 
@@ -52,13 +54,17 @@ def factor(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) ->
 def bits(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
     """Bits kept, 1 (PIL's least) to 8."""
     amount = np.floor(limits.posterize * np.abs(strength))
-    return np.clip(amount if limits.magnitude_rule == "level" else _MOST_BITS - amount, 1, _MOST_BITS)
+    if limits.magnitude_rule != "level":
+        amount = _MOST_BITS - (amount if limits.magnitude_rule == "distance" else limits.posterize - amount)
+    return np.clip(amount, 1, _MOST_BITS)
 
 
 def threshold(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:
     """Least value that is inverted, 0 to 256."""
     amount = np.floor(256 * np.abs(strength))
-    return amount % 256 if limits.magnitude_rule == "level" else np.maximum(256 - amount, 0)
+    if limits.magnitude_rule == "level":
+        return amount % 256
+    return np.minimum(amount, 256) if limits.magnitude_rule == "autoaugment" else np.maximum(256 - amount, 0)
 
 
 def share(strength: np.ndarray, limits: StrongConfig, size: tuple[int, int]) -> np.ndarray:

@@ -11,6 +11,7 @@ import torch
 
 from mpl_scale.augment.large import OfOne, are_large
 from mpl_scale.augment.parameters import Static
+from mpl_scale.augment.policies import POLICIES
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import StrongConfig
 
@@ -137,11 +138,14 @@ DEFAULT_SET = "no_pairing"
 
 
 def find_ops(config: StrongConfig) -> list[Operation]:
-    """The operations that a config draws from: `ops`, or those of `op_set`.
+    """The operations that a config draws from: those of `policy`, `ops`, or those of `op_set`.
 
     Raises:
         ValueError: an unknown name, with the closest one.
     """
+    if config.policy is not None:
+        require_known("mpl_scale.data.strong.policy", config.policy, POLICIES)
+        return [OPS[name] for name in POLICIES[config.policy].ops]
     for name in config.ops:
         require_known("mpl_scale.data.strong.ops", name, OPS)
     if config.ops:

@@ -1,4 +1,7 @@
-"""The strong view x_s of a weak view x_u: RandAugment (Cubuk et al. 2020), then cutout (DeVries and Taylor 2017)."""
+"""The strong view x_s of a weak view x_u: RandAugment (Cubuk et al. 2020) or a policy (policies.py), then cutout.
+
+Cutout is DeVries and Taylor's (2017).
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from mpl_scale.augment.affine import translate
 from mpl_scale.augment.cutout import cutout, square_of
 from mpl_scale.augment.large import are_large
 from mpl_scale.augment.parameters import MATRIX, SQUARE, affine_map, unchanged
+from mpl_scale.augment.policies import POLICIES
 from mpl_scale.augment.registry import Given, Operation, find_ops, on_device
 from mpl_scale.augment.static import LONGEST_SIDE, StaticView
 from mpl_scale.config.schema import StrongConfig
@@ -73,6 +77,7 @@ class StrongView:
             raise ValueError(f"stream = {stream} is outside [0, {STREAM_LIMIT}); number the phases from 0")
         self._config = config
         self._ops = find_ops(config)
+        self._policy = None if config.policy is None else POLICIES[config.policy]
         self._pairing = np.array([operation.pairs for operation in self._ops] + [False])  # the last: left alone
         self._seed = seed
         self._stream = _STREAM_BASE | stream
@@ -266,10 +271,16 @@ class StrongView:
         widths = (count, _CUTOUT, _PROBABILITY, _PARTNER, _CROP)
         per_op, centre, share, _, crop, places = np.split(uniform, np.cumsum(widths), axis=1)
         per_op = per_op.reshape(rows, config.num_ops, _DRAWS_PER_OP)
-        which = (per_op[..., 0] * len(self._ops)).astype(np.int64)
-        magnitude = config.magnitude * (per_op[..., 1] if config.random_magnitude else 1.0)
-        strength = magnitude / MAX_MAGNITUDE * np.where(per_op[..., 2] < 0.5, -1.0, 1.0)
+        sign = np.where(per_op[..., 2] < 0.5, -1.0, 1.0)
         probability: np.ndarray | float = config.probability
+        if self._policy is not None:
+            row = self._policy.drawn(per_op[:, 0, 0])
+            which, probability = self._policy.which[row], self._policy.probability[row]
+            strength = self._policy.strength[row] * sign
+        else:
+            which = (per_op[..., 0] * len(self._ops)).astype(np.int64)
+            magnitude = config.magnitude * (per_op[..., 1] if config.random_magnitude else 1.0)
+            strength = magnitude / MAX_MAGNITUDE * sign
         if config.probability_range is not None:
             low, high = config.probability_range
             probability = low + (high - low) * share

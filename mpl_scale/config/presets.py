@@ -55,6 +55,8 @@ STRONG_PRESETS: dict[str, dict[str, Any]] = {
         "flip": True,
         "fill": 128,
     },
+    # ImageNet's policy (Cubuk et al. 2019, Table 9), on grey as there.
+    "autoaugment": {"policy": "autoaugment", "magnitude_rule": "autoaugment", "fill": 128},
 }
 """Of "mpl_scale.data.strong"."""
 

@@ -18,6 +18,8 @@ from mpl_scale.config.section import (
 )
 
 Interpolation = Literal["bilinear", "bicubic"]
+_OF_RANDAUGMENT = ("ops", "op_set", "num_ops", "magnitude", "random_magnitude", "probability", "probability_range")
+"""What a policy has instead, each by its own table."""
 
 
 class WeakConfig(Section):
@@ -58,7 +60,7 @@ class StrongConfig(Section):
     Limits are what an operation reaches at magnitude 10; their defaults are AutoAugment's, to which Table 5 refers.
     """
 
-    preset: Literal["paper", "released_code"] | None = Field(
+    preset: Literal["paper", "released_code", "autoaugment"] | None = Field(
         None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
     )
     op_set: str | None = Field(
@@ -69,6 +71,11 @@ class StrongConfig(Section):
     ops: list[str] = Field(
         default_factory=list, description="Names registered in mpl_scale.augment, instead of an op_set."
     )
+    policy: str | None = Field(
+        None,
+        description="Registered: autoaugment (ImageNet's). A sub-policy is drawn for each image, and has operations, "
+        "probabilities and levels of its own; null: RandAugment, as the other fields say.",
+    )
     num_ops: Annotated[int, Field(ge=0, le=16)] = Field(2, description="N of RandAugment.")
     magnitude: Annotated[float, Field(ge=0.0, le=30.0)] = Field(
         9.0, description="M of RandAugment, 0 to 10; the released code goes beyond."
@@ -76,8 +83,10 @@ class StrongConfig(Section):
     random_magnitude: bool = Field(
         True, description="Draw each magnitude from U(0, magnitude) instead of using it as is."
     )
-    magnitude_rule: Literal["distance", "level"] = Field(
-        "distance", description="Whether 0 leaves an image alone (distance), or is one end of a range (released code)."
+    magnitude_rule: Literal["distance", "level", "autoaugment"] = Field(
+        "distance",
+        description="Whether 0 leaves an image alone (distance), or is one end of a range: the released code's "
+        "(level), or AutoAugment's.",
     )
     probability: Probability = Field(1.0, description="Of applying each drawn operation.")
     probability_range: Annotated[tuple[Probability, Probability], Field(strict=False)] | None = Field(
@@ -112,4 +121,21 @@ class StrongConfig(Section):
         if self.ops and self.op_set:
             raise ValueError(f"ops and op_set = {self.op_set!r} both say what to draw from; leave one out")
         refuse_upside_down("probability_range", *(self.probability_range or (0.0, 1.0)))
+        if self.policy is not None:
+            fields = StrongConfig.model_fields
+            given = [
+                name
+                for name in _OF_RANDAUGMENT
+                if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+            ]
+            if given:
+                raise ValueError(
+                    f"policy = {self.policy!r} has its own operations, probabilities and levels; leave out "
+                    f"{', '.join(given)}"
+                )
+            if self.magnitude_rule != "autoaugment":
+                raise ValueError(
+                    f"policy = {self.policy!r} with magnitude_rule = {self.magnitude_rule!r}: its levels are of rule "
+                    "autoaugment; set that, or preset = autoaugment"
+                )
         return self
