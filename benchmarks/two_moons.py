@@ -33,23 +33,24 @@ SUCCESS = 95.0
 """Percent of the points that are right: less is no success."""
 
 NETWORKS = {f"mpl_scale.model.{name}.init_range": 1.0 for name in ("teacher", "student")}
+METHODS_STEPS = 12000
 METHODS_SETTING: dict[str, Any] = {
     **NETWORKS,
-    **{f"mpl_scale.optim.{name}.lr": 0.2 for name in ("teacher", "student")},
+    **{f"mpl_scale.optim.{name}.lr": 0.3 for name in ("teacher", "student")},
     **{f"mpl_scale.optim.{name}.momentum": 0.9 for name in ("teacher", "student")},
-    "mpl_scale.phases.train.steps": 8000,
+    "mpl_scale.phases.train.steps": METHODS_STEPS,
     "mpl_scale.method.teacher_loss": "uda",
     "mpl_scale.method.uda.weight": 5.0,
     "mpl_scale.method.feedback.weight": 0.3,
 }
-METHODS_JITTER = 0.15
+METHODS_JITTER = 0.1
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"mpl_scale.method.name": "supervised"},
     "pseudo labels": {
         "mpl_scale.method.name": "pseudo_label",
         "mpl_scale.method.teacher_loss": "supervised",
         "mpl_scale.method.pseudo_label_threshold": 0.0,
-        "mpl_scale.phases.teacher_warmup.steps": 8000,
+        "mpl_scale.phases.teacher_warmup.steps": METHODS_STEPS,
     },
     "mpl": {},
     "mpl, feedback none": {"mpl_scale.method.feedback.rule": "none"},
