@@ -26,6 +26,7 @@ from tests.support.batches import normalised
 from tests.support.configs import DIGITS
 
 STEPS = 12
+MOONS = DIGITS.with_name("two_moons_uda.json")
 
 
 def moons(rule: str, **changes: object) -> list[str]:
@@ -181,6 +182,15 @@ def test_settings_of_the_feedback_search_are_valid(name: str) -> None:
         run = feedback.config_of(feedback.SETTINGS[name], rule, weight=0.5)
         assert run.mpl.method.feedback.weight == 0.5
         assert run.mpl.method.teacher_loss != "uda"  # the search is about teachers without a consistency loss
+
+
+def test_the_setting_that_finds_the_moons_is_a_config() -> None:
+    """What the benchmark trains 30 times is what train.py trains once."""
+    one, many = load_config(MOONS).resolved(), two_moons.config_of(two_moons.METHODS_SETTING).resolved()
+    assert one["mpl_scale"]["data"].pop("jitter") == two_moons.Jittered.jitter
+    assert many["mpl_scale"]["data"].pop("jitter") == 0
+    assert one["mpl_scale"].pop("paper") != many["mpl_scale"].pop("paper")
+    assert one == many
 
 
 def test_the_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
