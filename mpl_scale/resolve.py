@@ -14,8 +14,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from mpl_scale.config import Batches, Config, RunConfig, check
-from mpl_scale.config.checks import FED_BACK, Engine, choose_derivative, choose_engine, zero_stage
+from mpl_scale.config.checks import Engine, choose_derivative, choose_engine, zero_stage
 from mpl_scale.config.deepspeed_half import without_effect
+from mpl_scale.config.readers import FED_BACK
 from mpl_scale.config.schema import ParallelConfig
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ def _cost(config: Config, *, cuda: bool) -> tuple[bool, str]:
 def _short_average(config: Config) -> str | None:
     """Statistics start at mean 0 and variance 1: after 5 / (1 - decay) steps e^-5, 0.7%, of that is left."""
     steps, decay = config.phases.train.steps, config.model.bn_decay
-    if decay == 1.0 or round(steps * (1.0 - decay), 6) >= CONVERGED:  # 1: statistics are not averaged at all
+    if round(steps * (1.0 - decay), 6) >= CONVERGED:
         return None
     fitting = max(0.0, math.floor(1000 * (1.0 - CONVERGED / steps)) / 1000)
     return (

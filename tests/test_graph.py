@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpl_scale.config.checks import EXACT_RULES
+from mpl_scale.config.readers import EXACT_RULES
 from mpl_scale.config.schema import CheckpointConfig
 from mpl_scale.engine.graph import WARMUP_STEPS, CudaGraphs, Graphs, StepRunner, why_not_captured
 from mpl_scale.mesh import build_mesh

@@ -7,12 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from mpl_scale.config import check, load_config
+from mpl_scale.config import check, load_config, readers
 from mpl_scale.config.deepspeed_half import without_effect
 from mpl_scale.config.unused import unused_settings
+from mpl_scale.data.decode.views import WEAK_VIEWS
+from mpl_scale.data.samples.splits import SPLITS
+from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
+from mpl_scale.optim import OPTIMIZERS
 from mpl_scale.trainer.preflight import check_names
 from tests.support.configs import DIGITS, tiny, write
 
+OPS = tiny()["mpl_scale"]["data"]["strong"]["ops"]
+OF_LOSSES = "name = mpl, teacher_loss = uda, phases.teacher_warmup.steps = 4"
 REFUSED = {
     "mpl_scale.data.weak.scale=[0.9, 0.1]": "scale = .* upside down",
     "mpl_scale.data.weak.ratio=[2, 0.5]": "ratio = .* upside down",
@@ -32,13 +38,23 @@ REFUSED = {
     f"mpl_scale.model.teacher.kwargs={'[' * 60}{']' * 60}": "nested more than 50 levels",
     f"mpl_scale.model.teacher.kwargs={'[' * 100000}": "nested more than 50 levels",
     "comet.mode=appnd": "must be one of get, create, get_or_create",
+    "mpl_scale.model.bn_decay=1": "bn_decay = 1: .* never move",
+    "mpl_scale.method.feedback.baseline_decay=1": "baseline_decay = 1: .* never move",
+    "mpl_scale.data.label_offset=1": "label_offset = 1 has no effect with source digits",
+    "mpl_scale.data.index=somewhere": "index = 'somewhere' .* source digits",
+    'mpl_scale.imports=["no_such_module"]': "imports = 'no_such_module': ModuleNotFoundError",
 }
 
 
 @pytest.mark.parametrize("override", REFUSED)
 def test_values_that_no_run_can_use(override: str) -> None:
+    def checked() -> None:
+        run = load_config(DIGITS, overrides=[override])
+        check(run, world=1, cuda=False)
+        check_names(run)
+
     with pytest.raises(ValueError, match=REFUSED[override]) as caught:
-        check(load_config(DIGITS, overrides=[override]), world=1, cuda=False)
+        checked()
     assert "\n" not in str(caught.value)
 
 
@@ -63,6 +79,13 @@ WITHOUT_EFFECT = {
     "mpl_scale.checkpoint.timeout_seconds=7": "checkpoint.timeout_seconds (asynchronous = false)",
     "mpl_scale.method.freematch.decay=0.5": "method.freematch.decay (no loss is freematch)",
     "mpl_scale.guard.max_skipped=3": "guard.max_skipped (nonfinite = stop)",
+    "mpl_scale.data.allow_damaged_shards=true": "data.allow_damaged_shards (source = digits, unlabelled_index = null)",
+    "mpl_scale.data.distributions=d.npy": "data.distributions (method.name = mpl)",
+    "mpl_scale.data.strong.rotate=3": f"data.strong.rotate (ops = {json.dumps(OPS)})",
+    "mpl_scale.method.mixup_alpha=0.3": f"method.mixup_alpha ({OF_LOSSES})",
+    "mpl_scale.method.pseudo_label_threshold=0.5": f"method.pseudo_label_threshold ({OF_LOSSES})",
+    "mpl_scale.method.feedback.derivative=jvp": "method.feedback.derivative (rule = cosine)",
+    "mpl_scale.parallel.recompute_offload=true": "parallel.recompute_offload (recompute = none)",
 }
 
 
@@ -70,6 +93,96 @@ WITHOUT_EFFECT = {
 def test_settings_without_effect_are_named(tmp_path: Path, override: str) -> None:
     (note,) = load_config(write(tmp_path, tiny()), overrides=[override]).notes
     assert note.endswith(f"no effect here: mpl_scale.{WITHOUT_EFFECT[override]}")
+
+
+WARMUP = "mpl_scale.phases.teacher_warmup.steps=4"
+UNREAD = {
+    "supervised": "method.uda.weight method.feedback.weight method.teacher_loss data.unlabelled_ratio "
+    "data.strong.cutout method.student_label_smoothing method.supervised_weight optim.teacher.momentum",
+    "mixup": "method.uda.weight method.feedback.weight method.teacher_loss data.unlabelled_ratio data.strong.cutout "
+    "method.student_label_smoothing optim.teacher.momentum",
+    "uda": "method.feedback.weight method.teacher_loss method.student_label_smoothing optim.teacher.momentum",
+    "noisy_student": "method.feedback.weight",
+    "mpl": "",
+}
+"""Of the settings below, those that a method does not read; its teacher is trained in the warm-up."""
+GIVEN = {
+    "method.uda.weight": 3.0,
+    "method.feedback.weight": 2.0,
+    "method.teacher_loss": "pseudo_label",
+    "method.student_label_smoothing": 0.1,
+    "method.supervised_weight": 0.5,
+    "data.unlabelled_ratio": 2,
+    "data.strong.cutout": 3,
+    "optim.teacher.momentum": 0.5,
+}
+
+
+@pytest.mark.parametrize("method", UNREAD)
+def test_what_a_method_does_not_read_is_named(method: str) -> None:
+    overrides = [f"mpl_scale.{field}={value}" for field, value in GIVEN.items()]
+    notes = load_config(DIGITS, overrides=[*overrides, f"mpl_scale.method.name={method}", WARMUP]).notes
+    named = {field for field in GIVEN if any(f"mpl_scale.{field}" in note for note in notes)}
+    assert named == set(UNREAD[method].split())
+
+
+def test_the_table_names_what_is_registered() -> None:
+    for known, registry in (
+        (readers.METHODS, METHODS),
+        (readers.LOSSES, LOSSES),
+        (readers.RULES, FEEDBACK_RULES),
+        (readers.OPTIMIZERS, OPTIMIZERS),
+        (readers.SPLITS, SPLITS),
+        (readers.WEAK_VIEWS, WEAK_VIEWS),
+    ):
+        assert set(known) <= registry.keys()
+
+
+def test_what_a_variant_inherits_is_not_named(tmp_path: Path) -> None:
+    """The base's settings of UDA serve its other variants; those of the variant itself are judged."""
+    write(tmp_path, tiny(), "base.json")
+    variant = {
+        "include": "base.json",
+        "mpl_scale": {"method": {"name": "supervised"}, "phases": {"teacher_warmup": {}}},
+    }
+    variant["mpl_scale"]["phases"]["teacher_warmup"]["steps"] = 0  # type: ignore[index]
+    path = write(tmp_path, variant, "variant.json")
+    assert load_config(path).notes == ()
+    (note,) = load_config(path, overrides=["mpl_scale.method.uda.weight=3"]).notes
+    assert "mpl_scale.method.uda.weight (method.name = supervised" in note
+
+
+TOO_LATE = {
+    "optim.student.schedule=step optim.student.milestones=[4,9]": "optim.student.milestones = [4, 9] of 8 steps",
+    "optim.teacher.warmup_steps=9": "optim.teacher.warmup_steps = 9 of 8 steps",
+    "optim.student.warmup_steps=7 method.student_wait_steps=2": "optim.student.warmup_steps = 7 of 6 steps",
+    "optim.student.schedule=exponential": "optim.student.decay_steps = 750 of 8 steps",
+    "method.uda.ramp_steps=8": "method.uda.ramp_steps = 8 of 8 steps",
+    "phases.train.evaluate_every=9": "phases.train.evaluate_every = 9 of 8 steps",
+    "phases.finetune.optim.warmup_steps=5": "phases.finetune.optim.warmup_steps = 5 of 4 steps",
+    "guard.rewind={}": "guard.rewind.window = 20 of 4 lines of metrics",
+}
+
+
+@pytest.mark.parametrize("given", TOO_LATE)
+def test_steps_beyond_the_last_one_are_named(tmp_path: Path, given: str) -> None:
+    overrides = [f"mpl_scale.{setting}" for setting in given.split()]
+    (note,) = load_config(write(tmp_path, tiny()), overrides=overrides).notes
+    assert note.endswith(f"the run is too short for mpl_scale.{TOO_LATE[given]}")
+
+
+def test_modules_that_register_nothing_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "idle_module.py").write_text("import mpl_scale.optim\n")
+    (tmp_path / "busy_module.py").write_text(
+        "from mpl_scale.optim.optimizers import OPTIMIZERS\nOPTIMIZERS.register('of_busy_module')(object)\n"
+    )
+    (tmp_path / "outer_module.py").write_text("import busy_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for _ in range(2):  # the second time they are imported already
+        modules = ["os.path", "idle_module", "busy_module", "outer_module"]
+        (note,) = load_config(DIGITS, overrides=[f"mpl_scale.imports={json.dumps(modules)}"]).notes
+        assert note.endswith("no effect here: mpl_scale.imports = os.path, idle_module (registers nothing)")
+    OPTIMIZERS.pop("of_busy_module")
 
 
 def test_a_default_that_is_written_out_asks_for_nothing(tmp_path: Path) -> None:
@@ -91,7 +204,7 @@ def test_what_a_users_own_names_read_is_not_judged(tmp_path: Path) -> None:
 
 def test_a_preset_asks_for_nothing_itself() -> None:
     run = load_config(DIGITS, overrides=["mpl_scale.data.strong.preset=released_code"])
-    assert unused_settings(run.mpl, {"data": {"strong": {"preset": "released_code"}}}) == []
+    assert unused_settings(run.mpl, [{"data": {"strong": {"preset": "released_code"}}}]) == []
 
 
 def test_keys_of_stage_3_at_another_stage() -> None:

@@ -9,13 +9,9 @@ from mpl_scale.config.deepspeed_half import refuse_combinations, refuse_without_
 from mpl_scale.config.layouts import advise
 from mpl_scale.config.load import RunConfig
 from mpl_scale.config.model_kwargs import refuse_kwargs
+from mpl_scale.config.readers import EXACT_RULES, FED_BACK, MIXES
 
 Engine = Literal["flat", "deepspeed"]
-FED_BACK = ("mpl", "reduced_mpl")
-"""Methods whose teacher hears of the student."""
-MIXES = ("mixup", "cutmix")
-EXACT_RULES = ("per_sample", "soft_exact")
-"""Feedback rules that differentiate the student along its labelled gradient."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +164,16 @@ def _check_parallel(config: RunConfig, *, world: int, cuda: bool) -> None:
 
 def _check_method(config: RunConfig) -> None:
     method, phases = config.mpl.method, config.mpl.phases
+    if config.mpl.model.bn_decay == 1.0:
+        raise ValueError(
+            "mpl_scale.model.bn_decay = 1: batch norm's averages, which evaluation reads, would never move from their "
+            "initial values; use less, as 0.99"
+        )
+    if method.name in FED_BACK and method.feedback.baseline and method.feedback.baseline_decay == 1.0:
+        raise ValueError(
+            "mpl_scale.method.feedback.baseline_decay = 1: the average would never move from 0; use less, as 0.99, or "
+            "set baseline = false"
+        )
     soft, rule = method.pseudo_labels == "soft", method.feedback.rule
     if method.name in FED_BACK and soft and rule not in ("none", "soft_exact"):
         raise ValueError(

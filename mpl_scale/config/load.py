@@ -6,9 +6,11 @@ A file may include others, so that variants of an experiment say only what diffe
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,8 +21,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from mpl_scale.config.deepspeed_half import validated
-from mpl_scale.config.former import former_notes, without_former_fields
-from mpl_scale.config.names import suggest
+from mpl_scale.config.former import former_notes, renamed, without_former_fields
+from mpl_scale.config.names import Registry, suggest
 from mpl_scale.config.presets import apply_preset, merge
 from mpl_scale.config.schema import Config
 from mpl_scale.config.unused import unused_settings
@@ -61,9 +63,10 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         ValueError: one line that names the file or field, and the fix.
     """
     path = Path(path)
-    raw = _read_with_includes(path)
+    raw, layers = _read_with_includes(path)
     for assignment in overrides:
         _assign(raw, assignment)
+        _assign(layers[-1], assignment)
     _refuse_deep(raw, path)
     section = raw.pop(SECTION, None)
     if not isinstance(section, dict):
@@ -75,7 +78,6 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     _refuse_unknown_fields(section, Config, SECTION, path)
-    given = section
     if isinstance(section.get("method"), dict):
         section = {**section, "method": apply_preset(section["method"])}
     try:
@@ -83,26 +85,48 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         mpl = Config.model_validate_json(json.dumps(section))
     except ValidationError as error:
         raise ValueError(f"{path}: {_first_error(error)}") from None
-    import_modules(mpl.imports)
-    notes += unused_settings(mpl, given)
+    idle = import_modules(mpl.imports)
+    notes += [f"no effect here: mpl_scale.imports = {', '.join(idle)} (registers nothing)"] if idle else []
+    notes += unused_settings(mpl, [renamed(given) for layer in layers if isinstance(given := layer.get(SECTION), dict)])
     return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed, notes=tuple(f"{path}: {note}" for note in notes))
 
 
-def import_modules(modules: Sequence[str]) -> None:
-    """Run the user's modules (`imports`), which register what the config then names. ValueError: one cannot be."""
+def import_modules(modules: Sequence[str]) -> list[str]:
+    """Run the user's modules (`imports`), which register what the config then names; those that register nothing.
+
+    ValueError: one cannot be imported.
+    """
+    idle = []
     for module in modules:
+        before = len(Registry.registrants)
         try:
-            importlib.import_module(module)
+            found = importlib.import_module(module)
         except (Exception, SystemExit) as error:  # whatever its code raises; sys.exit(0) would end a run in silence
             why = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(
                 f"{SECTION}.imports = {module!r}: {why}; it must be a module that Python "
                 "finds (PYTHONPATH, or installed) and that imports without an error"
             ) from error
+        if len(Registry.registrants) == before and not _registers(found):
+            idle.append(module)
+    return idle
 
 
-def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The file over the files it includes; `including` are the files on the way to it."""
+def _registers(module: types.ModuleType) -> bool:
+    """Whether the module, one below it, or one it takes something from has registered something, here or in timm."""
+    taken = {str(getattr(value, "__module__", getattr(value, "__name__", ""))) for value in vars(module).values()}
+    below = (name for name in Registry.registrants if name.startswith(f"{module.__name__}."))
+    if any(below) or not taken.isdisjoint(Registry.registrants) or module.__name__ in Registry.registrants:
+        return True
+    timm = sys.modules.get("timm")
+    return timm is not None and module.__name__.rpartition(".")[2] in timm.list_modules()
+
+
+def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The file over the files it includes, and each of them by itself, the file's own last.
+
+    including: the files on the way to it.
+    """
     chain = (*including, path)
     if path.resolve() in [file.resolve() for file in including]:
         raise ValueError(f"{' includes '.join(map(str, chain))}: a circle; remove one of the includes")
@@ -114,9 +138,11 @@ def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> dict
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{path}: {INCLUDE} = {names!r}: must be the path of a ds_config, or a list of paths")
     merged: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     for name in names:
-        merged = merge(merged, _read_with_includes(path.parent / name, including=chain))
-    return merge(merged, raw)
+        included, below = _read_with_includes(path.parent / name, including=chain)
+        merged, layers = merge(merged, included), layers + below
+    return merge(merged, raw), [*layers, copy.deepcopy(raw)]
 
 
 def _read(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:

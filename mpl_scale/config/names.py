@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from types import FrameType
+from typing import ClassVar, TypeVar
 
 Value = TypeVar("Value")
 Registered = TypeVar("Registered")
@@ -14,7 +16,12 @@ SHOWN = 40
 
 
 class Registry(dict[str, Value]):
-    """Things of one kind by the name a config gives them. `kind` is for errors."""
+    """Things of one kind by the name a config gives them. `kind` is for errors.
+
+    registrants: the modules outside this package that have registered something, of any kind.
+    """
+
+    registrants: ClassVar[set[str]] = set()
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -32,7 +39,23 @@ class Registry(dict[str, Value]):
     def __setitem__(self, name: str, value: Value) -> None:
         if name in self:
             raise ValueError(f"{self.kind} {name!r} is registered twice")
+        if (module := _registering()) is not None:
+            self.registrants.add(module)
         super().__setitem__(name, value)
+
+
+def _registering() -> str | None:
+    """The module that is calling into this package; None: one of this package."""
+    frame: FrameType | None = sys._getframe(1)
+    package = __name__.partition(".")[0]
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("importlib."):  # it runs the module below
+            return None
+        if name.partition(".")[0] != package:
+            return str(name)
+        frame = frame.f_back
+    return None
 
 
 def require_known(field: str, name: str, known: Iterable[str]) -> None:

@@ -1,130 +1,103 @@
-"""Settings that were given and have no effect beside the others: harmless, but not what their author thinks.
-
-Only registered names whose needs are known are judged: what a user's own split, optimiser or view reads is theirs.
-"""
+"""Settings that were given and have no effect beside the others: harmless, but not what their author thinks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from mpl_scale.config.presets import flatten
-from mpl_scale.config.schema import Config, DataConfig, OptimConfig
+from mpl_scale.config.readers import READERS, Reader
+from mpl_scale.config.schema import Config, OptimConfig
 
-_BY_SHARD, _BY_CLASS = ("imagenet_10",), ("stratified", "transductive", "test_files")
-_BY_ORDER = ("cifar10_4k", "svhn_1k")
-_SPLIT_SETTINGS = {
-    "labelled_fraction": _BY_SHARD,
-    "held_out_shards": (*_BY_SHARD, "all_labelled"),
-    "labelled_per_class": _BY_CLASS,
-    "test_fraction": ("stratified",),
-    "split_seed": _BY_CLASS,
+_REQUIRED = {
+    "model": {"num_classes": 2, "image_size": 1, **{name: {"name": ""} for name in ("teacher", "student")}},
+    "optim": {name: {"lr": 1.0} for name in ("teacher", "student")},
+    "phases": {"train": {"steps": 1}},
 }
-"""Splits that read a setting."""
-_SPLITS = {*_BY_CLASS, *_BY_SHARD, *_BY_ORDER, "all_labelled"}
-_WEAK_SETTINGS = {"scale": "random_resized_crop", "ratio": "random_resized_crop", "pad": "shift_crop"}
-_OPTIMIZER_SETTINGS = {
-    "momentum": ("sgd", "rmsprop", "lars"),
-    "nesterov": ("sgd", "lars"),
-    "rho": ("rmsprop",),
-    "eps": ("rmsprop",),
-    "betas": ("adamw",),
-    "adam_eps": ("adamw",),
-    "trust": ("lars",),
-}
-_OPTIMIZERS = {"sgd", "rmsprop", "lars", "adamw"}
-_METHODS = {"supervised", "mixup", "cutmix", "pseudo_label", "noisy_student", "mpl", "reduced_mpl"}
-_METHODS |= {"uda", "fixmatch", "flexmatch", "freematch", "softmatch"}
-"""And training losses."""
-_SCHEDULE_SETTINGS = {
-    "decay_rate": ("exponential", "step"),
-    "decay_steps": ("exponential",),
-    "start_fraction": ("one_cycle",),
-}
+"""Fields without a default: they stand in every file, and ask for nothing by that."""
 
 
-class _Unused(NamedTuple):
-    """A field below "mpl_scale", or a section with all that is in it, and the setting that leaves it without effect."""
-
-    field: str
-    because: str
-
-
-def unused_settings(config: Config, given: Mapping[str, Any]) -> list[str]:
-    """One line that names the settings without effect; none where there are none.
+def unused_settings(config: Config, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines that name the settings without effect, and those that the run is too short for; none where there are none.
 
     Args:
         config: validated.
-        given: the "mpl_scale" section as it was written: a default that is written out asks for nothing.
+        layers: the "mpl_scale" sections as they were written: of included files first, then of the file itself. What
+            an included file gives and a later one's choice leaves without effect is inherited: it is not named. Nor
+            is a default that is written out, which asks for nothing.
     """
-    asked, defaults = flatten(given), flatten(_defaults(config))
-    named = {name for name, value in asked.items() if name not in defaults or defaults[name] != value}
-    found = []
-    for field, because in _unused(config):
-        hit = sorted(name for name in named if name == field or name.startswith(f"{field}."))
-        found += [f"mpl_scale.{name} ({because})" for name in hit]
-    return [f"no effect here: {', '.join(found)}"] if found else []
+    written = [flatten(layer) for layer in layers]
+    level = {name: number for number, layer in enumerate(written) for name in layer}
+    defaults = flatten(type(config).model_validate(_REQUIRED).model_dump(mode="json")) | flatten(_REQUIRED)
+    values = flatten(config.model_dump(mode="json"))
+    asked = [
+        name
+        for name in level
+        if name not in flatten(_REQUIRED) and (name not in defaults or defaults[name] != written[level[name]][name])
+    ]
+    found: dict[str, list[str]] = {}
+    for reader in READERS:
+        deciding = [values.get(name) for name in reader.by]
+        if not reader.reads(*deciding):
+            chosen = max(level.get(name, -1) for name in reader.by)
+            for name in asked:
+                twin = name.replace(".teacher.", ".student.")
+                if reader.twins and values.get(name) == values.get(twin):
+                    continue
+                if level[name] >= chosen and _below(name, reader.fields):
+                    found.setdefault(_because(reader, name, deciding), []).append(f"mpl_scale.{name}")
+    named: set[str] = set()
+    groups = []
+    for because, names in found.items():
+        new = [name for name in names if name not in named]
+        named.update(new)
+        groups += [f"{', '.join(new)} ({because})"] if new else []
+    lines = [f"no effect here: {'; '.join(groups)}"] if groups else []
+    late = list(_too_late(config))
+    return lines + ([f"the run is too short for {'; '.join(late)}"] if late else [])
 
 
-def _defaults(config: Config) -> dict[str, Any]:
-    """The sections with every field that has a default at it."""
-    required = {
-        "model": {"num_classes": 2, "image_size": 1, **{name: {"name": ""} for name in ("teacher", "student")}},
-        "optim": {name: {"lr": 1.0} for name in ("teacher", "student")},
-        "phases": {"train": {"steps": 1}},
-    }
-    return type(config).model_validate(required).model_dump(mode="json")
+def _below(name: str, fields: Sequence[str]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
-def _unused(config: Config) -> Iterator[_Unused]:
-    model, parallel, finetune = config.model, config.parallel, config.phases.finetune
-    for name in ("teacher", "student"):
-        network = getattr(model, name)
-        if network.init != "uniform":
-            yield _Unused(f"model.{name}.init_range", f"init = {network.init}")
-        if network.weights is None:
-            yield _Unused(f"model.{name}.new_classifier", "weights = null")
-    yield from _unused_data(config.data)
-    for name in ("teacher", "student"):
-        yield from _unused_optim(f"optim.{name}", getattr(config.optim, name))
-    if finetune.steps:
-        yield from _unused_optim("phases.finetune.optim", finetune.optim)
-    if parallel.width == 1:
-        yield from (_Unused(f"parallel.{name}", "width = 1") for name in ("switch_at", "empty_slices", "halo"))
-    if not config.checkpoint.asynchronous:
-        yield _Unused("checkpoint.timeout_seconds", "asynchronous = false")
-    if config.guard.nonfinite != "skip":
-        yield _Unused("guard.max_skipped", f"nonfinite = {config.guard.nonfinite}")
-    names = {config.method.name, config.method.teacher_loss}
-    for name in ("freematch", "softmatch"):
-        if name not in names and names <= _METHODS:
-            yield _Unused(f"method.{name}", f"no loss is {name}")
-    if not config.method.feedback.baseline:
-        for name in ("baseline_decay", "baseline_bias_correction"):
-            yield _Unused(f"method.feedback.{name}", "baseline = false")
+def _because(reader: Reader, name: str, deciding: Sequence[Any]) -> str:
+    """The settings that leave a field without effect, relative to its section where they are in it."""
+
+    def shown(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    section = f"{name.rpartition('.')[0]}."
+    return ", ".join(
+        f"{by.removeprefix(section)} = {shown(value)}" for by, value in zip(reader.by, deciding, strict=True)
+    )
 
 
-def _unused_data(data: DataConfig) -> Iterator[_Unused]:
-    if data.split in _SPLITS:
-        for name, splits in _SPLIT_SETTINGS.items():
-            if data.split not in splits:
-                yield _Unused(f"data.{name}", f"split = {data.split}")
-    for name, kind in _WEAK_SETTINGS.items():
-        if data.weak.kind in _WEAK_SETTINGS.values() and data.weak.kind != kind:
-            yield _Unused(f"data.weak.{name}", f"kind = {data.weak.kind}")
-    if data.evaluation.kind == "resize":
-        yield _Unused("data.evaluation.crop_pct", "kind = resize")
-    if data.strong.probability_range is not None:
-        yield _Unused("data.strong.probability", "probability_range is drawn from instead")
-    if data.resident == "off":
-        yield _Unused("data.resident_bytes", "resident = off")
+def _too_late(config: Config) -> Iterator[str]:
+    """Settings that count steps beyond the last one of their phase."""
+    phases, method, rewind = config.phases, config.method, config.guard.rewind
+    steps, wait = phases.train.steps, config.method.student_wait_steps
+    longest = max(steps, phases.teacher_warmup.steps)
+    for where, optim, last in (
+        ("optim.teacher", config.optim.teacher, longest),
+        ("optim.student", config.optim.student, steps - wait),
+        ("phases.finetune.optim", config.phases.finetune.optim, phases.finetune.steps),
+    ):
+        yield from (f"mpl_scale.{where}.{late} of {last} steps" for late in _late_schedule(optim, last) if last)
+    if method.uda.ramp_steps >= longest and method.uda.weight:
+        yield f"mpl_scale.method.uda.ramp_steps = {method.uda.ramp_steps} of {longest} steps"
+    if phases.train.evaluate_every > steps:
+        yield f"mpl_scale.phases.train.evaluate_every = {phases.train.evaluate_every} of {steps} steps"
+    lines = longest // config.logging.every
+    if rewind is not None and rewind.window >= lines:
+        yield f"mpl_scale.guard.rewind.window = {rewind.window} of {lines} lines of metrics"
 
 
-def _unused_optim(where: str, optim: OptimConfig) -> Iterator[_Unused]:
-    if optim.name in _OPTIMIZERS:
-        for name, optimizers in _OPTIMIZER_SETTINGS.items():
-            if optim.name not in optimizers:
-                yield _Unused(f"{where}.{name}", f"name = {optim.name}")
-    for name, schedules in _SCHEDULE_SETTINGS.items():
-        if optim.schedule not in schedules:
-            yield _Unused(f"{where}.{name}", f"schedule = {optim.schedule}")
+def _late_schedule(optim: OptimConfig, steps: int) -> Iterator[str]:
+    if optim.milestones and optim.milestones[-1] >= steps:
+        yield f"milestones = {optim.milestones}"
+    if optim.warmup_steps > steps:
+        yield f"warmup_steps = {optim.warmup_steps}"
+    if optim.schedule == "exponential" and optim.decay_steps >= steps:
+        yield f"decay_steps = {optim.decay_steps}"

@@ -134,9 +134,8 @@ def load_images(config: DataConfig) -> ImageSet:
         ValueError: unknown source, missing root, a stale index, or more unreadable images than
             `max_bad_fraction`; each says how to mend it.
     """
-    require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
+    refuse_options(config)
     options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data is not False)
-    refuse_unused(config.source, label_offset=config.label_offset, check_data=config.check_data)
     root = None if config.root is None else Path(config.root).expanduser()
     if config.index is not None:
         images: ImageSet = _indexed(config, Path(config.index).expanduser(), root)
@@ -156,6 +155,17 @@ def load_images(config: DataConfig) -> ImageSet:
             f"{config.max_bad_fraction:g}: {unreadable_error(images.refusals(6), count=images.bad)}"
         )
     return images
+
+
+def refuse_options(config: DataConfig) -> None:
+    """ValueError for an unknown source, or a setting that has no effect with the source; reads no data."""
+    require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
+    refuse_unused(config.source, label_offset=config.label_offset, check_data=config.check_data)
+    if config.index is not None and config.source not in FORMATS:
+        raise ValueError(
+            f"mpl_scale.data.index = '{config.index}' is for sources that are indexed, and source {config.source} is "
+            "not; leave it out, or set the source that it was built from"
+        )
 
 
 def _refuse_outside(images: ImageSet, source: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from mpl_scale.config.checks import EXACT_RULES, FED_BACK
+from mpl_scale.config.readers import EXACT_RULES, FED_BACK
 from mpl_scale.config.schema import Config, MethodConfig, OptimsConfig
 from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.models.kernels import Mode

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpl_scale.config.checks import FED_BACK
+from mpl_scale.config.readers import FED_BACK
 from mpl_scale.models.layers import DropoutLinear
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mpl_scale.config.checks import FED_BACK
+from mpl_scale.config.readers import FED_BACK
 from mpl_scale.config.schema import Config
 from mpl_scale.data.decode.views import weak_view
 from mpl_scale.data.resident import stored_bytes, stored_view

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mpl_scale.config.checks import FED_BACK, choose_engine
+from mpl_scale.config.checks import choose_engine
+from mpl_scale.config.readers import FED_BACK
 from mpl_scale.planner.duration import Duration, duration
 from mpl_scale.planner.job import Choice, Engine, Job, Machine
 from mpl_scale.planner.memory import Memory, memory

@@ -23,6 +23,7 @@ from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_m
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.labels import range_hint
 from mpl_scale.data.index.reader import VERSION, IndexedImages
+from mpl_scale.data.registry import refuse_options
 from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
@@ -42,6 +43,7 @@ from mpl_scale.trainer.phases import initial_seed, recomputed
 def check_names(run: RunConfig) -> None:
     """Raise ValueError for a name in the config that is not registered, or settings that exclude each other."""
     method, optim = run.mpl.method, run.mpl.optim
+    refuse_options(run.mpl.data)
     require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
     require_known("mpl_scale.method.teacher_loss", method.teacher_loss, LOSSES)
