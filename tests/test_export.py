@@ -121,6 +121,23 @@ def test_exported_weights_come_back(tmp_path: Path, network: dict[str, Any]) -> 
     assert_same_logits(built(config, checkpoint), plain)
 
 
+def test_another_network_is_replaced_only_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint, _ = checkpoint_of(tmp_path, **MODELS[0])
+    out = tmp_path / "out"
+    export(checkpoint, out, network="student")
+    export(checkpoint, out, network="student")  # the same once more
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "other").mkdir()
+    checkpoint_of(tmp_path / "other", long=True, **MODELS[0])
+    command = ["export", str(tmp_path / "other"), "--output", str(out)]
+    assert main(command) == 2
+    assert f"--output {out} holds another network (model.safetensors); give --overwrite" in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert main([*command, "--overwrite"]) == 0
+    (out / "model.safetensors").write_bytes(b"cut short")
+    assert main(command) == 2
+
+
 def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}

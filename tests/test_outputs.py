@@ -47,6 +47,17 @@ def test_no_command_writes_over_a_run(run: tuple[str, Path], capfd: pytest.Captu
     assert content(out) == before
 
 
+@pytest.mark.parametrize(
+    "option", ["--output o", "--top 3", "--seed 1", "--argmax_only", "--chunk 7", "--ds_config c", "--overwrite"]
+)
+def test_writing_hashes_refuses_what_it_does_not_read(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], option: str
+) -> None:
+    command = ["select", "--index", str(tmp_path), "--write_hashes", str(tmp_path / "hashes.txt")]
+    assert main([*command, *option.split()]) == 2
+    assert f"{option.split()[0]} means nothing with --write_hashes" in capfd.readouterr().err
+
+
 def test_a_file_of_its_own_beside_them_is_allowed(run: tuple[str, Path]) -> None:
     refuse_run(run[1] / "teacher.npy")
     refuse_run(run[1] / "exported")

@@ -182,6 +182,23 @@ def test_two_ranks_and_a_resume_write_the_same_files(made: dict[str, Any], tmp_p
             chosen(made, tmp_path / "two", **settings, **other)
 
 
+def test_another_selection_is_replaced_only_when_asked(made: dict[str, Any], tmp_path: Path) -> None:
+    chosen(made, tmp_path / "out", count=3)
+    first = content(tmp_path / "out")
+    chosen(made, tmp_path / "out", count=3)  # the same once more, as of a job that is started again
+    assert content(tmp_path / "out") == first
+    message = rf"--output '{tmp_path / 'out'}' holds another index; give --overwrite"
+    for other in ({"count": 4}, {"count": 3, "distributions": True}, {"count": 3, "checkpoint": made["earlier"]}):
+        with pytest.raises(ValueError, match=message):
+            chosen(made, tmp_path / "out", **other)
+    shutil.copytree(made["index"], tmp_path / "index")
+    with pytest.raises(ValueError, match="holds another index"):
+        chosen(made, tmp_path / "index")
+    assert content(tmp_path / "out") == first
+    chosen(made, tmp_path / "out", count=4, overwrite=True)
+    assert content(tmp_path / "out") != first
+
+
 def test_images_of_the_given_hashes_are_not_chosen(made: dict[str, Any], tmp_path: Path) -> None:
     """The images of a first choice are taken out of the second one, which fills up with the next best."""
     hashes, first = tmp_path / "hashes.txt", tmp_path / "first"
@@ -240,7 +257,7 @@ def test_a_run_goes_on_with_the_selected_index_it_began_with(made: dict[str, Any
     (tmp_path / "first").rename(tmp_path / "moved")
     go_on(tmp_path / "moved", steps=3)
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["steps"] == 3
-    chosen(made, tmp_path / "moved", count=9)  # the same folder, other images
+    chosen(made, tmp_path / "moved", count=9, overwrite=True)  # the same folder, other images
     with pytest.raises(ValueError, match=rf"began with '{tmp_path / 'moved'}' \(sha256 {described['sha256'][:12]}\)"):
         go_on(tmp_path / "moved", steps=4)
 

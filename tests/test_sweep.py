@@ -222,6 +222,8 @@ def test_seeds_of_the_command_replace_the_specs(tmp_path: Path, capsys: pytest.C
         ({"set": {LR: 1}}, "a field stands both in space and in set"),
         ({"set": {"mpl_scale.optim.student": 1}}, f"space.{LR} lies inside set.mpl_scale.optim.student"),
         ({"trials": 0}, "trials = 0: must be a whole number of at least 1"),
+        ({"seeds": []}, "seeds is empty"),
+        ({"best": 4, "trials": 3, "seeds": [1]}, "best = 4 of trials = 3"),
         ({"seeds": [1, 1]}, "seeds = [1, 1]: must be a list of different whole numbers"),
         ({"seeds": [1], "final_set": {"mpl_scale.seed": 2}}, "mpl_scale.seed is set by `seeds` in the final runs"),
         ({"metric": "student.top2"}, "metric = 'student.top2' is unknown; did you mean student.top"),

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mpl_scale.checkpoint.format import CheckpointError, read_index
 from mpl_scale.checkpoint.reader import read_prefix
@@ -30,10 +31,14 @@ NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
 CONFIG_NAME = "config.json"
 
 
-def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
+def export(checkpoint: Path, output: Path, *, network: str, overwrite: bool = False) -> dict[str, Any]:
     """Write a network ("teacher", "student", "ema") into `output`, which is made; returns config.json's content.
 
-    Raises CheckpointError where the checkpoint is damaged, has no such network or not the configuration of a run.
+    overwrite: whether another network, or another model's configuration, that is there may be replaced.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, has no such network or not the configuration of a run.
+        ValueError: the folder holds another network.
     """
     config = checkpoint_config(checkpoint)
     import_modules(config.imports)
@@ -41,6 +46,9 @@ def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
     weights = read_network(checkpoint, network)
     plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
     content = _hub_config(config, section, labels=class_names(checkpoint))
+    text = json.dumps(content, indent=2) + "\n"
+    if not overwrite:
+        _refuse_other(output, plain, text)
     output.mkdir(parents=True, exist_ok=True)
     with replacing(output / FILE_NAME) as draft:
         try:
@@ -48,8 +56,29 @@ def export(checkpoint: Path, output: Path, *, network: str) -> dict[str, Any]:
         except SafetensorError as error:
             raise OSError(f"{output / FILE_NAME} cannot be written: {error}") from error
         draft.chmod(0o666 & ~_umask())
-    replace_text(output / CONFIG_NAME, json.dumps(content, indent=2) + "\n")
+    replace_text(output / CONFIG_NAME, text)
     return content
+
+
+def _refuse_other(output: Path, weights: Mapping[str, torch.Tensor], config: str) -> None:
+    """ValueError where the folder has files of these names that would become others."""
+    for name, read in ((FILE_NAME, load_file), (CONFIG_NAME, Path.read_text)):
+        if not (output / name).exists():
+            continue
+        try:
+            found = read(output / name)
+        except (OSError, ValueError, SafetensorError):  # damaged
+            found = None
+        same = found == config if isinstance(found, str) else found is not None and _equal(found, weights)
+        if not same:
+            raise ValueError(
+                f"--output {output} holds another network ({name}); give --overwrite to replace it, or choose another "
+                "folder"
+            )
+
+
+def _equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def _umask() -> int:

@@ -19,6 +19,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
         help="ema: the student's moving average; default: student",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets model.safetensors, config.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace another network that --output holds")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -27,7 +28,7 @@ def _run(options: argparse.Namespace) -> int:
     from mpl_scale.checkpoint.export import export  # torch: seconds
 
     checkpoint = choose_checkpoint(options.checkpoint)
-    content = export(checkpoint, options.output, network=options.network)
+    content = export(checkpoint, options.output, network=options.network, overwrite=options.overwrite)
     print(f"{options.network} of {checkpoint}, {content['architecture']}: {options.output}")
     return 0
 

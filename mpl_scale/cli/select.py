@@ -20,6 +20,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", type=Path, required=True, metavar="IN", help="the images to choose from")
     parser.add_argument("--root", type=Path, metavar="DIR", help="where its shards are; default: as the index says")
     parser.add_argument("--output", type=Path, metavar="OUT", help="the new index")
+    parser.add_argument("--overwrite", action="store_true", help="replace another index that --output holds")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--per_class", type=positive, metavar="K", help="the K images most probable for each class")
     what.add_argument(
@@ -52,7 +53,9 @@ def _share(text: str) -> float:
 
 
 def _run(options: argparse.Namespace) -> int:
-    if options.output is not None:
+    if options.write_hashes is not None:
+        _refuse_unread(options)
+    elif options.output is not None:
         refuse_output(options.output, folder=True)
         refuse_run(options.output)
     if options.write_hashes is not None:
@@ -86,6 +89,7 @@ def _run(options: argparse.Namespace) -> int:
         top=options.top,
         chunk=options.chunk,
         keep_scores=options.keep_scores,
+        overwrite=options.overwrite,
     )
     summary = select(run, chosen)
     if is_main():
@@ -101,6 +105,15 @@ def _run(options: argparse.Namespace) -> int:
                 "might fit better than the last one taken; --top with more classes settles it"
             )
     return 0
+
+
+def _refuse_unread(options: argparse.Namespace) -> None:
+    """ValueError for an option that --write_hashes does not read."""
+    parser = argparse.ArgumentParser()
+    _options(parser)
+    for name, default in vars(parser.parse_args(["--index", ".", "--write_hashes", "."])).items():
+        if name not in ("index", "root", "write_hashes", "local_rank") and getattr(options, name) != default:
+            raise ValueError(f"--{name} means nothing with --write_hashes; leave it out")
 
 
 def _refuse_missing(options: argparse.Namespace) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 from mpl_scale.config import Config, RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data.decode.views import evaluation_view
+from mpl_scale.files import read_object
 from mpl_scale.inference.scores import ScoreFiles
 from mpl_scale.inference.scoring import Scoring, StoredNetwork, joined_ranks
 from mpl_scale.mesh import Mesh
-from mpl_scale.monitor import Progress
+from mpl_scale.monitor import Progress, config_hash
 from mpl_scale.select.hashes import HashedImages, read_hashes
 from mpl_scale.select.rules import SELECTION_RULES, RuleSettings
-from mpl_scale.select.write import Wanted, write_selected
+from mpl_scale.select.write import SELECTION_NAME, Wanted, write_selected
 from mpl_scale.trainer.bad_input import value_on_main
 
 
@@ -33,7 +34,7 @@ class SelectOptions:
     checkpoint: a step_... folder. network: None: the teacher, or
     the student where there is none. root: where the index's shards are; None: as it says. rule: of SELECTION_RULES.
     removed: a file of SHA-256, one a line. top: classes kept of each image; None: 10, or all with `distributions`.
-    chunk: images of a score file. keep_scores: leave OUTPUT.partial.
+    chunk: images of a score file. keep_scores: leave OUTPUT.partial. overwrite: replace another index.
     """
 
     checkpoint: Path
@@ -51,6 +52,7 @@ class SelectOptions:
     top: int | None = None
     chunk: int = 65536
     keep_scores: bool = False
+    overwrite: bool = False
 
 
 def select(run: RunConfig, options: SelectOptions) -> dict[str, Any]:
@@ -72,6 +74,7 @@ def select(run: RunConfig, options: SelectOptions) -> dict[str, Any]:
     with joined_ranks(config) as joined, ExitStack() as held:
         mesh, _ = joined
         selection = _Selection(config, dataclasses.replace(options, output=output), images, joined)
+        value_on_main(mesh, lambda: selection.refuse_other(removed))
         selection.scoring.fill(held, max_bad_fraction=config.data.max_bad_fraction)
         summary = value_on_main(mesh, lambda: selection.write(removed))
         if mesh.is_main and not options.keep_scores:
@@ -93,10 +96,9 @@ class _Selection:
         network, identity = StoredNetwork(options.checkpoint, options.network), {"index": images.fingerprint}
         self.scoring = Scoring(config, images, self._files, network, joined, identity=identity)
 
-    def write(self, removed: frozenset[bytes]) -> dict[str, Any]:
-        """On rank 0: apply the rule and publish the index; what selection.json holds."""
+    def _settings(self) -> RuleSettings:
         options = self._options
-        settings = RuleSettings(
+        return RuleSettings(
             classes=self._config.model.num_classes,
             count=options.count,
             least=options.least,
@@ -104,12 +106,34 @@ class _Selection:
             argmax_only=options.argmax_only,
             seed=self._config.seed,
         )
+
+    def _request(self, removed: frozenset[bytes]) -> str:
+        """A hash of all that decides what is written."""
+        rule = {"rule": self._options.rule, **dataclasses.asdict(self._settings())}
+        others = {"distributions": self._options.distributions, "removed": sorted(digest.hex() for digest in removed)}
+        return config_hash({"scores": self.scoring.identity, **rule, **others})
+
+    def refuse_other(self, removed: frozenset[bytes]) -> None:
+        """On rank 0: ValueError where OUTPUT is an index that this selection would replace by another one."""
+        output = self._options.output
+        if self._options.overwrite or not output.exists():
+            return
+        account = output / SELECTION_NAME
+        found = read_object(account, fix="give --overwrite, or choose another --output") if account.exists() else {}
+        if found.get("request") != self._request(removed):
+            raise ValueError(
+                f"--output '{output}' holds another index; give --overwrite to replace it, or choose another folder"
+            )
+
+    def write(self, removed: frozenset[bytes]) -> dict[str, Any]:
+        """On rank 0: apply the rule and publish the index; what selection.json holds."""
+        options = self._options
         folders = {"checkpoint_folder": str(options.checkpoint), "index_folder": str(self._images.folder)}
         return write_selected(
             self._files,
             self._images,
-            wanted=Wanted(options.rule, settings, removed, options.distributions),
+            wanted=Wanted(options.rule, self._settings(), removed, options.distributions),
             config=self._config,
             output=options.output,
-            about={**self.scoring.identity, **folders},
+            about={**self.scoring.identity, **folders, "request": self._request(removed)},
         )

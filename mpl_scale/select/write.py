@@ -19,6 +19,7 @@ from mpl_scale.inference.scoring import undecodable
 from mpl_scale.select.hashes import matches
 from mpl_scale.select.rules import SELECTION_RULES, Chosen, RuleSettings, Scores
 
+SELECTION_NAME = "selection.json"
 _ROWS = 1 << 16  # rows of distributions copied at once
 
 
@@ -75,7 +76,7 @@ def write_selected(
     }
 
     def extra(folder: Path) -> None:
-        replace_text(folder / "selection.json", json.dumps(summary, indent=1) + "\n")
+        replace_text(folder / SELECTION_NAME, json.dumps(summary, indent=1) + "\n")
         np.save(folder / "probability.npy", chosen.found.probabilities)
         with open(folder / "unreadable.jsonl", "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in undecodable(files.folder))

@@ -106,6 +106,8 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
     settings, final = flatten(settings), flatten(final)
     _refuse_overlaps({**dict.fromkeys(space, "space"), **dict.fromkeys(settings, "set")}, len(space) + len(settings))
     seeds = raw.get("seeds", [])
+    if "seeds" in raw and seeds == []:
+        raise ValueError("seeds is empty: name at least one, or leave it out for no final runs")
     if not isinstance(seeds, list) or not all(_whole(value, 0) for value in seeds) or len(set(seeds)) != len(seeds):
         raise ValueError(f"seeds = {seeds!r}: must be a list of different whole numbers of at least 0")
     if seeds and (SEED in space or SEED in final):
@@ -115,6 +117,10 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
         raise ValueError(f"metric = {metric!r}: must be a network and a measure, as student.top1")
     if metric is not None:
         require_known("metric", metric, [f"{network}.{measure}" for network in NETWORKS for measure in MEASURES])
+    trials = _number(raw, "trials", TRIALS, least=1) if trials is None else trials
+    best = _number(raw, "best", 1, least=1)
+    if best > trials:
+        raise ValueError(f"best = {best} of trials = {trials}: there are not as many; lower best, or raise trials")
     return Spec(
         path=path,
         ds_config=path.parent / raw["ds_config"],
@@ -122,10 +128,10 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
         declared=space,
         settings=settings,
         final_settings=final,
-        trials=_number(raw, "trials", TRIALS, least=1) if trials is None else trials,
+        trials=trials,
         seed=_number(raw, "seed", 0, least=0) if seed is None else seed,
         metric=metric,
-        best=_number(raw, "best", 1, least=1),
+        best=best,
         seeds=seeds,
     )
 
