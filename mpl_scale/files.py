@@ -109,7 +109,7 @@ def read_object(path: Path, *, fix: str) -> dict[str, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file; {fix}") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read as JSON: {error}; {fix}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path}: a JSON object is expected, not a {type(document).__name__}; {fix}")

@@ -54,12 +54,44 @@ def error_line(capfd: pytest.CaptureFixture[str], command: list[str]) -> str:
         ("mpl_scale.data.evaluation.kind=centre_crop", "evaluation.kind = 'centre_crop' is unknown; did you mean"),
         ("mpl_scale.method.name=mlp", "mpl_scale.method.name = 'mlp' is unknown; did you mean mpl"),
         ("mpl_scale.method.feedback.rule=cosin", "mpl_scale.method.feedback.rule = 'cosin' is unknown; did you mean"),
+        ("mpl_scale.data.split=../x", "mpl_scale.data.split = '../x' is unknown; known: all_labelled"),
+        (
+            "mpl_scale.model.teacher.name=hf_hub:timm/resnet18.a1",
+            "nothing is downloaded: give the architecture's name, as",
+        ),
+        ("mpl_scale.model.student.name=../x", "mpl_scale.model.student.name = '../x' is a path or a model of a hub"),
+        ("include=", "--set include=: include is read in files alone; write it in "),
+        ("mpl_scale.seed=" + 5000 * "9", "--set mpl_scale.seed=99999999999999999999...: a whole number has thousands"),
         ("mpl_scale.optim.student.name=sdg", "mpl_scale.optim.student.name = 'sdg' is unknown; did you mean sgd"),
     ],
 )
 def test_wrong_setting(tmp_path: Path, capfd: pytest.CaptureFixture[str], override: str, message: str) -> None:
     assert message in error_line(capfd, arguments(tmp_path, override))
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_thousands_of_digits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Beyond what Python reads; in every file that a user writes."""
+    number = 5000 * "9"
+    config, spec = tmp_path / "long.json", tmp_path / "spec.json"
+    config.write_text(f'{{"train_batch_size": {number}}}')
+    spec.write_text(f'{{"ds_config": "run.json", "trials": {number}}}')
+    assert f"{config}: a whole number has thousands" in error_line(capfd, ["check", "--ds_config", str(config)])
+    assert f"{spec}: cannot be read" in error_line(capfd, ["sweep", str(spec), "--output", str(tmp_path / "out")])
+    for option in ("--seed", "--world"):
+        with pytest.raises(SystemExit, match="2"):
+            main(["check", "--ds_config", str(config), option, number])
+        assert f"argument {option}: 99999999999999999999... is no whole number" in capfd.readouterr().err
+
+
+def test_a_summary_that_is_cut_short(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = [*arguments(tmp_path), "--max_steps", "1"]
+    assert main(command) == 0
+    capfd.readouterr()
+    summary = tmp_path / "out" / "summary.json"
+    summary.write_text(summary.read_text()[:100])
+    for again in (command, ["report", str(tmp_path / "out"), "--output", str(tmp_path / "report.html")]):
+        assert f"{summary}: cannot be read as JSON" in error_line(capfd, again)
 
 
 def test_missing_data_set(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -38,7 +38,7 @@ def add_config_options(parser: argparse.ArgumentParser, *, required: bool = True
         metavar="A.B.C=VALUE",
         help="override one field, as mpl_scale.optim.student.lr=0.1 or zero_optimization.stage=3",
     )
-    parser.add_argument("--seed", type=int, help="short for --set mpl_scale.seed=N")
+    parser.add_argument("--seed", type=whole, help="short for --set mpl_scale.seed=N")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,19 @@ def load(options: argparse.Namespace) -> RunConfig:
 
 def positive(text: str) -> int:
     """An argument's type: a whole number of at least 1."""
-    value = int(text)
+    value = whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def whole(text: str) -> int:
+    """An argument's type: a whole number of at most 18 digits."""
+    try:
+        value = int(text) if len(text) < 20 else None
+    except ValueError:
+        value = None
+    if value is None:
+        shown = text if len(text) < 40 else f"{text[:20]}..."
+        raise argparse.ArgumentTypeError(f"{shown} is no whole number of this size")
     return value

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
-from mpl_scale.cli.command import Command, add_network_options, is_main
+from mpl_scale.cli.command import Command, add_network_options, is_main, whole
 from mpl_scale.files import refuse_output, refuse_run
 
 
@@ -16,7 +16,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, metavar="PATH", help="labelled images; default: the run's test images")
     parser.add_argument("--source", default="folder", metavar="NAME", help="of --data, as mpl_scale.data.source")
     parser.add_argument("--index", type=Path, metavar="DIR", help="an index of --source, instead of --data")
-    parser.add_argument("--label_offset", type=int, metavar="N", help="of --data, as mpl_scale.data.label_offset")
+    parser.add_argument("--label_offset", type=whole, metavar="N", help="of --data, as mpl_scale.data.label_offset")
     parser.add_argument(
         "--real_labels", type=Path, metavar="JSON", help="several right classes an image, as ImageNet-ReaL's real.json"
     )

@@ -7,7 +7,7 @@ import os
 import time
 from pathlib import Path
 
-from mpl_scale.cli.command import Command, positive
+from mpl_scale.cli.command import Command, positive, whole
 from mpl_scale.files import refuse_output
 
 
@@ -22,7 +22,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="DIR", help="the index; default: SRC.index")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
     parser.add_argument(
-        "--label_offset", type=int, metavar="N", help="the first class's label in the files; tfrecord: 1, others: 0"
+        "--label_offset", type=whole, metavar="N", help="the first class's label in the files; tfrecord: 1, others: 0"
     )
     parser.add_argument("--skip_data_crc", action="store_true", help="trust the data of TFRecord files; faster")
     parser.add_argument("--force", action="store_true", help="build again what is up to date")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpl_scale.cli.command import Command, positive
+from mpl_scale.cli.command import Command, positive, whole
 from mpl_scale.files import refuse_output, refuse_run
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
 
 
 def _index(text: str) -> int:
-    value = int(text)
+    value = whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is below 0")
     return value

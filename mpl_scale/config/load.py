@@ -30,9 +30,12 @@ from mpl_scale.config.unused import unused_settings
 SECTION = "mpl_scale"
 INCLUDE = "include"
 MOST_LEVELS = 50
+SHOWN = 200
+"""Characters of a value that an error shows."""
 _TOO_DEEP = (
     f"values are nested more than {MOST_LEVELS} levels deep; a ds_config has 5, and kwargs of a model a few more"
 )
+_TOO_LONG = "a whole number has thousands of digits; write one that a run can use"
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     path = Path(path)
     raw, layers = _read_with_includes(path)
     for assignment in overrides:
+        if assignment.partition("=")[0].strip() == INCLUDE:
+            raise ValueError(f"--set {assignment}: {INCLUDE} is read in files alone; write it in {path}")
         _assign(raw, assignment)
         _assign(layers[-1], assignment)
     _refuse_deep(raw, path)
@@ -157,8 +162,10 @@ def _read(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{where} {path}: cannot be read: {error}") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
-    except ValueError as error:
+    except _TwoKeys as error:
         raise ValueError(f"{path}: {error}") from None
+    except ValueError:  # Python's limit
+        raise ValueError(f"{path}: {_TOO_LONG}") from None
     except RecursionError:
         raise ValueError(f"{path}: {_TOO_DEEP}") from None
     if not isinstance(raw, dict):
@@ -176,11 +183,15 @@ def _refuse_deep(value: Any, path: Path, *, level: int = 0) -> None:
         _refuse_deep(item, path, level=level + 1)
 
 
+class _TwoKeys(ValueError):
+    """An object with a key that stands twice."""
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f'key "{key}" stands twice; remove one')
+            raise _TwoKeys(f'key "{key}" stands twice; remove one')
         result[key] = value
     return result
 
@@ -197,6 +208,8 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         value = text
     except RecursionError:
         raise ValueError(f"--set {dotted}: {_TOO_DEEP}") from None
+    except ValueError:  # Python's limit
+        raise ValueError(f"--set {dotted}={text[:20]}...: {_TOO_LONG}") from None
     target = raw
     for key in keys[:-1]:
         target = target.setdefault(key, {})
@@ -228,4 +241,6 @@ def _first_error(error: ValidationError) -> str:
     more = f" (and {len(others)} more)" if others else ""
     if first["type"] == "missing":
         return f"{where} is missing; it has no default{more}"
-    return f"{where} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+    value = repr(first["input"])
+    value = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+    return f"{where} = {value}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"

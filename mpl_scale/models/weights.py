@@ -48,7 +48,7 @@ def check_weights(network: NetworkConfig, shared: ModelConfig, *, field: str) ->
     """
     architecture, dot, tag = network.name.partition(".")
     if network.weights is None:
-        if dot and network.name not in MODELS:
+        if dot and architecture and not {"/", ":"} & set(network.name) and network.name not in MODELS:
             raise ValueError(
                 f"{field}.name = {network.name!r}: .{tag} names weights of timm's, which are not downloaded; set name "
                 f"= {architecture} and {field}.weights to their model.safetensors"

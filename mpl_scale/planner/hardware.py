@@ -181,7 +181,7 @@ def load_calibration(path: str | os.PathLike[str], device: Device) -> tuple[Devi
 def _read_json(path: Path, option: str) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{option} {path}: cannot be read: {error}") from None
     if not isinstance(raw, dict):
         raise ValueError(f"{option} {path}: must hold a JSON object")

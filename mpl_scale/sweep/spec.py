@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mpl_scale.config.load import SHOWN
 from mpl_scale.config.names import require_known, suggest
 from mpl_scale.config.presets import flatten
 from mpl_scale.files import read_object
@@ -36,6 +37,7 @@ NETWORKS = ("student", "ema", "teacher", "finetuned")
 MEASURES = ("top1", "top5", "loss")
 TRIALS = 128
 """The paper's number."""
+MOST_TRIALS = 100_000
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,14 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
     seeds = raw.get("seeds", [])
     if "seeds" in raw and seeds == []:
         raise ValueError("seeds is empty: name at least one, or leave it out for no final runs")
-    if not isinstance(seeds, list) or not all(_whole(value, 0) for value in seeds) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"seeds = {seeds!r}: must be a list of different whole numbers of at least 0")
+    if (
+        not isinstance(seeds, list)
+        or not all(_whole(value, 0) and value < 1 << 32 for value in seeds)
+        or len(set(seeds)) != len(seeds)
+    ):
+        raise ValueError(
+            f"seeds = {f'{seeds!r}'[:SHOWN]}: must be a list of different whole numbers from 0 to 2**32 - 1"
+        )
     if seeds and (SEED in space or SEED in final):
         raise ValueError(f"{SEED} is set by `seeds` in the final runs; leave it out of space and final_set")
     metric = raw.get("metric")
@@ -118,6 +126,8 @@ def _parsed(path: Path, raw: dict[str, Any], *, trials: int | None, seed: int | 
     if metric is not None:
         require_known("metric", metric, [f"{network}.{measure}" for network in NETWORKS for measure in MEASURES])
     trials = _number(raw, "trials", TRIALS, least=1) if trials is None else trials
+    if trials > MOST_TRIALS:
+        raise ValueError(f"trials = {trials}: each has a folder of its own; use {MOST_TRIALS} or fewer")
     best = _number(raw, "best", 1, least=1)
     if best > trials:
         raise ValueError(f"best = {best} of trials = {trials}: there are not as many; lower best, or raise trials")

@@ -27,6 +27,7 @@ from mpl_scale.data.registry import refuse_options
 from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
+from mpl_scale.data.samples.splits import SPLITS
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.files import replace_text
 from mpl_scale.models import Pass, build_model
@@ -44,6 +45,7 @@ def check_names(run: RunConfig) -> None:
     """Raise ValueError for a name in the config that is not registered, or settings that exclude each other."""
     method, optim = run.mpl.method, run.mpl.optim
     refuse_options(run.mpl.data)
+    require_known("mpl_scale.data.split", run.mpl.data.split, SPLITS)
     require_known("mpl_scale.method.name", method.name, METHODS.keys() - {"teacher_warmup"})
     require_known("mpl_scale.method.feedback.rule", method.feedback.rule, FEEDBACK_RULES)
     require_known("mpl_scale.method.teacher_loss", method.teacher_loss, LOSSES)
