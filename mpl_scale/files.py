@@ -5,6 +5,7 @@ Everything is written under a draft's name beside the final one, and gets the fi
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -14,11 +15,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
 
 OF_A_RUN = ("checkpoints", "metrics.jsonl", "index.json")
 """What only the folder of a run, or of a checkpoint, holds."""
 FILES_OF_A_RUN = ("metrics.jsonl", "summary.json", "config.json", "index.json", "heartbeat.json", "DONE")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 @contextmanager
@@ -33,9 +52,10 @@ def replacing(path: Path, *, durable: bool = True, shared: bool = False) -> Iter
     """
     draft = draft_of(path) if shared else path.with_name(f"{path.name}.tmp")
     try:
-        yield draft
-        if durable:
-            sync(draft)
+        with naming(draft):
+            yield draft
+            if durable:
+                sync(draft)
         os.replace(draft, path)
     except Exception:
         draft.unlink(missing_ok=True)
@@ -90,7 +110,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        yield draft
+        with naming(draft):
+            yield draft
         for written in [*draft.rglob("*"), draft]:
             sync(written)
     except Exception:
@@ -118,8 +139,34 @@ def read_object(path: Path, *, fix: str) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file in UTF-8 and wait until its content is on disk."""
-    path.write_text(text, encoding="utf-8")
+    with naming(path):
+        path.write_text(text, encoding="utf-8")
     sync(path)
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a .npy. numpy.save leaves a file that is cut short, and raises nothing, where the disk is full."""
+    import numpy as np
+
+    with naming(path), path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(
+            file, np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array))
+        )
+        file.write(np.ascontiguousarray(array).tobytes())
+
+
+def create_array(path: Path, *, dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
+    """A new .npy on disk, zeros, memory-mapped.
+
+    Its room is taken at once: where the disk is full that is an OSError, and not a signal that ends the process later.
+    """
+    import numpy as np
+
+    with naming(path):
+        array = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,6 @@ import subprocess
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +37,11 @@ from mpl_scale.trainer import snapshots
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.checkpoints import build, check_load, load_newest_here, save_step
 from tests.support.configs import tiny, write
-from tests.support.faults import check_documented
+from tests.support.faults import check_documented, no_file_above
 from tests.support.ranks import pool
 from tests.support.runs import StopAfter, final_state
 
 METADATA = {"step": 0, "baseline": 0.1 + 0.2}
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """As a full disk does, writing a larger file fails in the middle."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def start(root: str, step: int, timeout_seconds: float = 60.0) -> BackgroundSave:

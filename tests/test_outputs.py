@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -10,9 +12,10 @@ from mpl_scale.cli import main
 from mpl_scale.config import check, load_config
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.files import refuse_run
+from mpl_scale.files import create_array, refuse_run
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import DIGITS, tiny, write
+from tests.support.faults import no_file_above
 from tests.support.mini_imagenet import files, tar_of
 
 
@@ -106,3 +109,26 @@ def test_a_long_chain_of_includes(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").write_text(f'{{"include": "{number + 1}.json"}}')
     with pytest.raises(ValueError, match="more than 50 files include one another"):
         load_config(tmp_path / "0.json")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, run: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:
+    """Of an index, of its parts, and of a report's pictures; a shard is not called damaged for it."""
+    for folder, image in zip(("a", "b"), files(), strict=False):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        for number in range(100):
+            (tmp_path / "images" / folder / f"{number:04d}.png").write_bytes(image)
+    index = ["index", str(tmp_path / "images"), "--source", "folder", "--workers", "1", "--output", str(tmp_path / "i")]
+    pages = ["report", str(run[1]), "--output", str(tmp_path / "r.html")]
+    for size, command, name in ((1000, index, r"i\.partial/\d+\.npy"), (1000, pages, r"r-[\w-]+\.png")):
+        with no_file_above(size):
+            assert main(command) == 2
+        assert re.search(rf"File too large: '{tmp_path}/{name}'", capfd.readouterr().err)
+    assert main(index) == 0
+
+
+def test_a_new_array_takes_its_room_at_once(tmp_path: Path) -> None:
+    with no_file_above(4096), pytest.raises(OSError, match=f"'{tmp_path / 'a.npy'}'"):
+        create_array(tmp_path / "a.npy", dtype="<f4", shape=(2000,))
+    assert create_array(tmp_path / "b.npy", dtype="<f4", shape=(20, 3)).sum() == 0
+    taken = create_array(tmp_path / "c.npy", dtype="<i8", shape=(1 << 16,))
+    assert os.stat(tmp_path / "c.npy").st_blocks * 512 >= taken.nbytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpl_scale.files import replace_text
+from mpl_scale.files import naming, replace_text
 from mpl_scale.report.drawing import Drawn, Plot, render, require_matplotlib
 from mpl_scale.report.figures import FIGURES
 from mpl_scale.report.material import Material
@@ -40,7 +40,8 @@ def write_report(paths: Sequence[Path], output: Path, *, title: str = "Meta Pseu
     output.parent.mkdir(parents=True, exist_ok=True)
     beside = [output.with_name(f"{output.stem}-{plot.name}.png") for plot in plots]
     for path, files in zip(beside, drawn, strict=True):
-        path.write_bytes(files.png)
+        with naming(path):
+            path.write_bytes(files.png)
     replace_text(output, make_page(material, pictures, title=title))
     return [output, *beside]
 

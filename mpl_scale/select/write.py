@@ -13,7 +13,7 @@ import numpy as np
 from mpl_scale.config import Config
 from mpl_scale.data.index.reader import IndexedImages, read_meta
 from mpl_scale.data.index.subset import write_subset
-from mpl_scale.files import replace_text
+from mpl_scale.files import create_array, replace_text, save_array
 from mpl_scale.inference.scores import ScoreFiles
 from mpl_scale.inference.scoring import undecodable
 from mpl_scale.select.hashes import matches
@@ -77,7 +77,7 @@ def write_selected(
 
     def extra(folder: Path) -> None:
         replace_text(folder / SELECTION_NAME, json.dumps(summary, indent=1) + "\n")
-        np.save(folder / "probability.npy", chosen.found.probabilities)
+        save_array(folder / "probability.npy", chosen.found.probabilities)
         with open(folder / "unreadable.jsonl", "w", encoding="utf-8") as file:
             file.writelines(f"{line}\n" for line in undecodable(files.folder))
         if wanted.distributions:
@@ -120,11 +120,11 @@ def _write_distributions(folder: Path, files: ScoreFiles, chosen: Chosen, classe
     """distributions.npy, float16 [m, classes]; or [m, top], and distribution_classes.npy, int32 [m, top]."""
     ids, whole = chosen.found.ids, files.top == classes
     shape = (len(ids), files.top)
-    values = np.lib.format.open_memmap(folder / "distributions.npy", mode="w+", dtype=np.dtype("<f2"), shape=shape)
+    values = create_array(folder / "distributions.npy", dtype="<f2", shape=shape)
     named = None
     if not whole:
         path = folder / "distribution_classes.npy"
-        named = np.lib.format.open_memmap(path, mode="w+", dtype=np.dtype("<i4"), shape=shape)
+        named = create_array(path, dtype="<i4", shape=shape)
     for start in range(0, len(ids), _ROWS):
         part = slice(start, start + _ROWS)
         rows = files.rows_of(ids[part])

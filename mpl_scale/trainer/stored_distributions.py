@@ -10,7 +10,7 @@ import torch
 
 from mpl_scale.config import RunConfig
 from mpl_scale.data import ImageFormat, evaluation_batches
-from mpl_scale.files import replacing
+from mpl_scale.files import create_array, replacing
 from mpl_scale.mesh import build_mesh
 from mpl_scale.resolve import choose_numerics
 from mpl_scale.trainer.preflight import load_splits
@@ -49,7 +49,7 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(output) as draft:
-        values = np.lib.format.open_memmap(draft, mode="w+", dtype=np.dtype("<f2"), shape=(count, classes))
+        values = create_array(draft, dtype="<f2", shape=(count, classes))
         values[:] = 1.0 / classes
         done = 0
         for images, _, valid in batches:

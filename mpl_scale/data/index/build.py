@@ -28,7 +28,7 @@ from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Sca
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import Identity, PartFiles, write_index
-from mpl_scale.files import lock
+from mpl_scale.files import FULL, lock
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 Report = Callable[[int, int, int], None]
@@ -205,6 +205,9 @@ def _scan(task: _Task) -> int:
     try:
         scan = FORMATS[task.source].scan(task.root, task.shard, options=task.options, unpacked=part.pixels)
     except OSError as error:
+        if error.errno in FULL:  # not the shard's fault: what is unpacked of it has no room
+            error.filename = error.filename or str(part.pixels)
+            raise
         reason = f"{LOST_WHOLE}: cannot be read: {error.strerror}"
         scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
     first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mpl_scale.data.index.reader import ARRAYS, IndexedImages, pixels_name, sha256_of
-from mpl_scale.files import replacing_folder
+from mpl_scale.files import create_array, replacing_folder, save_array, write_text
 
 _ROWS = 1 << 20  # samples copied at once
 
@@ -54,7 +54,7 @@ def write_subset(
             array.flush()
         if names is not None:
             names.close()
-        np.save(folder / "refused.npy", np.zeros(0, np.int64))
+        save_array(folder / "refused.npy", np.zeros(0, np.int64))
         (folder / "refused.jsonl").touch()
         own = sorted(path for path in folder.rglob("*") if path.is_file())
         hashes = {path.relative_to(folder).as_posix(): sha256_of(path) for path in own}
@@ -77,7 +77,7 @@ def write_subset(
             "census": {},
             "sha256": hashes,
         }
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        write_text(folder / "meta.json", json.dumps(meta))
         extra(folder)
 
 
@@ -110,7 +110,7 @@ class _Names:
 
 def _create(path: Path, dtype: np.dtype, count: int) -> np.memmap:
     shape = (count, 2) if path.stem == "size" else (count,)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return create_array(path, dtype=dtype, shape=shape)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -16,7 +16,7 @@ from mpl_scale.data.index.format import FORMATS, Refusal, Scan, ScanOptions, Sha
 from mpl_scale.data.index.labels import LabelCensus, first_label, set_offset
 from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
-from mpl_scale.files import replace_text, replacing_folder
+from mpl_scale.files import create_array, naming, replace_text, replacing_folder, save_array, write_text
 
 
 class _Part(NamedTuple):
@@ -49,10 +49,11 @@ class PartFiles:
 
         labels: the smallest and the largest one, as they stand in the shard.
         """
-        np.save(self.entries, scan.entries)
+        save_array(self.entries, scan.entries)
         if scan.names:
-            self.names.write_bytes(scan.names)
-            np.save(self.ends, scan.name_ends)
+            with naming(self.names):
+                self.names.write_bytes(scan.names)
+            save_array(self.ends, scan.name_ends)
         about = {
             "name": shard.name,
             "bytes": identity.size,
@@ -149,7 +150,7 @@ def _fill(
         "shards": described,
         "contents": contents,
     }
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    write_text(folder / "meta.json", json.dumps(meta))
     return count, sum(reasons.values()), reasons
 
 
@@ -198,7 +199,7 @@ def _write_arrays(
     if ends is None:
         (folder / "name.bin").unlink()
     ids = np.unique(np.array(refused, np.int64))
-    np.save(folder / "refused.npy", ids)
+    save_array(folder / "refused.npy", ids)
     for array in arrays.values():
         if isinstance(array, np.memmap):
             array.flush()
@@ -219,6 +220,6 @@ def _create(path: Path, *, dtype: np.dtype, count: int) -> np.ndarray:
     """A new array on disk, zeros, [count] or [count, 2]."""
     shape = (count, 2) if path.stem == "size" else (count,)
     if not count:
-        np.save(path, np.zeros(shape, dtype))
+        save_array(path, np.zeros(shape, dtype))
         return np.zeros(shape, dtype)
-    return np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    return create_array(path, dtype=dtype, shape=shape)
