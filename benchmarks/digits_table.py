@@ -22,6 +22,7 @@ from benchmarks.in_memory import CPU, ImageViews, Results, logits_of, train
 from benchmarks.paired import Kept, paired, written
 from benchmarks.report import ROOT, provenance, write
 from benchmarks.small_digits import Digits, make_digits
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.config import RunConfig, load_config
 from mpl_scale.monitor import format_table
 
@@ -162,6 +163,7 @@ def best(values: Results) -> float:
 
 
 def main() -> int:
+    replace_missing_characters()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--labels", nargs="+", type=int, default=[4], help="a class")

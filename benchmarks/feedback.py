@@ -24,6 +24,7 @@ from benchmarks.many_seeds import train_many
 from benchmarks.paired import Kept, paired, written
 from benchmarks.report import provenance, write
 from benchmarks.small_digits import Digits, make_digits
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.config import RunConfig
 from mpl_scale.config.presets import merge
 from mpl_scale.config.schema import Config
@@ -126,6 +127,7 @@ def column(rule: str, weight: float) -> str:
 
 
 def main() -> int:
+    replace_missing_characters()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES), metavar="NAME")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.config import load_config
 from mpl_scale.mesh import adopt_slurm_environment, choose_device, start_process_group
 from mpl_scale.monitor import format_table
@@ -47,6 +48,7 @@ METHODS = {
 
 
 def main() -> int:
+    replace_missing_characters()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", required=True)
     parser.add_argument("--output", type=Path, default=Path("runs/methods"))

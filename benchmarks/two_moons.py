@@ -25,6 +25,7 @@ from benchmarks.in_memory import CPU, PointViews, Results, Samples
 from benchmarks.many_seeds import Stacked, as_overrides, train_many
 from benchmarks.paired import Kept, paired, written
 from benchmarks.report import ROOT, provenance, write
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.config import RunConfig, load_config
 
 CONFIG = ROOT / "ds_configs" / "two_moons.json"
@@ -183,6 +184,7 @@ def draw(path: Path, *, seed: int, rows: tuple[str, ...] = ("supervised", "pseud
 
 
 def main() -> int:
+    replace_missing_characters()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=30, help="of the methods and the literal settings")
     parser.add_argument("--blind_seeds", type=int, default=30, help="of the teacher without labels")

@@ -148,11 +148,10 @@ def save_array(path: Path, array: np.ndarray) -> None:
     """Write a .npy. numpy.save leaves a file that is cut short, and raises nothing, where the disk is full."""
     import numpy as np
 
+    whole = np.ascontiguousarray(array)
     with naming(path), path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, np.lib.format.header_data_from_array_1_0(np.ascontiguousarray(array))
-        )
-        file.write(np.ascontiguousarray(array).tobytes())
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(whole))
+        file.write(whole.tobytes())
 
 
 def create_array(path: Path, *, dtype: str | np.dtype[Any], shape: tuple[int, ...]) -> np.memmap[Any, Any]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mpl_scale.cli import main
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.config import check, load_config
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.files import create_array, refuse_run
+from mpl_scale.monitor import format_table
+from mpl_scale.sweep import Sweep, read_spec
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.faults import no_file_above
@@ -109,6 +116,40 @@ def test_a_long_chain_of_includes(tmp_path: Path) -> None:
         (tmp_path / f"{number}.json").write_text(f'{{"include": "{number + 1}.json"}}')
     with pytest.raises(ValueError, match="more than 50 files include one another"):
         load_config(tmp_path / "0.json")
+
+
+@pytest.mark.parametrize("setting", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "utf-8"}])
+def test_characters_that_a_terminal_lacks_are_replaced(tmp_path: Path, setting: dict[str, str]) -> None:
+    """In what a finished sweep says: the bytes of a folder's name that are no UTF-8."""
+    raw = {**tiny(), "mpl_scale": {**tiny()["mpl_scale"], "phases": {"train": {"steps": 1}}}}
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    space = {"mpl_scale.optim.student.lr": {"uniform": [0.1, 0.2]}}
+    spec = {"ds_config": write(tmp_path, raw), "space": space, "trials": 1}
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    command = ["sweep", str(tmp_path / "spec.json"), "--output", str(folder / "out")]
+    sweep = Sweep(read_spec(tmp_path / "spec.json"), folder / "out")
+    sweep.prepare(sweep.trials)
+    (sweep.trials[0].folder / "summary.json").write_text('{"results": {"student": {"top1": 50.0}}}')
+    (sweep.trials[0].folder / "DONE").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "mpl_scale.cli", *map(os.fsencode, [*command, "--summary"])],
+        env={**os.environ, **setting},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"/caf?/out" in done.stdout
+
+
+def test_a_table_on_a_terminal_of_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    replace_missing_characters()
+    rows = [{"method": "mpl", "top-1": value} for value in (1.0, 2.0)]
+    print(format_table(rows, by=["method"], columns={"top-1": ".2f"}), flush=True)
+    assert b"1.50 ? 0.71" in written.getvalue()
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path, run: tuple[str, Path], capfd: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,12 @@ def load(options: argparse.Namespace) -> RunConfig:
     if options.seed is not None:
         overrides.append(f"mpl_scale.seed={options.seed}")
     return load_config(options.ds_config, overrides=overrides)
+
+
+def replace_missing_characters() -> None:
+    """Print "?" for what standard output cannot encode, as ± in ASCII: no reason for a finished run to fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
 
 
 def positive(text: str) -> int:

@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Sequence
 
 from mpl_scale.cli.check import CHECK
+from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.cli.completion import COMPLETION
 from mpl_scale.cli.distributions import DISTRIBUTIONS
 from mpl_scale.cli.evaluate import EVALUATE
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     75: ranks were missing; 130: Ctrl-C.
     """
+    replace_missing_characters()
     options = make_parser().parse_args(arguments)
     try:
         status: int = options.run(options)

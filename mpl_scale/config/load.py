@@ -153,7 +153,7 @@ def _read_with_includes(path: Path, *, including: tuple[Path, ...] = ()) -> tupl
 def _read(path: Path, *, including: tuple[Path, ...] = ()) -> dict[str, Any]:
     where = f"{including[-1]}: {INCLUDE}" if including else "--ds_config"
     try:
-        raw = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates)
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a ds_config"

@@ -21,7 +21,7 @@ from mpl_scale.data import ImageSet, Quarantine
 from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.normalise import Normalise
-from mpl_scale.files import replacing
+from mpl_scale.files import replacing, save_array
 
 _NEAR = 1000
 
@@ -67,8 +67,8 @@ class ScoreFiles:
 
     def write(self, chunk: int, rows: np.ndarray) -> None:
         """Leave the file of a chunk."""
-        with replacing(self._path(chunk)) as draft, open(draft, "wb") as file:
-            np.save(file, rows)
+        with replacing(self._path(chunk)) as draft:
+            save_array(draft, rows)
 
     def read(self, chunk: int) -> np.ndarray:
         """A chunk's rows, memory-mapped."""

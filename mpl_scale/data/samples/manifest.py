@@ -16,7 +16,7 @@ from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.registry import ImageFiles, ImageSet
 from mpl_scale.data.samples.joined import JoinedImages
 from mpl_scale.data.samples.splits import Splits
-from mpl_scale.files import replace_text, replacing
+from mpl_scale.files import replace_text, replacing, save_array
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
 _COMPARED = ("images", "refused", "classes", "class_names", "labels", "files", "contents")
@@ -41,8 +41,8 @@ def write_manifest(splits: Splits, folder: Path, *, manifest: Mapping[str, Any] 
     if before == manifest:
         return False
     for name in PARTS:
-        with replacing(folder / f"{name}.npy") as draft, open(draft, "wb") as file:
-            np.save(file, getattr(splits, name))
+        with replacing(folder / f"{name}.npy") as draft:
+            save_array(draft, getattr(splits, name))
     replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")  # last: it vouches for the arrays
     return before is not None and not same_samples(before, manifest)
 
