@@ -70,11 +70,22 @@ def replace_text(path: Path, text: str, *, durable: bool = True, shared: bool = 
         draft.write_text(text, encoding="utf-8")
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder for its ~. ValueError where there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: no home folder is known for its ~; write the path out") from error
+
+
 def refuse_output(path: Path, *, folder: bool, option: str = "--output") -> None:
     """ValueError where no folder, or no file, can be written at `path`; tried, and nothing is left there.
 
     Trying is the only test: root may write to a file system that is read-only, full, or none at all (/proc).
     """
+    for place in (path, *path.absolute().parents):
+        if place.is_symlink() and not place.exists():
+            raise ValueError(f"{option} {path}: {place} is a link to nothing; remove the link, or choose another")
     if path.exists() and path.is_dir() != folder:
         found, wanted = ("file", "folder") if folder else ("folder", "file")
         raise ValueError(f"{option} {path} is a {found}; name a {wanted}")
@@ -87,6 +98,15 @@ def refuse_output(path: Path, *, folder: bool, option: str = "--output") -> None
         raise ValueError(
             f"{option} {path}: nothing can be written to {parent}: {error.strerror}; choose another"
         ) from error
+
+
+def refuse_inside(path: Path, root: Path, *, option: str = "--output") -> None:
+    """ValueError where a command would write its folder among the files of the data set below `root`."""
+    inside, outer = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([inside, outer]) == outer:
+        raise ValueError(
+            f"{option} {path} lies in the data set {root}, whose images it would mix with; name a folder outside it"
+        )
 
 
 def refuse_run(path: Path, *, option: str = "--output") -> None:

@@ -253,6 +253,27 @@ def test_an_output_that_cannot_be_made_is_refused_first(tmp_path: Path, capfd: p
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_an_output_that_is_a_link_to_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path / 'out'} is a link to nothing; remove the link" in error_line(capfd, arguments(tmp_path))
+    command = ["export", "nothing", "--output", str(tmp_path / "out" / "below")]
+    assert f"{tmp_path / 'out'} is a link to nothing" in error_line(capfd, command)
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"),
+    [("/proc/x", r"the digits cannot be written to '/proc/x/digits'"), ("~nobody_here/x", "no home folder is known")],
+)
+def test_a_folder_of_data_that_cannot_be(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: str, message: str
+) -> None:
+    monkeypatch.setenv("MPL_SCALE_DATA", folder)
+    assert message in error_line(capfd, arguments(tmp_path))
+    monkeypatch.delenv("MPL_SCALE_DATA")
+    command = arguments(tmp_path, "mpl_scale.data.source=folder", f"mpl_scale.data.root={folder}")
+    assert folder in error_line(capfd, command)
+
+
 @pytest.mark.parametrize("name", ["checkpoints", "splits", "metrics.jsonl", "summary.json", "config.json"])
 def test_what_stands_in_the_place_of_a_runs_files(tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str) -> None:
     """It is refused before anything of the run that was there is touched."""

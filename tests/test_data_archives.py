@@ -125,3 +125,37 @@ def test_stl10_without_labels_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "test_y.bin").unlink()
     with pytest.raises(ValueError, match=r"test_X\.bin: .*'test_y\.bin' is missing, or holds 0 labels for 12 images"):
         load(tmp_path, "stl10")
+
+
+def append(content: bytes) -> Callable[[bytes], bytes]:
+    return lambda good: good + content
+
+
+MORE: dict[str, tuple[str, Callable[[Path], None], str, Callable[[bytes], bytes], str]] = {
+    "cifar10": ("cifar10", mini.write_cifar_python, "data_batch_3", append(b"x"), "1 bytes after its end"),
+    "a second batch": ("cifar10", mini.write_cifar_python, "test_batch", lambda good: 2 * good, "bytes after its end"),
+    "cifar100": ("cifar100", mini.write_cifar100, "train", append(b"N."), "2 bytes after its end"),
+    "npy": ("arrays", mini.write_arrays, "images.npy", append(b"x"), "'images.npy' holds 1 bytes after its"),
+    "labels": ("arrays", mini.write_arrays, "labels.npy", append(bytes(8)), "'labels.npy' holds 8 bytes after its"),
+    "svhn": ("svhn", mini.write_svhn, "train_32x32.mat", lambda good: good + good[128:], "two arrays X"),
+    "HDF5": ("svhn", mini.write_svhn, "test_32x32.mat", lambda good: mini.mat_7_3(), "one of version 7.3 is HDF5"),
+    "only HDF5": ("svhn", mini.write_svhn, "test_32x32.mat", lambda good: mini.mat_7_3()[512:], "one of version 7.3"),
+}
+"""Source, writer, file, what is done to it, what is said of it."""
+
+
+@pytest.mark.parametrize("kind", MORE)
+def test_files_that_hold_more_or_something_else_are_refused(tmp_path: Path, kind: str) -> None:
+    source, write, name, change, reason = MORE[kind]
+    write(tmp_path)
+    (tmp_path / name).write_bytes(change((tmp_path / name).read_bytes()))
+    with pytest.raises(ValueError, match=rf"{name.replace('labels', 'images')}.*: .*{reason}"):
+        load(tmp_path, source)
+
+
+def test_batches_of_pickle_protocol_5_are_read(tmp_path: Path) -> None:
+    mini.write_cifar_python(tmp_path)
+    (tmp_path / "data_batch_2").write_bytes(mini.cifar_batch(slice(8, 16), protocol=5))
+    images = load(tmp_path, "cifar10")
+    assert images.labels.tolist() == mini.pictures()[1].tolist()
+    assert images.read(9).tobytes().endswith(mini.pictures()[0][9].tobytes())

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, make_splits
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.contents import WHOLE, digest_of_file
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.samples.manifest import describe_splits, same_samples
+from mpl_scale.trainer.preflight import record_splits
 from tests.support import mini_imagenet as mini
 from tests.support.image_sets import write_folder
-from tests.support.labelled_sets import load
+from tests.support.labelled_sets import load, write
 
 
 def exchange(one: Path, other: Path) -> None:
@@ -96,6 +98,14 @@ def test_test_data_that_are_training_data_are_refused(tmp_path: Path) -> None:
     shutil.copy(root / "data_batch_1.bin", root / "test_batch.bin")
     with pytest.raises(ValueError, match=r"'test_batch\.bin' is 'data_batch_1\.bin' again, byte for byte"):
         load(root, "cifar10")
-    mini.write_cifar_binary(root)
-    shutil.copy(root / "data_batch_1.bin", root / "data_batch_2.bin")
-    assert "'data_batch_2.bin' is 'data_batch_1.bin' again, byte for byte" in load(root, "cifar10").contents()
+
+
+def test_a_shard_that_is_there_twice_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, said = write(tmp_path / "data", "webdataset", [0, 1] * 6), "'train.tar' is 'again.tar' again, byte for byte"
+    shutil.copy(root / "train.tar", root / "again.tar")
+    config = DataConfig(source="webdataset", root=str(root), labelled_per_class=1)
+    splits = make_splits(load_images(config), config=config, seed=0)
+    assert said in record_splits(splits, tmp_path / "run")  # what a run shows at its start
+    for _ in range(2):  # built, and up to date
+        assert main(["index", str(root), "--source", "webdataset", "--output", str(tmp_path / "index")]) == 0
+        assert said in capsys.readouterr().out

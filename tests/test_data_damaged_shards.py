@@ -175,3 +175,82 @@ def test_a_data_set_that_is_not_complete_is_refused(
 def test_checksums_of_a_source_that_has_none(given: bool) -> None:
     with pytest.raises(ValueError, match=r"check_data = .* has no effect with source digits"):
         load_images(DataConfig(source="digits", check_data=given))
+
+
+def copies(root: Path, source: str, names: list[str]) -> Path:
+    """Shards of these names, each of its own images."""
+    for number, name in enumerate(names):
+        suffix = {"webdataset": "tar"}.get(source, source)
+        own = write(root / "own", source, [1, 2] * (number + 1) if source == "tfrecord" else [0, 1] * (number + 1))
+        (own / f"train.{suffix}").rename(root / name)
+    (root / "own").rmdir()
+    return root
+
+
+@pytest.mark.parametrize(
+    ("source", "names", "missing"),
+    [
+        ("webdataset", ["train-000.tar", "train-002.tar"], r"'train-\*\.tar' lacks number 1, between 0 and 2"),
+        ("tfrecord", ["a1.tfrecord", "a2.tfrecord", "a5.tfrecord"], r"lacks number 3, between 1 and 5"),
+        ("parquet", ["part-0-x9.parquet", "part-1-x9.parquet", "part-3-x9.parquet"], "lacks number 2"),
+        ("webdataset", ["train-000.tar", "train-001.tar", "val-1.tar", "val-3.tar"], r"'val-\*\.tar' lacks number 2"),
+    ],
+)
+def test_a_missing_number_is_refused_unless_it_is_allowed(
+    tmp_path: Path, source: str, names: list[str], missing: str
+) -> None:
+    root = copies(tmp_path / "data", source, names)
+    with pytest.raises(ValueError, match=rf"shards of '.*' are missing: .*{missing}.*allow_damaged_shards"):
+        load(root, source)
+    assert len(load(root, source, allow_damaged_shards=True).shards) == len(names)
+    with pytest.raises(ValueError, match=missing):  # an index that is there already
+        load(root, source)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["train-2024-01-15.tar", "train-2024-02-17.tar"],
+        ["w0-s0.tar", "w1-s2.tar"],
+        ["train-0.tar", "val-2.tar"],
+        ["0007.tar"],
+        ["train-00001-of-00002.tar", "train-00002-of-00002.tar"],
+    ],
+)
+def test_names_that_promise_no_other_shard(tmp_path: Path, names: list[str]) -> None:
+    images = load(copies(tmp_path / "data", "webdataset", names), "webdataset")
+    assert len(images.shards) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["train-1-of-3.tfrecord", "train-3-of-3.tfrecord"], "holds 2 of the 3 shards .* number 2 is missing"),
+        (["train-2-of-3.tfrecord", "train-3-of-3.tfrecord"], "number 1 is missing"),
+        ([f"train-{n}-of-2.tfrecord" for n in range(3)], "holds number 2 of the 2 shards .*, beside number 0"),
+        (["train-0-of-1.tfrecord", "train-00-of-01.tfrecord"], "holds shard 0 twice"),
+        (
+            ["a-0-of-1.tfrecord", "a-0-of-2.tfrecord", "a-1-of-2.tfrecord"],
+            "holds both .*: its images would be",
+        ),
+    ],
+)
+def test_numbers_of_a_set_of_known_size(tmp_path: Path, names: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(copies(tmp_path / "data", "tfrecord", names), "tfrecord")
+
+
+def test_a_set_that_begins_late_is_named(tmp_path: Path) -> None:
+    images = load(copies(tmp_path / "data", "webdataset", ["train-3.tar", "train-4.tar"]), "webdataset")
+    assert any("the numbers of 'train-*.tar' begin at 3" in line for line in images.contents())
+
+
+def test_an_archive_without_a_sample_is_refused(tmp_path: Path) -> None:
+    root = copies(tmp_path / "data", "webdataset", ["train-0.tar", "train-1.tar"])
+    (root / "train-1.tar").write_bytes(mini.tar_of([]))
+    with pytest.raises(ValueError, match=r"'train-1\.tar': the whole shard is lost: it holds no sample"):
+        load(root, "webdataset")
+    assert any(
+        "shards without an image: 1, as 'train-1.tar'" in line
+        for line in load(root, "webdataset", allow_damaged_shards=True).contents()
+    )

@@ -90,7 +90,7 @@ def test_a_killed_worker_is_one_clear_error(tmp_path: Path) -> None:
 def test_a_changed_shard_is_named_with_the_command(tmp_path: Path, change: str) -> None:
     mini.write_webdataset(tmp_path / "data")
     build_index("webdataset", tmp_path / "data", output=tmp_path / "index")
-    shard = tmp_path / "data" / "train-000001.tar"
+    shard = tmp_path / "data" / "train-000002.tar"
     if change == "longer":
         times = (shard.stat().st_atime_ns, shard.stat().st_mtime_ns)
         shard.write_bytes(shard.read_bytes() + bytes(512))

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from mpl_scale.cli.command import Command, positive, whole
-from mpl_scale.files import refuse_output
+from mpl_scale.files import expanded, refuse_output
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace) -> int:
         print(f"'{output}' is whole, and its shards have not changed")
         return 0
     scan = ScanOptions(label_offset=options.label_offset, check_data=not options.skip_data_crc)
-    root = options.root.expanduser().resolve()
+    root = expanded(options.root).resolve()
     reason = "" if options.force else why_not_current(output, source=options.source, root=root, options=scan)
     if reason is None:
         print(f"'{output}' is up to date; --force builds it again")

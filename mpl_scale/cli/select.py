@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mpl_scale.cli.checkpoint_path import choose_checkpoint
 from mpl_scale.cli.command import Command, add_config_options, is_main, load, positive
-from mpl_scale.files import refuse_output, refuse_run
+from mpl_scale.files import expanded, refuse_output, refuse_run
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +74,7 @@ def _run(options: argparse.Namespace) -> int:
     from mpl_scale.select.run import SelectOptions, select
 
     chosen = SelectOptions(
-        checkpoint=choose_checkpoint(options.checkpoint.expanduser()),
+        checkpoint=choose_checkpoint(expanded(options.checkpoint)),
         network=options.network,
         index=options.index,
         root=options.root,

@@ -165,8 +165,8 @@ class DataConfig(Section):
     )
     allow_damaged_shards: bool = Field(
         False,
-        description="Whether shards that are cut short or damaged are used as far as they can be read; what is lost "
-        "counts as one unreadable image each. false refuses them.",
+        description="Whether shards that are cut short or damaged are used as far as they can be read, and numbers "
+        "may be missing among theirs; what is lost counts as one unreadable image each. false refuses them.",
     )
     max_pixels: Count = Field(
         50_000_000, le=1 << 31, description="Larger images are bad: a small file may unpack to gigabytes."

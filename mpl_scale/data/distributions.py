@@ -6,14 +6,13 @@ in memory (appendix E).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from mpl_scale.data.formats.arrays import read_npy
 from mpl_scale.data.index.format import MalformedShard
 from mpl_scale.data.transfer import to_device
+from mpl_scale.files import expanded
 
 
 class Distributions:
@@ -30,7 +29,7 @@ class Distributions:
             ValueError: the file is missing, or of another shape.
         """
         try:
-            self._values, _ = read_npy(Path(path).expanduser())
+            self._values, _ = read_npy(expanded(path))
         except MalformedShard as error:
             raise ValueError(
                 f"mpl_scale.data.distributions = '{path}': {error}; see mpl-scale distributions"

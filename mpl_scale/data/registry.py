@@ -20,8 +20,10 @@ from mpl_scale.data.index.build import open_or_build
 from mpl_scale.data.index.descriptors import read_file
 from mpl_scale.data.index.format import FORMATS, Part, ScanOptions
 from mpl_scale.data.index.labels import first_label, label_problem, refuse_unused, set_offset
+from mpl_scale.data.index.numbering import gaps
 from mpl_scale.data.index.progress import IndexProgress
 from mpl_scale.data.index.reader import VERSION, IndexedImages, rebuild
+from mpl_scale.files import expanded
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 28
@@ -136,9 +138,9 @@ def load_images(config: DataConfig) -> ImageSet:
     """
     refuse_options(config)
     options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data is not False)
-    root = None if config.root is None else Path(config.root).expanduser()
+    root = None if config.root is None else expanded(config.root)
     if config.index is not None:
-        images: ImageSet = _indexed(config, Path(config.index).expanduser(), root)
+        images: ImageSet = _indexed(config, expanded(config.index), root)
     elif config.source in SOURCES:
         images = SOURCES[config.source](root)
     else:
@@ -180,10 +182,10 @@ def _refuse_outside(images: ImageSet, source: str) -> None:
 
 
 def refuse_damaged(images: IndexedImages, *, allowed: bool = False) -> None:
-    """Refuse an index of shards that are cut short, unless that is wanted; `max_bad_fraction` is for images.
+    """Refuse an index of shards that are cut short or missing, unless that is wanted; `max_bad_fraction` is for images.
 
     Raises:
-        ValueError: with the first shards, and why each is damaged.
+        ValueError: with the first shards, and why each is damaged, or the first missing number.
     """
     lost = [] if allowed else images.lost()
     if lost:
@@ -191,6 +193,19 @@ def refuse_damaged(images: IndexedImages, *, allowed: bool = False) -> None:
         raise ValueError(
             f"{len(lost)} shard(s) of '{images.root}' are damaged or not complete: {'; '.join(lost[:3])}{more}; fetch "
             "them again, or set mpl_scale.data.allow_damaged_shards = true to train on what can be read of them"
+        )
+    if not allowed and images.meta["layout"] == "encoded" and "selected_from_index" not in images.meta:
+        _refuse_missing(images.root, [shard.name for shard in images.shards])
+
+
+def _refuse_missing(root: Path, names: Sequence[str]) -> None:
+    """ValueError where a number is missing among those of the shards."""
+    missing = gaps(names)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise ValueError(
+            f"shards of '{root}' are missing: {'; '.join(missing[:3])}{more}; fetch them, or set "
+            "mpl_scale.data.allow_damaged_shards = true to train on those that are there"
         )
 
 
@@ -206,7 +221,7 @@ def refuse_twins(images: IndexedImages) -> None:
 
 def data_folder() -> Path:
     """Where data that can be made again are kept: $MPL_SCALE_DATA, or ~/.cache/mpl_scale."""
-    return Path(os.environ.get("MPL_SCALE_DATA", "~/.cache/mpl_scale")).expanduser()
+    return expanded(os.environ.get("MPL_SCALE_DATA") or "~/.cache/mpl_scale")
 
 
 def _indexed(config: DataConfig, folder: Path, root: Path | None) -> IndexedImages:
@@ -268,6 +283,8 @@ def _cached(config: DataConfig, root: Path | None, options: ScanOptions) -> Inde
     if not root.is_dir():
         raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
     names = [shard.name for shard in FORMATS[config.source].shards(root)]  # one more or less is another data set
+    if FORMATS[config.source].layout == "encoded" and not config.allow_damaged_shards:
+        _refuse_missing(root, names)  # before they are read
     size = sum((root / name).stat().st_size for name in names)
     key = json.dumps([VERSION, config.source, str(root.resolve()), asdict(options), names])
     progress = IndexProgress()

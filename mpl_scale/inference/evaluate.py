@@ -15,7 +15,7 @@ import torch
 
 from mpl_scale.checkpoint.export import checkpoint_config, class_names
 from mpl_scale.config.load import import_modules
-from mpl_scale.files import replace_text, replacing
+from mpl_scale.files import expanded, replace_text, replacing
 from mpl_scale.inference.labelled import DataChoice, LabelledImages, describe, load_labelled
 from mpl_scale.inference.picture import draw_confusion
 from mpl_scale.inference.real_labels import RealLabels, read_real_labels
@@ -59,7 +59,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     Raises:
         ValueError: bad input; what was scored until then is kept in the folder.
     """
-    network, output = options.network, options.output.expanduser()
+    network, output = options.network, expanded(options.output)
     config = checkpoint_config(network.checkpoint)
     import_modules(config.imports)
     images = load_labelled(config, options.data, classes=class_names(network.checkpoint))

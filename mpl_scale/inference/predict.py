@@ -22,7 +22,7 @@ from mpl_scale.config.load import import_modules
 from mpl_scale.data import ImageFiles
 from mpl_scale.data.formats.folder import read_unlabelled
 from mpl_scale.data.samples.manifest import hash_files
-from mpl_scale.files import replacing
+from mpl_scale.files import expanded, replacing
 from mpl_scale.inference.scores import ScoreFiles
 from mpl_scale.inference.scoring import Scoring, StoredNetwork, joined_ranks, undecodable
 from mpl_scale.packages import require_packages
@@ -54,14 +54,14 @@ def predict(options: PredictOptions) -> dict[str, Any]:
     Raises:
         ValueError: bad input; what was scored until then is kept beside the output.
     """
-    output = options.output.expanduser()
+    output = expanded(options.output)
     if output.suffix not in SUFFIXES:
         raise ValueError(f"--output {output}: name a {' or '.join(SUFFIXES)} file")
     if output.suffix == ".parquet":
         require_packages([(f"--output {output}", "pyarrow")])
     config = checkpoint_config(options.network.checkpoint)
     import_modules(config.imports)
-    images = read_unlabelled(options.images.expanduser())
+    images = read_unlabelled(expanded(options.images))
     classes = class_names(options.network.checkpoint) or [f"class {n}" for n in range(config.model.num_classes)]
     top = min(options.top, config.model.num_classes)
     files = ScoreFiles(output.with_name(f"{output.name}.partial"), len(images), options.chunk, top)
@@ -71,7 +71,7 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         Scoring(config, images, files, options.network, joined, identity=identity).fill(held, max_bad_fraction=1.0)
 
         def write() -> int:
-            root = options.images.expanduser()
+            root = expanded(options.images)
             table = _Table(files, images, classes, root if root.is_dir() else root.parent)
             (table.write_parquet if output.suffix == ".parquet" else table.write_csv)(output)
             shutil.rmtree(files.folder)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
+from mpl_scale.files import expanded
 from mpl_scale.models.build import call_builder, find_classifier
 from mpl_scale.models.registry import MODELS
 
@@ -167,7 +168,7 @@ def _dtype(like: torch.Tensor) -> torch.dtype:
 
 def weights_file(weights: str) -> Path:
     """The file that `network.weights` names, itself or by its folder."""
-    path = Path(weights).expanduser()
+    path = expanded(weights)
     return path / FILE_NAME if path.is_dir() else path
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.files import replacing
+from mpl_scale.files import expanded, replacing
 from mpl_scale.inference.scores import Column
 
 
@@ -85,7 +85,7 @@ def write_hashes(index: Path, output: Path, *, root: Path | None = None) -> tupl
     Raises:
         ValueError: no index there, or its shards have changed.
     """
-    images = IndexedImages(index.expanduser(), root=root, root_setting="--root")
+    images = IndexedImages(expanded(index), root=root, root_setting="--root")
     refused = set(images.refused.tolist())
 
     def hash_of(sample: int) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 from mpl_scale.config import Config, RunConfig
 from mpl_scale.config.names import require_known
 from mpl_scale.data.decode.views import evaluation_view
-from mpl_scale.files import read_object
+from mpl_scale.files import expanded, read_object, refuse_inside
 from mpl_scale.inference.scores import ScoreFiles
 from mpl_scale.inference.scoring import Scoring, StoredNetwork, joined_ranks
 from mpl_scale.mesh import Mesh
@@ -64,13 +64,14 @@ def select(run: RunConfig, options: SelectOptions) -> dict[str, Any]:
     config = run.mpl
     evaluation_view(config.data.evaluation, config.model.image_size)
     require_known("rule", options.rule, SELECTION_RULES)
-    output = options.output.expanduser().absolute()
+    output = expanded(options.output).absolute()
     if output.exists() and not (output / "meta.json").is_file():
         raise ValueError(f"--output '{output}' is there and is no index; choose another folder, or remove it")
-    if output == options.index.expanduser().absolute():
+    if output == expanded(options.index).absolute():
         raise ValueError(f"--output '{output}' is --index itself; choose another folder")
     removed = read_hashes(options.removed) if options.removed is not None else frozenset()
-    images = HashedImages(options.index.expanduser(), root=options.root)
+    images = HashedImages(expanded(options.index), root=options.root)
+    refuse_inside(output, images.root)
     with joined_ranks(config) as joined, ExitStack() as held:
         mesh, _ = joined
         selection = _Selection(config, dataclasses.replace(options, output=output), images, joined)

@@ -25,6 +25,7 @@ from mpl_scale.config.deepspeed_half import settings_of
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import SECTION
 from mpl_scale.data.samples.manifest import content, describe_splits
+from mpl_scale.files import expanded
 from mpl_scale.models.weights import weights_file
 from mpl_scale.trainer.bad_input import differences
 
@@ -130,7 +131,7 @@ def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
             "batch": {"labelled": batches.labelled, "unlabelled": batches.unlabelled},
             "steps": {phase.name: phase.steps for phase in trainer.phases},
             "manifest": describe_splits(trainer.source.splits),
-            "distributions": None if distributions is None else _hash(Path(distributions).expanduser()),
+            "distributions": None if distributions is None else _hash(expanded(distributions)),
             "weights": {name: None if path is None else _hash(weights_file(path)) for name, path in weights.items()},
         },
     }

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from mpl_scale.checkpoint import CheckpointError
 from mpl_scale.checkpoint.format import INDEX_NAME
 from mpl_scale.config.names import suggest
-from mpl_scale.files import refuse_output
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data.index.reader import read_meta
+from mpl_scale.files import expanded, refuse_inside, refuse_output
 from mpl_scale.monitor import DONE_NAME, SUMMARY_NAME
 from mpl_scale.trainer.lock import LOCK_NAME
 from mpl_scale.trainer.watchdog import STACKS_NAME
@@ -17,13 +20,15 @@ FOLDERS, FILES = (CHECKPOINTS, SPLITS, STACKS_NAME), (METRICS, CONFIG, SUMMARY_N
 """What a run keeps in its output folder."""
 
 
-def check_output(output: Path, *, resume: str) -> None:
-    """The folder can be made and written to, what it holds is of the right kind, and `resume` can be obeyed.
+def check_output(output: Path, *, resume: str, data: DataConfig) -> None:
+    """The folder can be made and written to, holds what it should, and lies in no data set; `resume` can be obeyed.
 
     Raises:
         ValueError: names the file or the option, and the fix.
     """
     refuse_output(output, folder=True)
+    for root in _roots(data):
+        refuse_inside(output, root)
     for name in FOLDERS:
         if (output / name).exists() and not (output / name).is_dir():
             raise ValueError(f"{output / name} is a file, where a run keeps a folder; move it away")
@@ -31,6 +36,15 @@ def check_output(output: Path, *, resume: str) -> None:
         if (output / name).is_dir():
             raise ValueError(f"{output / name} is a folder, where a run writes a file; move it away")
     check_resume(resume, output / CHECKPOINTS)
+
+
+def _roots(data: DataConfig) -> list[Path]:
+    """The folders of the images; an index that cannot be read is refused when the data are loaded."""
+    found = [] if data.root is None else [expanded(data.root)]
+    for index in (data.index, data.unlabelled_index):
+        with suppress(ValueError):
+            found += [] if index is None else [Path(read_meta(expanded(index))["root"])]
+    return found
 
 
 def check_resume(resume: str, checkpoints: Path) -> None:

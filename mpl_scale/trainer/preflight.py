@@ -29,7 +29,7 @@ from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
 from mpl_scale.data.samples.manifest import refuse_other_unlabelled
 from mpl_scale.data.samples.splits import SPLITS
 from mpl_scale.data.vectors import LENGTHS, input_shape
-from mpl_scale.files import replace_text
+from mpl_scale.files import expanded, replace_text
 from mpl_scale.models import Pass, build_model
 from mpl_scale.models.passes import within
 from mpl_scale.models.randomness import OnlyOurs
@@ -98,7 +98,7 @@ def load_splits(run: RunConfig) -> Splits:
         )
     splits = make_splits(images, config=data, seed=config.seed)
     if data.unlabelled_index is not None:
-        folder = Path(data.unlabelled_index).expanduser()
+        folder = expanded(data.unlabelled_index)
         splits = with_unlabelled(splits, folder, allow_damaged=data.allow_damaged_shards)
     if data.source not in LENGTHS:
         decide(data, splits, config.model.image_size)

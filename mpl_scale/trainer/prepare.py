@@ -83,7 +83,7 @@ def train(
     require_packages(needed_packages(run, engine=resolved.engine))
     batches = resolved.batches
     check_names(run)
-    check_output(options.output, resume=options.resume)
+    check_output(options.output, resume=options.resume, data=run.mpl.data)
     if resolved.engine == "deepspeed":
         from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
 

@@ -295,6 +295,13 @@ def mat(images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> byt
     return buffer.getvalue()
 
 
+def mat_7_3() -> bytes:
+    """How a file of version 7.3 begins: a header as of version 5 in 512 bytes, then HDF5's signature."""
+    return (
+        (b"MATLAB 7.3 MAT-file".ljust(116) + bytes(8) + b"\0\2IM").ljust(512, b"\0") + b"\x89HDF\r\n\x1a\n" + bytes(88)
+    )
+
+
 def write_svhn(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()

@@ -114,4 +114,7 @@ def read_npy(path: Path) -> tuple[np.ndarray, int]:
         raise MalformedShard(f"'{path.name}' holds nothing, or has more than 8 dimensions")
     if offset < match.end() or offset + count * dtype.itemsize > size:
         raise MalformedShard(f"'{path.name}' ends before its {count} numbers do")
+    beyond = size - offset - count * dtype.itemsize
+    if beyond:
+        raise MalformedShard(f"'{path.name}' holds {beyond} bytes after its {count} numbers, as of a second array")
     return np.memmap(path, dtype, mode="r", offset=offset, shape=shape), offset

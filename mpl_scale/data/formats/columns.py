@@ -29,7 +29,8 @@ from mpl_scale.data.index.format import (
     Shard,
     classes_file,
 )
-from mpl_scale.data.index.parts import find_shards, refuse_gaps
+from mpl_scale.data.index.numbering import refuse_gaps
+from mpl_scale.data.index.parts import find_shards
 from mpl_scale.packages import require_packages
 
 if TYPE_CHECKING:

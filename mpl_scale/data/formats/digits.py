@@ -28,11 +28,17 @@ def read_digits(root: Path | None) -> ImageFiles:
         root: the folder; None: $MPL_SCALE_DATA/digits, or ~/.cache/mpl_scale/digits.
 
     Raises:
-        ValueError: scikit-learn is needed and missing, or the folder holds something else.
+        ValueError: scikit-learn is needed and missing, or the folder cannot be written, or holds something else.
     """
     root = root or data_folder() / "digits"
     if not root.is_dir() or not any(root.iterdir()):
-        _write(root)
+        try:
+            _write(root)
+        except OSError as error:
+            raise ValueError(
+                f"the digits cannot be written to '{root}': {error.strerror}; set MPL_SCALE_DATA, or "
+                "mpl_scale.data.root, to a folder with room"
+            ) from error
     images = read_folder(root)
     if len(images) != COUNT or len(images.classes) != 10:
         raise ValueError(

@@ -18,7 +18,8 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 class Feature(NamedTuple):
     """The first value of a feature: of bytes where they lie in the record; an integer as it is; a float is passed over.
 
-    kind: of the values, for messages; None where there is none. values: how many there are; of floats, 1.
+    kind: of the values, for messages; None where there is none. values: how many there are, of all features of that
+    name; of floats, 1.
     """
 
     span: tuple[int, int] | None = None  # offset and length, bytes
@@ -41,9 +42,11 @@ def read_example(record: bytes) -> dict[str, Feature]:
                 if kind == _BYTES and number == 1:
                     key = record[begin:stop].decode("utf-8", errors="replace")
                 elif kind == _BYTES and number == 2:
-                    value = _feature(record, begin, stop)
+                    more = _feature(record, begin, stop)
+                    value = more._replace(values=value.values + more.values)
             if key is not None:
-                features[key] = value
+                before = features.get(key, Feature()).values  # of a key that stands twice; of a map, the last one wins
+                features[key] = value._replace(values=before + value.values)
     return features
 
 

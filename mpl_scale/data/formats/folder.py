@@ -24,6 +24,7 @@ from mpl_scale.data.index.format import (
     Scan,
     ScanOptions,
     Shard,
+    alike,
     register_format,
 )
 from mpl_scale.data.index.parts import Folder, is_part, left_over, part_of, parts_line, walk
@@ -105,6 +106,7 @@ def _read(root: Path, folders: Sequence[Shard], *, classes: tuple[str, ...], onl
         notes=(
             *parts_line([(shard.name, shard.part, count) for shard, count in zip(folders, counts, strict=True)]),
             *census.lines(),
+            *alike(classes),
         ),
     )
 

@@ -20,6 +20,7 @@ from mpl_scale.data.index.format import MalformedShard
 
 _MATRIX, _COMPRESSED = 14, 15
 _TYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_VERSION_7_3 = (b"\0\2IM", b"\2\0MI")  # which begins as one of version 5
 _CHUNK = 1 << 20
 _MOST_VALUES = 1 << 40
 _NUMERIC = range(6, 16)  # classes: double, single, and the integers
@@ -62,7 +63,7 @@ def read_arrays(file: BinaryIO) -> Iterator[MatArray]:
     """
     size = os.fstat(file.fileno()).st_size
     header = file.read(128)
-    if len(header) < 128 or header[126:128] not in (b"IM", b"MI"):
+    if len(header) < 128 or header[126:128] not in (b"IM", b"MI") or header[124:128] in _VERSION_7_3:
         raise MalformedShard("no MATLAB file of version 5 (one of version 7.3 is HDF5: save it with '-v7')")
     order = "<" if header[126:128] == b"IM" else ">"
     position = 128

@@ -21,7 +21,7 @@ _OPCODES = (
     *("PROTO", "FRAME", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "GLOBAL", "STACK_GLOBAL", "REDUCE"),
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "READONLY_BUFFER", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_DICT"),
     *("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET"),
 )
@@ -38,6 +38,8 @@ def read_pickle(content: bytes) -> Any:
     stream = io.BytesIO(content)
     try:
         found = _Unpickler(stream, size=len(content)).load()
+        if stream.tell() != len(content):
+            raise MalformedShard(f"{len(content) - stream.tell()} bytes after its end, as of a second pickle")
     except MalformedShard as error:
         raise MalformedShard(str(error), offset=stream.tell()) from error
     except Exception as error:  # of any kind, says pickle's documentation
@@ -76,6 +78,14 @@ def _build(unpickler: Any) -> None:
         raise MalformedShard("the pickle sets the state of an object: more than data")
 
 
+def _bytearray(unpickler: Any) -> None:
+    """BYTEARRAY8, of protocol 5, as bytes: Python's own allocates whatever size is named."""
+    size = int.from_bytes(unpickler.read(8), "little")
+    if size > unpickler.size:
+        raise MalformedShard("it ends inside an array")
+    unpickler.append(unpickler.read(size))
+
+
 def _refuse(unpickler: Any) -> None:
     raise MalformedShard("the pickle uses an opcode that does more than hold data")
 
@@ -100,6 +110,7 @@ class _Unpickler(pickle._Unpickler):
         | {code: pickle._Unpickler.dispatch[code] for code in (getattr(pickle, name)[0] for name in _OPCODES)}
         | {
             pickle.BUILD[0]: _build,
+            pickle.BYTEARRAY8[0]: _bytearray,
             pickle.DICT[0]: _with_text_keys(pickle.DICT, slice(0, None, 2)),
             pickle.SETITEM[0]: _with_text_keys(pickle.SETITEM, slice(-2, -1)),
             pickle.SETITEMS[0]: _with_text_keys(pickle.SETITEMS, slice(0, None, 2)),
@@ -108,10 +119,12 @@ class _Unpickler(pickle._Unpickler):
 
     def __init__(self, file: io.BytesIO, *, size: int) -> None:
         super().__init__(file, encoding="latin1")
-        self._left = size
+        self.size = self._left = size
         self._names: dict[str, Callable[..., Any] | None] = {
             "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _Array(),
             "numpy._core.multiarray._reconstruct": lambda kind, shape, code: _Array(),
+            "numpy.core.numeric._frombuffer": self._from_buffer,  # protocol 5
+            "numpy._core.numeric._frombuffer": self._from_buffer,
             "numpy.ndarray": None,  # only an argument of _reconstruct
             "numpy.dtype": _dtype,
             "_codecs.encode": self._encode,
@@ -122,6 +135,11 @@ class _Unpickler(pickle._Unpickler):
         if path not in self._names:
             raise MalformedShard(f"the pickle names {path[:100]}: more than data")
         return self._names[path]
+
+    def _from_buffer(self, buffer: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+        found = _Array()
+        found.values = self.array((1, shape, dtype, order != "C", buffer))
+        return found
 
     def array(self, state: Any) -> np.ndarray:
         """numpy's state (version, shape, dtype, Fortran order, bytes) as an array."""

@@ -66,6 +66,8 @@ def _read(file: BinaryIO, pixels: BinaryIO) -> tuple[int, int, np.ndarray]:
     """Height and width of the images, and labels int64 [images]; the pixels go to the other file."""
     shape, labels = None, None
     for array in read_arrays(file):
+        if (array.name == "X" and shape is not None) or (array.name == "y" and labels is not None):
+            raise BadLabel(f"two arrays {array.name}: which labels belong to which images is unknown")
         if array.name == "X":
             shape = _unpack(array, pixels)
         elif array.name == "y":

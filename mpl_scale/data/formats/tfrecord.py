@@ -30,7 +30,8 @@ from mpl_scale.data.index.format import (
     classes_file,
     register_format,
 )
-from mpl_scale.data.index.parts import find_shards, refuse_gaps
+from mpl_scale.data.index.numbering import refuse_gaps
+from mpl_scale.data.index.parts import find_shards
 
 _HEADER = struct.Struct("<QI")
 _NAMES = r".*(\.tfrecords?|-of-\d+)"  # train-00000-of-01024, data.tfrecord
@@ -116,19 +117,26 @@ def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
         if image is None or image.span is None:
             raise MalformedShard(f"the example has no image/encoded{_others(features)}")
         if image.values > 1:
-            raise MalformedShard(f"{image.values} images in image/encoded, where one is expected")
+            raise BadLabel(f"{image.values} images in image/encoded: which one the label belongs to is unknown")
         label = _label(features)
         start, length = image.span
-        encoded = record[start : start + length]
-        header = probe(encoded)
+        header = probe(record[start : start + length])
+        text = _text(record, features, "image/class/text")
+        synset = _text(record, features, "image/class/synset")  # ImageNet has two classes of one text, "crane"
+        if text or synset:
+            builder.compare(label, f"{synset} {text}".strip())
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(offset, len(record), error)
         return
-    text = features.get("image/class/text")
-    if text is not None and text.span is not None and label not in builder.class_names:
-        begin, count = text.span
-        builder.class_names[label] = record[begin : begin + min(count, 200)].decode(errors="replace")
+    if text:
+        builder.class_names.setdefault(label, text)
     builder.add(offset + start, length, label=label, header=header)
+
+
+def _text(record: bytes, features: Mapping[str, Feature], name: str) -> str:
+    """The first 200 bytes of a feature of text; empty where there is none."""
+    start, length = features.get(name, Feature()).span or (0, 0)
+    return record[start : start + min(length, 200)].decode(errors="replace").strip()
 
 
 def _label(features: Mapping[str, Feature]) -> int:

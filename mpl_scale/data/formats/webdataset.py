@@ -35,10 +35,13 @@ from mpl_scale.data.index.format import (
     classes_file,
     register_format,
 )
+from mpl_scale.data.index.numbering import refuse_gaps
 from mpl_scale.data.index.parts import find_shards
 
 _IMAGES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pbm", "pnm", "jfif", "jpe")
 _LABELS = ("cls", "json")
+_NAMES = ("class_name", "classname", "label_name", "label_text", "class_text")
+"""What a .json member may call the class's name."""
 _COMPRESSED = (".gz", ".tgz")
 _LONGEST_LABEL = 1 << 20  # bytes of a .cls or .json member
 
@@ -64,6 +67,7 @@ class WebDataset:
                     f"mpl_scale.data.root = '{root}' holds both '{other}' and '{shard.name}': its images would be seen "
                     "twice; remove one"
                 )
+        refuse_gaps(root, [shard.name for shard in found])
         return found
 
     def classes(self, root: Path) -> Sequence[str] | None:
@@ -80,11 +84,16 @@ class WebDataset:
                 builder.refuse(0, f"{LOST_WHOLE}: it cannot be decompressed: {error}")
                 return builder.scan()
             path = unpacked
+        keys: set[str] = set()
         with open(path, "rb") as file:
             for _, members in groupby(_whole(file, builder), key=lambda member: _key(member.name)):
                 for sample in _samples(list(members), builder):
-                    _add(builder, file, sample)
-        return builder.scan()
+                    _add(builder, file, sample, again=sample.key in keys)
+                    keys.add(sample.key)
+        scan = builder.scan()
+        if not len(builder) and not scan.refusals:
+            builder.refuse(0, f"{LOST_WHOLE}: it holds no sample")
+        return scan
 
 
 def _whole(file: BinaryIO, builder: ScanBuilder) -> Iterator[Member]:
@@ -106,10 +115,11 @@ def _key(name: str) -> str:
 
 
 class _Sample(NamedTuple):
-    """Members by ending, and whether an ending was there twice."""
+    """The key, members by ending, and what there is twice, or ""."""
 
+    key: str
     by_ending: dict[str, Member]
-    doubled: bool
+    doubled: str
 
 
 def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
@@ -135,20 +145,23 @@ def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
     for stem, sample in by_stem.items():
         has_image = not sample.keys().isdisjoint(_IMAGES)
         has_label = not sample.keys().isdisjoint(_LABELS)
-        used = [*[ending for ending in _IMAGES if ending in sample][:1], *[e for e in _LABELS if e in sample][:1]]
+        images = [ending for ending in _IMAGES if ending in sample]
+        used = [*images[:1], *[ending for ending in _LABELS if ending in sample][:1]]
         extra = main and sample is not shortest and not (has_image and has_label)
         for ending, member in sample.items():
             if extra or ending not in used:
                 builder.census.leave_out(member.name[:200])
         if not extra and (has_image or has_label):
-            yield _Sample(sample, stem in doubled)
+            twice = "two members of one name" if stem in doubled else "two images" if len(images) > 1 else ""
+            yield _Sample(stem, sample, twice)
 
 
 def _is_sample(by_ending: dict[str, Member]) -> bool:
     return not by_ending.keys().isdisjoint(_IMAGES) and not by_ending.keys().isdisjoint(_LABELS)
 
 
-def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample) -> None:
+def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample, *, again: bool) -> None:
+    """again: the shard has had a sample of this key."""
     by_ending = sample.by_ending
     image = next((by_ending[ending] for ending in _IMAGES if ending in by_ending), None)
     if image is None:
@@ -156,54 +169,66 @@ def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample) -> None:
         builder.refuse(label_only.offset, f"member '{label_only.name[:200]}' has no image beside it")
         return
     try:
-        if sample.doubled:
-            raise BadLabel("two members of one name: which image the label belongs to is unknown")
-        label = _label(file, by_ending)
-        if "cls" in by_ending and "json" in by_ending:
-            _refuse_another(file, by_ending["json"], label)
+        twice = sample.doubled or ("two samples" if again else "")
+        if twice:
+            raise BadLabel(f"{twice} of key '{sample.key[:200]}': which image the label belongs to is unknown")
+        label, name = _label(file, by_ending)
         header = probe_at(file.fileno(), offset=image.offset, length=image.length)
+        if name:
+            builder.compare(label, name)
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(image.offset, image.length, error)
         return
     builder.add(image.offset, image.length, label=label, header=header)
 
 
-def _refuse_another(file: BinaryIO, member: Member, label: int) -> None:
-    """BadLabel where the .json beside a .cls says another label; without a label it is a caption or the like."""
+def _label(file: BinaryIO, by_ending: dict[str, Member]) -> tuple[int, str]:
+    """The label, and the class that the .json member names beside it, or "".
+
+    A .json beside a .cls may be anything, but must not say another label.
+    """
+    cls, json_member = by_ending.get("cls"), by_ending.get("json")
+    if cls is None and json_member is None:
+        others = ", ".join(f".{ending}" for ending in by_ending if ending not in _IMAGES)
+        raise MalformedShard(f"no .cls or .json member beside the image{others and ', only ' + others}")
+    label, document = None, {}
+    if cls is not None:
+        text = _text(file, cls)
+        if not re.fullmatch(r"-?[0-9]{1,18}", text):
+            raise BadLabel(f"the label {text[:20]!r} is no number")
+        label = int(text)
+    if json_member is not None:
+        document = _document(_text(file, json_member))
+    if "label" in document:
+        other = document["label"]
+        if type(other) is not int or abs(other) >= 10**18:
+            raise BadLabel(f"the .json member has {json.dumps(other)[:20]} as 'label', not a whole number")
+        if label not in (None, other):
+            raise BadLabel(f"the .cls member says {label}, the .json member {other}")
+        label = other
+    if label is None:
+        raise MalformedShard("the .json member has no whole number 'label'")
+    return label, next((name.strip() for key in _NAMES if type(name := document.get(key)) is str), "")[:200]
+
+
+def _text(file: BinaryIO, member: Member) -> str:
+    if member.length > _LONGEST_LABEL:
+        raise MalformedShard(f"a label of {member.length} bytes")
+    return os.pread(file.fileno(), member.length, member.offset).decode("utf-8", errors="replace").strip()
+
+
+def _document(text: str) -> dict[str, object]:
+    """The object of a .json member; empty where it is none. BadLabel where it says "label" twice."""
     try:
-        other = _label(file, {"json": member})
-    except MalformedShard as error:
-        if isinstance(error, BadLabel):
-            raise
-        return
-    if other != label:
-        raise BadLabel(f"the .cls member says {label}, the .json member {other}")
+        found = json.loads(text, object_pairs_hook=_one_label)
+    except BadLabel:
+        raise
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _one_label(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if sum(key == "label" for key, _ in pairs) > 1:
         raise BadLabel("the .json member has several 'label'")
     return dict(pairs)
-
-
-def _label(file: BinaryIO, by_ending: dict[str, Member]) -> int:
-    member = by_ending.get("cls") or by_ending.get("json")
-    if member is None:
-        others = ", ".join(f".{ending}" for ending in by_ending if ending not in _IMAGES)
-        raise MalformedShard(f"no .cls or .json member beside the image{others and ', only ' + others}")
-    if member.length > _LONGEST_LABEL:
-        raise MalformedShard(f"a label of {member.length} bytes")
-    text = os.pread(file.fileno(), member.length, member.offset).decode("utf-8", errors="replace").strip()
-    if member is by_ending.get("cls"):
-        if not re.fullmatch(r"-?[0-9]{1,18}", text):
-            raise BadLabel(f"the label {text[:20]!r} is no number")
-        return int(text)
-    try:
-        label = json.loads(text, object_pairs_hook=_one_label)["label"]
-    except BadLabel:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise MalformedShard("the .json member has no whole number 'label'") from error
-    if type(label) is not int or abs(label) >= 10**18:
-        raise BadLabel(f"the .json member has {json.dumps(label)[:20]} as 'label', not a whole number")
-    return label

@@ -28,7 +28,7 @@ from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Sca
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import Identity, PartFiles, write_index
-from mpl_scale.files import FULL, lock
+from mpl_scale.files import FULL, expanded, lock, refuse_inside
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
 
 Report = Callable[[int, int, int], None]
@@ -68,17 +68,19 @@ def build_index(
 
     Raises:
         ValueError: unknown format, no shards, nothing usable in them, an option without effect, or `output` is
-            something else than an index.
+            something else than an index, or lies in the data set.
     """
     require_known("--source", source, FORMATS)
     options = options or ScanOptions()
     refuse_unused(source, label_offset=options.label_offset, check_data=None if options.check_data else False)
-    root, output = root.expanduser().resolve(), output.expanduser().absolute()
+    root, output = expanded(root).resolve(), expanded(output).absolute()
     if not root.is_dir():
         raise ValueError(f"'{root}' is no folder; give the one that holds the data set")
     if output.exists() and not (output / "meta.json").is_file():
         raise ValueError(f"--output '{output}' is there and is no index; choose another folder, or remove it")
     shards = FORMATS[source].shards(root)
+    if FORMATS[source].layout in ("file", "encoded"):  # others look for the names of their files alone
+        refuse_inside(output, root)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock(output.with_name(f".{output.name}.lock")):
         partial = output.with_name(f"{output.name}.partial")

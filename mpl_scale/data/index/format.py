@@ -6,6 +6,7 @@ another. A sample's id is its place in that order, so it does not depend on who 
 
 from __future__ import annotations
 
+import unicodedata
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class Scan:
         A refused one keeps its row, with label 0 and size 0 x 0.
     names: layout "file": the samples' file names, encoded, one behind another; name_ends: int64 [n], where each ends.
     class_names: names that the shard itself gives for some labels, as they stand in the files.
+    given: what the samples themselves say of the classes of some labels, to be compared between shards.
     census: the images by file format, and what the shard holds and is not used.
     """
 
@@ -88,6 +90,7 @@ class Scan:
     names: bytes = b""
     name_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     class_names: dict[int, str] = field(default_factory=dict)
+    given: dict[int, str] = field(default_factory=dict)
     census: Census = field(default_factory=Census)
 
     @classmethod
@@ -181,6 +184,25 @@ def register_format(name: str) -> Callable[[type], type]:
     return add
 
 
+class GivenClasses:
+    """The classes that samples name beside their labels: each label has one name, and each name one label."""
+
+    def __init__(self) -> None:
+        self.names: dict[int, str] = {}
+        self._labels: dict[str, int] = {}
+
+    def conflict(self, label: int, name: str) -> str | None:
+        """Why this pair contradicts an earlier one; None: it does not, and is kept."""
+        known, other = self.names.get(label, name), self._labels.get(name, label)
+        if known != name:
+            return f"label {label} stands beside class {name!r} here, beside {known!r} elsewhere"
+        if other != label:
+            return f"class {name!r} has label {label} here, {other} elsewhere"
+        self.names[label] = name
+        self._labels[name] = label
+        return None
+
+
 class ScanBuilder:
     """Collects a shard's samples one by one."""
 
@@ -190,6 +212,7 @@ class ScanBuilder:
         self._refusals: list[Refusal] = []
         self.class_names: dict[int, str] = {}
         self.census = Census()
+        self._given = GivenClasses()
 
     def __len__(self) -> int:
         """Samples so far, with the refused ones."""
@@ -199,6 +222,12 @@ class ScanBuilder:
         """A sample; label: as it stands in the file; header: what its image says of itself."""
         self._values.extend((offset, length, label, *header.stored))
         self.census.kinds[header.label] += 1
+
+    def compare(self, label: int, name: str) -> None:
+        """A label, and the class that its sample names itself. Raises BadLabel where an earlier sample contradicts."""
+        conflict = self._given.conflict(label, name)
+        if conflict is not None:
+            raise BadLabel(f"{conflict}: one of them is wrong")
 
     def refuse_sample(self, offset: int, length: int, reason: str | ValueError) -> None:
         """A sample that keeps its place in the order, but cannot be used."""
@@ -216,7 +245,7 @@ class ScanBuilder:
         entries = np.empty(len(values), ENTRY)
         for column, name in enumerate(_COLUMNS):
             entries[name] = values[:, column]
-        return Scan(entries, self._refusals, class_names=self.class_names, census=self.census)
+        return Scan(entries, self._refusals, class_names=self.class_names, given=self._given.names, census=self.census)
 
 
 def classes_file(root: Path) -> list[str] | None:
@@ -245,6 +274,19 @@ def classes_file(root: Path) -> list[str] | None:
 def named_classes(names: dict[int, str], *, highest: int) -> list[str]:
     """A name for each label up to `highest`: the given one, or "class N"."""
     return [names.get(label, f"class {label}") for label in range(highest + 1)]
+
+
+def alike(classes: Sequence[str]) -> list[str]:
+    """For people: names of classes that look the same, as "Cat" and "cat", or an accent in two encodings."""
+    groups: dict[str, list[str]] = {}
+    for name in classes:
+        if len(name) > 1:  # EMNIST's letters
+            groups.setdefault(unicodedata.normalize("NFKC", name).casefold().strip(), []).append(repr(name))
+    return [
+        f"classes that are told apart by capitals, blanks or encoding alone: {', '.join(names)}"
+        for names in groups.values()
+        if len(names) > 1
+    ]
 
 
 def existing(root: Path, names: Sequence[tuple[str, Part]], *, folders: Sequence[str] = ("",)) -> list[Shard]:

@@ -66,7 +66,10 @@ def count_from_zero(scan: Scan, shard: Shard, *, first: int, classes: Sequence[s
         usable[row] = False
     if usable.any():
         labels[usable] -= first
-    scan.class_names = {label - first: name for label, name in scan.class_names.items() if first <= label <= last}
+    for names in (scan.class_names, scan.given):
+        kept = {label - first: name for label, name in names.items() if first <= label <= last}
+        names.clear()
+        names.update(kept)
     return found
 
 

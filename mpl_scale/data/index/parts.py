@@ -22,8 +22,6 @@ PARTS: dict[str, Part] = {
 }
 """The words that decide, in lower case."""
 _NUMBERS = re.compile(r"(\.tar|\.gz|\.tgz|\.tfrecords?|\.parquet|\.arrow|[-_.]?\d+|-of)+$")
-_NUMBERED = re.compile(r"(.*)-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?(\.tfrecords?|\.parquet|\.arrow)?")
-"""Hugging Face has put a hash of the file behind the numbers."""
 _WORD = re.compile(r"[a-z]+")
 _SIDECARS = re.compile(
     r"(classes\.txt|(test_)?(images|labels)\.npy|batches\.meta(\.txt)?|class_names\.txt|fold_indices\.txt|"
@@ -110,23 +108,6 @@ def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
         fix = f"decompress its shards, such as '{packed[0]}'" if packed else "name the folder of the shards"
         raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; {fix}")
     return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
-
-
-def refuse_gaps(root: Path, names: Sequence[str]) -> None:
-    """ValueError where a set of files numbered "N-of-M" is not complete: splits by shard would move unseen."""
-    sets: dict[tuple[str, str, int], set[int]] = {}
-    for name in names:
-        match = _NUMBERED.fullmatch(name)
-        if match:
-            sets.setdefault((match[1], match[4] or "", int(match[3])), set()).add(int(match[2]))
-    for (stem, suffix, count), numbers in sets.items():
-        absent = min(set(range(min(count, len(numbers) + 1))) - numbers, default=None)
-        if absent is not None:
-            raise ValueError(
-                f"mpl_scale.data.root = '{root}' holds {len(numbers)} of the {count} shards '{stem}-*-of-{count:05d}"
-                f"{suffix}'; number {absent} is missing: fetch it, or give another folder the shards you have under "
-                "names that do not promise more"
-            )
 
 
 def left_over(root: Path, shards: Sequence[Shard], *, layout: Layout, sidecars: Sequence[str] = ()) -> Census:

@@ -31,7 +31,8 @@ from mpl_scale.data.encoded.probe import ppm
 from mpl_scale.data.index import sidecars
 from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
-from mpl_scale.data.index.format import LOST_REST, LOST_WHOLE, Layout, Part
+from mpl_scale.data.index.format import LOST_REST, LOST_WHOLE, Layout, Part, alike
+from mpl_scale.data.index.numbering import late_starts
 from mpl_scale.data.index.parts import parts_line
 
 FORMAT, VERSION = "mpl_scale.index", 2
@@ -143,8 +144,14 @@ class IndexedImages:
         """For people: images by part and by format, and what was seen and is not used."""
         ends = np.searchsorted(self._shard, np.arange(len(self.shards) + 1, dtype=self._shard.dtype))
         counts = [(shard.name, shard.part, int(n)) for shard, n in zip(self.shards, np.diff(ends), strict=True)]
-        twins = [f"'{other.name}' is '{one.name}' again, byte for byte" for one, other in self.twins()[:5]]
-        return parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines() + twins
+        lines = parts_line(counts) + Census.from_json(self.meta.get("census", {})).lines()
+        twins = [f"'{other.name}' is '{one.name}' again, byte for byte" for one, other in self.twins()]
+        lines += [*twins[:5], *([f"{len(twins) - 5} more shards are others again"] if len(twins) > 5 else [])]
+        if self._layout == "encoded":
+            lines += late_starts([shard.name for shard in self.shards])
+            empty = [name for name, _, images in counts if not images]
+            lines += [f"shards without an image: {len(empty)}, as '{empty[0]}'"] if empty else []
+        return lines + alike(self.classes)
 
     @property
     def fingerprint(self) -> str:

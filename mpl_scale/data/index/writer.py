@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mpl_scale.data.index.census import Census
-from mpl_scale.data.index.format import FORMATS, Refusal, Scan, ScanOptions, Shard, named_classes
+from mpl_scale.data.index.format import FORMATS, GivenClasses, Refusal, Scan, ScanOptions, Shard, named_classes
 from mpl_scale.data.index.labels import LabelCensus, first_label, set_offset
 from mpl_scale.data.index.parts import left_over
 from mpl_scale.data.index.reader import ARRAYS, FORMAT, VERSION, pixels_name, sha256_of
@@ -63,6 +63,7 @@ class PartFiles:
             "unpacked": self.pixels.exists(),
             "refusals": scan.refusals,
             "class_names": scan.class_names,
+            "given": scan.given,
             "labels": labels,
             "census": scan.census.to_json(),
         }
@@ -114,6 +115,7 @@ def _fill(
     label_census = LabelCensus(first_label(source, options), adjustable=adjustable)
     refused, reasons, highest, class_names, first = _write_arrays(folder, parts, shards, label_census)
     classes = FORMATS[source].classes(root)
+    _compare_names(folder, parts, shards, classes, label_census, reasons)
     labels = label_census.finding(
         named=None if classes is None else len(classes), assumed=adjustable and options.label_offset is None
     )
@@ -204,6 +206,31 @@ def _write_arrays(
         if isinstance(array, np.memmap):
             array.flush()
     return ids, reasons, highest, class_names, first
+
+
+def _compare_names(
+    folder: Path,
+    parts: Sequence[PartFiles],
+    shards: Sequence[Shard],
+    classes: Sequence[str] | None,
+    census: LabelCensus,
+    reasons: Counter[str],
+) -> None:
+    """Note as faults where the classes that samples name contradict those of other shards, or the list of names."""
+    given = GivenClasses()
+    with open(folder / "refused.jsonl", "a", encoding="utf-8") as lines:
+        for shard, part in zip(shards, map(PartFiles.read, parts), strict=True):
+            for label, name in part.about.get("given", {}).items():
+                found = given.conflict(int(label) + census.first, name)
+                if found is None and classes is not None and name in classes and classes[int(label)] != name:
+                    found = (
+                        f"label {int(label) + census.first} stands beside class {name!r}, not {classes[int(label)]!r}"
+                    )
+                if found is not None:
+                    line = {"file": shard.name, "offset": None, "sample": None, "reason": found, "kind": "label"}
+                    lines.write(json.dumps(line) + "\n")
+                    census.add_fault(f"{shard.name}: {found}", first=kind_of(found) not in reasons)
+                    reasons[kind_of(found)] += 1
 
 
 def kind_of(reason: str) -> str:
