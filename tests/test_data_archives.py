@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import os
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,3 +161,91 @@ def test_batches_of_pickle_protocol_5_are_read(tmp_path: Path) -> None:
     images = load(tmp_path, "cifar10")
     assert images.labels.tolist() == mini.pictures()[1].tolist()
     assert images.read(9).tobytes().endswith(mini.pictures()[0][9].tobytes())
+
+
+def _with_both_keys(good: bytes) -> bytes:
+    batch = pickle.loads(good)
+    return pickle.dumps(batch | {b"labels": batch["labels"], "labels": [5] * 8}, protocol=4)
+
+
+def _with_labels_twice(good: bytes) -> bytes:
+    (number,) = mini.python2_pickle({b"labels": [1] * 8})[4:].split(b"u.")[:1]
+    return good[:-2] + number + b"u."
+
+
+CONTRADICTORY: dict[str, tuple[str, Callable[[Path], None], str, Callable[[bytes], bytes], str]] = {
+    "text and bytes": ("cifar10", mini.write_cifar_python, "test_batch", _with_both_keys, "labels twice, as text"),
+    "a key twice": (
+        "cifar10",
+        mini.write_cifar_python,
+        "data_batch_1",
+        _with_labels_twice,
+        "a dict with one key twice",
+    ),
+    "coarse": (
+        "cifar100",
+        mini.write_cifar100,
+        "test",
+        lambda good: mini.cifar_batch(slice(40, 48), key=b"fine_labels", coarse_labels=[0, 1, 2, 3, 4, 5, 0, 9]),
+        "image 7 of fine label 5 has coarse label 9, another has 1",
+    ),
+    "names": (
+        "cifar10",
+        mini.write_cifar_binary,
+        "batches.meta.txt",
+        lambda good: b"cat\ndog\n",
+        "names class 0 'cat'",
+    ),
+    "pickled names": (
+        "cifar10",
+        mini.write_cifar_python,
+        "batches.meta",
+        lambda good: pickle.dumps({"label_names": ["cat"]}, protocol=2),
+        "names class 0 'cat', not 'airplane'",
+    ),
+    "names of stl10": ("stl10", mini.write_stl10, "class_names.txt", lambda good: b"dog cat", "names class 0 'dog'"),
+    "two labels": (
+        "idx",
+        mini.write_idx,
+        "train-labels-idx1-ubyte.gz",
+        lambda good: gzip.compress(mini.idx(*mini.pictures())[1]),
+        r"there is a 'train-labels-idx1-ubyte\.gz' of other content",
+    ),
+    "two files of images": (
+        "idx",
+        mini.write_idx,
+        "train-images-idx3-ubyte.gz",
+        lambda good: gzip.compress(bytes(99)),
+        r"there is a 'train-images-idx3-ubyte\.gz' of other content",
+    ),
+    "elsewhere": (
+        "stl10",
+        mini.write_stl10,
+        "stl10_binary/test_X.bin",
+        lambda good: b"",
+        "holds both 'train_X.bin' and",
+    ),
+}
+"""As MORE, of files that are there or not."""
+
+
+@pytest.mark.parametrize("kind", CONTRADICTORY)
+def test_what_contradicts_itself_is_refused(tmp_path: Path, kind: str) -> None:
+    source, write, name, change, reason = CONTRADICTORY[kind]
+    write(tmp_path)
+    load(tmp_path, source)
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(change(path.read_bytes() if path.exists() else b""))
+    with pytest.raises(ValueError, match=reason):
+        load(tmp_path, source)
+
+
+def test_files_that_say_the_same_twice(tmp_path: Path) -> None:
+    mini.write_idx(tmp_path)
+    for name in ("train-labels-idx1-ubyte", "train-images-idx3-ubyte"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    mini.write_cifar_binary(tmp_path)
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    (tmp_path / "batches.meta.txt").write_text("\n".join([*names, "", ""]))
+    assert len(load(tmp_path, "idx")) == len(load(tmp_path, "cifar10")) == 48

@@ -109,9 +109,10 @@ def records(root: Path, name: str, *rows: tuple[int, str, str]) -> None:
 
 
 def test_a_key_that_stands_in_a_shard_twice(tmp_path: Path) -> None:
-    archive(tmp_path, "train.tar", ("a", 0, ""), ("b", 1, ""), ("a", 1, ""))
-    with pytest.raises(ValueError, match=r"train\.tar: two samples of key 'a'"):
-        load(tmp_path, "webdataset")
+    for number, again in enumerate(("a", "./a")):
+        archive(tmp_path / str(number), "train.tar", ("a", 0, ""), ("b", 1, ""), (again, 1, ""))
+        with pytest.raises(ValueError, match=r"train\.tar: two samples of key 'a'"):
+            load(tmp_path / str(number), "webdataset")
 
 
 def test_one_key_in_two_shards_is_two_images(tmp_path: Path) -> None:
@@ -189,3 +190,40 @@ def test_no_folder_of_a_run_lies_among_the_images(tmp_path: Path) -> None:
         check_output(tmp_path / "runs" / "a", resume="auto", data=data)
     with pytest.raises(ValueError, match=rf"--output {root}/index lies in the data set {root}"):
         build_index("folder", root, output=root / "index")
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("cow", "cat"), ("dog/more", "../cat"), ("cat/deep", "../dog/deep")],
+    ids=["class", "up", "deep"],
+)
+def test_a_folder_that_a_link_puts_into_two_classes(tmp_path: Path, link: str, target: str) -> None:
+    root = put(tmp_path, "cat/1.png", "dog/1.png", "dog/deep/2.png")
+    (root / link).symlink_to(target)
+    with pytest.raises(ValueError, match="are one folder, by a link, in two classes or parts"):
+        read_folder(root)
+
+
+def test_classes_without_an_image_for_training_are_named(tmp_path: Path) -> None:
+    said = "classes without an image for training: 'cow'"
+    assert said in read_folder(put(tmp_path / "a", "train/cat/1.png", "train/dog/1.png", "test/cow/1.png")).contents()
+    archive(tmp_path / "b", "train.tar", ("a", 0, ""), ("b", 2, ""))
+    archive(tmp_path / "b", "test.tar", ("a", 0, ""), ("b", 1, ""))
+    (tmp_path / "b" / "classes.txt").write_text("cat\ncow\ndog\n")
+    assert said in load(tmp_path / "b", "webdataset").contents()
+
+
+def test_class_names_that_are_not_read_are_listed(tmp_path: Path) -> None:
+    (put(tmp_path, "cat/1.png", "dog/1.png") / "classes.txt").write_text("dog\ncat\n")
+    assert "not used: 1 (1 .txt): classes.txt" in read_folder(tmp_path).contents()
+
+
+def test_class_names_that_contradict_the_schema(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(mini.parquet(mini.table(files()[:2], [0, 1], ["cat", "dog"])))
+    (tmp_path / "classes.txt").write_text("dog\ncat\n")
+    with pytest.raises(ValueError, match=r"'train\.parquet' name the same classes in another order, such as 'cat'"):
+        load(tmp_path, "parquet")
+    (tmp_path / "classes.txt").unlink()
+    (tmp_path / "train.parquet").write_bytes(mini.parquet(mini.table(files()[:3], [0, 1, 2], ["cat", "dog", "cat"])))
+    with pytest.raises(ValueError, match="its schema gives two classes one name"):
+        load(tmp_path, "parquet")

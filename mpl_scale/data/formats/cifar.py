@@ -7,6 +7,7 @@ read by pickled.py without running them) the pixels are written out once, beside
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     existing,
+    refuse_other_names,
     register_format,
 )
 
@@ -64,7 +66,19 @@ class Cifar10(PlainFormat):
                 f"mpl_scale.data.root = '{root}' holds {found[0].name} but not {', '.join(absent)}; unpack the archive "
                 "of CIFAR-10 again"
             )
+        self._refuse_other_names(root / Path(found[0].name).parent)
         return found
+
+    def _refuse_other_names(self, folder: Path) -> None:
+        """ValueError where the names beside the batches are not CIFAR-10's: they would be told wrong."""
+        text, pickled = folder / "batches.meta.txt", folder / "batches.meta"
+        if text.is_file():
+            lines = text.read_text(encoding="utf-8", errors="replace").split("\n")
+            refuse_other_names(text, [line.strip() for line in lines if line.strip()], _CLASSES)
+        if pickled.is_file():
+            with suppress(MalformedShard):
+                (names,) = _read_dict(pickled, "label_names")
+                refuse_other_names(pickled, names if isinstance(names, list) else (), _CLASSES)
 
     def classes(self, root: Path) -> Sequence[str]:
         return _CLASSES
@@ -119,13 +133,24 @@ def read_batch(path: Path, *, labels: str = "labels") -> tuple[np.ndarray, np.nd
     Raises:
         MalformedShard: the file is no such batch.
     """
-    data, found = _read_dict(path, "data", labels)
+    data, found, coarse = _read_dict(path, "data", labels, optional=("coarse_labels",))
     if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _PIXELS or not len(data):
         raise MalformedShard(f"data is no uint8 [n, {_PIXELS}]")
     if not isinstance(found, list) or len(found) != len(data) or not all(type(label) is int for label in found):
         raise BadLabel(f"{labels} is no list of one whole number per image")
+    _compare_coarse(found, coarse)
     clipped = [label if 0 <= label < 1 << 31 else -1 for label in found]
     return data.reshape(-1, 3, SIDE, SIDE), np.array(clipped, np.int64)
+
+
+def _compare_coarse(fine: list[int], coarse: Any) -> None:
+    """BadLabel where images of one fine class are of several of the 20 coarse ones, which hold whole classes."""
+    if not isinstance(coarse, list) or len(coarse) != len(fine) or not all(type(group) is int for group in coarse):
+        return
+    first: dict[int, int] = {}
+    for row, (label, group) in enumerate(zip(fine, coarse, strict=True)):
+        if first.setdefault(label, group) != group:
+            raise BadLabel(f"image {row} of fine label {label} has coarse label {group}, another has {first[label]}")
 
 
 def read_names(path: Path) -> list[str]:
@@ -142,14 +167,17 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def _read_dict(path: Path, *keys: str) -> list[Any]:
+def _read_dict(path: Path, *keys: str, optional: Sequence[str] = ()) -> list[Any]:
     """The values of a pickled dict, whose keys may be text or bytes; None where there is none."""
     if path.stat().st_size > _LONGEST_PICKLE:
         raise MalformedShard(f"a pickle of more than {_LONGEST_PICKLE} bytes")
     found: Any = read_pickle(path.read_bytes())
     if not isinstance(found, dict):
         raise MalformedShard(f"no dict of {' and '.join(keys)}")
-    return [found.get(key, found.get(key.encode())) for key in keys]
+    for key in (*keys, *optional):
+        if key in found and key.encode() in found:
+            raise BadLabel(f"it holds {key} twice, as text and as bytes")
+    return [found.get(key, found.get(key.encode())) for key in (*keys, *optional)]
 
 
 def _scan_python(path: Path, shard: Shard, unpacked: Path, *, labels: str) -> Scan:

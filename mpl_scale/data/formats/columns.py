@@ -86,7 +86,15 @@ class TableFormat(ABC):
                 _readable(),
                 self.open(root / shard.name, None) as table,
             ):
-                return class_names(table.schema) or classes_file(root)
+                names, listed = class_names(table.schema), classes_file(root)
+                places = {name: place for place, name in enumerate(listed or ())}
+                moved = [name for place, name in enumerate(names or ()) if places.get(name, place) != place]
+                if moved:
+                    raise ValueError(
+                        f"'{root / CLASSES_FILE}' and '{shard.name}' name the same classes in another order, such as "
+                        f"'{moved[0]}'; remove or correct the first"
+                    )
+                return names or listed
         return classes_file(root)
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
@@ -95,6 +103,8 @@ class TableFormat(ABC):
             with _readable(), self.open(root / shard.name, unpacked) as table:
                 columns = image_and_label(table.schema)
                 names = class_names(table.schema)
+                if names is not None and len(set(names)) < len(names):
+                    raise BadLabel("its schema gives two classes one name")
                 if names is not None and names != self.classes(root):
                     raise BadLabel("the classes that its schema names are not those of the first shard")
                 for batch in table.batches(columns):

@@ -26,6 +26,7 @@ from mpl_scale.data.index.format import (
     Shard,
     alike,
     register_format,
+    untrained,
 )
 from mpl_scale.data.index.parts import Folder, is_part, left_over, part_of, parts_line, walk
 from mpl_scale.data.registry import ImageFiles, register_source
@@ -107,6 +108,7 @@ def _read(root: Path, folders: Sequence[Shard], *, classes: tuple[str, ...], onl
             *parts_line([(shard.name, shard.part, count) for shard, count in zip(folders, counts, strict=True)]),
             *census.lines(),
             *alike(classes),
+            *untrained(classes, np.setdiff1d(np.arange(len(classes)), entries["label"][~tests]).tolist()),
         ),
     )
 
@@ -178,7 +180,20 @@ def _folders(root: Path | None) -> list[Shard]:
         label = labels[folder.rpartition("/")[2]]
         part = part_of(folder.partition("/")[0]) if "/" in folder else "train"
         shards += [Shard(inner.name, part, label) for inner in below]
+    _refuse_linked(root, shards)
     return sorted(shards, key=lambda shard: shard.part == "test")
+
+
+def _refuse_linked(root: Path, shards: Sequence[Shard]) -> None:
+    """ValueError where a link puts a folder into two classes or parts: which label is right, or is it test data?"""
+    real: dict[str, Shard] = {}
+    for shard in shards:
+        other = real.setdefault(os.path.realpath(root / shard.name), shard)
+        if (other.label, other.part) != (shard.label, shard.part):
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}': '{other.name}' and '{shard.name}' are one folder, by a link, in two "
+                "classes or parts; remove the link"
+            )
 
 
 def _class_folders(root: Path) -> list[str]:

@@ -63,7 +63,9 @@ class Idx:
     checksums = False
 
     def sidecars(self, root: Path) -> Sequence[str]:
-        return [*(name for shard in self.shards(root) for name in _labels_names(shard.name)), CLASSES_FILE]
+        names = [shard.name for shard in self.shards(root)]
+        packed = [f"{name}.gz" for name in names if not name.endswith(".gz")]  # must say the same
+        return [*(name for images in names for name in _labels_names(images)), *packed, CLASSES_FILE]
 
     def shards(self, root: Path) -> Sequence[Shard]:
         sets: dict[Path, dict[Part, Shard]] = defaultdict(dict)
@@ -95,6 +97,7 @@ class Idx:
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
         path = root / shard.name
         try:
+            _refuse_another(path, path.with_name(f"{path.name}.gz"))
             with _open(path) as file, open(unpacked, "wb") as pixels:
                 count, height, width = _shape(file, dimensions=3)
                 labels = _labels(path, count)
@@ -120,6 +123,7 @@ def _labels(images: Path, count: int) -> np.ndarray:
     if path is None:
         raise BadLabel(f"there is no '{paths[0].name}', plain or .gz")
     try:
+        _refuse_another(*paths)
         with _open(path) as file:
             (found,) = _shape(file, dimensions=1)
             if found != count:
@@ -129,6 +133,20 @@ def _labels(images: Path, count: int) -> np.ndarray:
     except MalformedShard as error:
         raise BadLabel(f"'{path.name}': {error}") from error
     return labels
+
+
+def _refuse_another(plain: Path, packed: Path) -> None:
+    """BadLabel where a file is there plain and packed, and the two differ."""
+    if not (plain.is_file() and packed.is_file()):
+        return
+    with open(plain, "rb") as one, _open(packed) as other:
+        while content := one.read(1 << 20):
+            if content != _read(other, len(content)):
+                break
+        else:
+            if not _read(other, 1):
+                return
+    raise BadLabel(f"there is a '{packed.name}' of other content: which one is meant? Remove the other")
 
 
 def _open(path: Path) -> BinaryIO:

@@ -97,6 +97,11 @@ def _with_text_keys(opcode: bytes, keys: slice) -> Callable[[Any], None]:
     def checked(unpickler: Any) -> None:
         if not all(isinstance(key, str | bytes) for key in unpickler.stack[keys]):
             raise MalformedShard("a dict with keys other than text")
+        named, known = unpickler.stack[keys], {}
+        if opcode != pickle.DICT:
+            known = unpickler.stack[-3] if opcode == pickle.SETITEM else unpickler.metastack[-1][-1]
+        if len(set(named)) < len(named) or any(name in known for name in named):
+            raise MalformedShard("a dict with one key twice")
         load(unpickler)
 
     return checked

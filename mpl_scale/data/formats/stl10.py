@@ -21,6 +21,7 @@ from mpl_scale.data.index.format import (
     ScanOptions,
     Shard,
     existing,
+    refuse_other_names,
     register_format,
 )
 
@@ -51,6 +52,9 @@ class Stl10(PlainFormat):
                 f"mpl_scale.data.root = '{root}' holds no train_X.bin; name the folder that stl10_binary.tar.gz "
                 "unpacks to, or the one it was unpacked in"
             )
+        names = (root / found[0].name).with_name("class_names.txt")
+        if names.is_file():
+            refuse_other_names(names, names.read_text(encoding="utf-8", errors="replace").split(), _CLASSES)
         return found
 
     def classes(self, root: Path) -> Sequence[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import posixpath
 import re
 import shutil
 import zlib
@@ -153,7 +154,7 @@ def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
                 builder.census.leave_out(member.name[:200])
         if not extra and (has_image or has_label):
             twice = "two members of one name" if stem in doubled else "two images" if len(images) > 1 else ""
-            yield _Sample(stem, sample, twice)
+            yield _Sample(posixpath.normpath(stem), sample, twice)
 
 
 def _is_sample(by_ending: dict[str, Member]) -> bool:

@@ -289,10 +289,37 @@ def alike(classes: Sequence[str]) -> list[str]:
     ]
 
 
+def untrained(classes: Sequence[str], absent: Sequence[int]) -> list[str]:
+    """For people: the classes, by label, of which the training files hold no image."""
+    names = ", ".join(repr(classes[label]) for label in absent[:5])
+    more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
+    return [f"classes without an image for training: {names}{more}"] if absent else []
+
+
 def existing(root: Path, names: Sequence[tuple[str, Part]], *, folders: Sequence[str] = ("",)) -> list[Shard]:
-    """Those of the named files that are there, in the given order; of the first folder ("": the root) that has any."""
-    for folder in folders:
-        found = [Shard(f"{folder}{name}", part) for name, part in names if (root / folder / name).is_file()]
-        if found:
-            return found
-    return []
+    """Those of the named files that are there, in the given order; of the one folder ("": the root) that has any.
+
+    Raises:
+        ValueError: several folders have some.
+    """
+    by_folder = [
+        [Shard(f"{folder}{name}", part) for name, part in names if (root / folder / name).is_file()]
+        for folder in folders
+    ]
+    found = [shards for shards in by_folder if shards]
+    if len(found) > 1:
+        raise ValueError(
+            f"mpl_scale.data.root = '{root}' holds both '{found[0][0].name}' and '{found[1][0].name}': which data "
+            "set is meant? Keep one, or name its folder"
+        )
+    return found[0] if found else []
+
+
+def refuse_other_names(path: Path, found: Sequence[str], expected: Sequence[str]) -> None:
+    """ValueError where the names that a data set's own file gives its classes are not those of its format."""
+    if found and list(found) != list(expected):
+        row = next((row for row, pair in enumerate(zip(found, expected, strict=False)) if pair[0] != pair[1]), -1)
+        which = f"{len(found)} classes" if row < 0 else f"class {row} {found[row]!r}, not {expected[row]!r}"
+        raise ValueError(
+            f"'{path}' names {which}: this is another data set than the source's; use source arrays or idx"
+        )

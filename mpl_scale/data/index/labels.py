@@ -119,6 +119,11 @@ class LabelCensus:
             "range": [*self._range(), self.first] if self.ranges and self.adjustable else None,
         }
 
+    def absent(self, classes: int) -> list[int]:
+        """The labels below `classes` of which the training files hold no image."""
+        present = self._present["train"] | self._present["extra"]
+        return [label for label in range(classes) if label not in present]
+
     def _range(self) -> tuple[int, int]:
         return min(low for low, _ in self.ranges.values()), max(high for _, high in self.ranges.values())
 

@@ -24,8 +24,8 @@ PARTS: dict[str, Part] = {
 _NUMBERS = re.compile(r"(\.tar|\.gz|\.tgz|\.tfrecords?|\.parquet|\.arrow|[-_.]?\d+|-of)+$")
 _WORD = re.compile(r"[a-z]+")
 _SIDECARS = re.compile(
-    r"(classes\.txt|(test_)?(images|labels)\.npy|batches\.meta(\.txt)?|class_names\.txt|fold_indices\.txt|"
-    r"dataset_infos?\.json|dataset_dict\.json|state\.json|readme.*|license.*)",
+    r"(batches\.meta(\.txt)?|class_names\.txt|fold_indices\.txt|dataset_infos?\.json|dataset_dict\.json|state\.json|"
+    r"readme.*|license.*)",
     re.IGNORECASE,
 )
 _COMPRESSED = (".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4", ".tbz2", ".txz", ".tfrecord.gz", ".tfrecords.gz")

@@ -31,7 +31,7 @@ from mpl_scale.data.encoded.probe import ppm
 from mpl_scale.data.index import sidecars
 from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
-from mpl_scale.data.index.format import LOST_REST, LOST_WHOLE, Layout, Part, alike
+from mpl_scale.data.index.format import LOST_REST, LOST_WHOLE, Layout, Part, alike, untrained
 from mpl_scale.data.index.numbering import late_starts
 from mpl_scale.data.index.parts import parts_line
 
@@ -151,7 +151,7 @@ class IndexedImages:
             lines += late_starts([shard.name for shard in self.shards])
             empty = [name for name, _, images in counts if not images]
             lines += [f"shards without an image: {len(empty)}, as '{empty[0]}'"] if empty else []
-        return lines + alike(self.classes)
+        return lines + alike(self.classes) + untrained(self.classes, self.meta.get("untrained", []))
 
     @property
     def fingerprint(self) -> str:

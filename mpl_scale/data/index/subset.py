@@ -73,6 +73,7 @@ def write_subset(
             "refusals": 0,
             "reasons": {},
             "labels": {"faults": 0, "examples": [], "suspicion": None, "offset": None, "confirm": None},
+            "untrained": [],
             "sidecars": {},  # labels and names are its own
             "census": {},
             "sha256": hashes,

@@ -147,6 +147,7 @@ def _fill(
         "refusals": sum(reasons.values()),
         "reasons": dict(reasons),
         "labels": labels,
+        "untrained": label_census.absent(len(classes)),
         "census": census.to_json(),
         "sha256": {path.relative_to(folder).as_posix(): sha256_of(path) for path in files},
         "shards": described,
