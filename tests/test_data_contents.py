@@ -16,6 +16,7 @@ from mpl_scale.data import load_images, make_splits
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.contents import WHOLE, digest_of_file
 from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.samples.joined import with_unlabelled
 from mpl_scale.data.samples.manifest import describe_splits, same_samples
 from mpl_scale.trainer.preflight import record_splits
 from tests.support import mini_imagenet as mini
@@ -109,3 +110,18 @@ def test_a_shard_that_is_there_twice_is_said(tmp_path: Path, capsys: pytest.Capt
     for _ in range(2):  # built, and up to date
         assert main(["index", str(root), "--source", "webdataset", "--output", str(tmp_path / "index")]) == 0
         assert said in capsys.readouterr().out
+
+
+def test_test_images_among_the_unlabelled_ones_are_said(tmp_path: Path) -> None:
+    """An index of unlabelled images that has the test part's file, under another name."""
+    root, other = write(tmp_path / "data", "webdataset", [0, 1] * 6, test=[1, 0] * 3), tmp_path / "other"
+    other.mkdir()
+    for number, name in enumerate(("test.tar", "train.tar")):
+        shutil.copy(root / name, other / "more.tar")
+        build_index("webdataset", other, output=tmp_path / f"index{number}")
+        config = DataConfig(source="webdataset", root=str(root), labelled_per_class=1, split="test_files")
+        splits = make_splits(load_images(config), config=config, seed=0)
+        said = record_splits(with_unlabelled(splits, tmp_path / f"index{number}"), tmp_path / "run")
+        assert any("'more.tar' of mpl_scale.data.unlabelled_index is 'test.tar' again" in line for line in said) == (
+            number == 0
+        )

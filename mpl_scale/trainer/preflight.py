@@ -128,6 +128,8 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
     for part in (images.first, images.second) if isinstance(images, JoinedImages) else (images,):
         if isinstance(part, IndexedImages | ImageFiles):
             notes += part.contents()
+    if isinstance(images, JoinedImages):
+        notes += images.tested(splits.test)[:5]
     first = images.first if isinstance(images, JoinedImages) else images
     own = first.ids_of("test") if isinstance(first, IndexedImages | ImageFiles) else splits.test
     if len(own) and not np.isin(splits.test[:1], own).all():

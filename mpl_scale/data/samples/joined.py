@@ -68,6 +68,26 @@ class JoinedImages:
         both = {**self.first.refusals(most), **self.second.refusals(most)}
         return dict(itertools.islice(both.items(), most))
 
+    def tested(self, test: np.ndarray) -> list[str]:
+        """For people: shards of `second` that are, byte for byte, shards of `first` with test images.
+
+        test: the ids of these, int64.
+        """
+        if not (isinstance(self.first, IndexedImages) and isinstance(self.second, IndexedImages)):
+            return []
+        own = {digest: number for number, digest in enumerate(self.first.meta.get("contents", ())) if digest}
+        found = []
+        for number, digest in enumerate(self.second.meta.get("contents", ())):
+            twin = own.get(digest)
+            if twin is None or not len(self.second.ids_of_shards([number])):
+                continue
+            if np.isin(self.first.ids_of_shards([twin]), test).any():
+                found.append(
+                    f"'{self.second.shards[number].name}' of mpl_scale.data.unlabelled_index is "
+                    f"'{self.first.shards[twin].name}' again, which holds test images: they may be unlabelled ones, too"
+                )
+        return found
+
     def _of(self, sample: int) -> tuple[ImageSet, int]:
         own = sample - len(self.first)
         return (self.first, sample) if own < 0 else (self.second, own)
