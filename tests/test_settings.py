@@ -77,7 +77,8 @@ WITHOUT_EFFECT = {
     "mpl_scale.optim.teacher.decay_rate=0.5": "optim.teacher.decay_rate (schedule = cosine)",
     "mpl_scale.parallel.halo=block_input": "parallel.halo (width = 1)",
     "mpl_scale.checkpoint.timeout_seconds=7": "checkpoint.timeout_seconds (asynchronous = false)",
-    "mpl_scale.method.freematch.decay=0.5": "method.freematch.decay (no loss is freematch)",
+    "mpl_scale.method.freematch.decay=0.5": "method.freematch.decay "
+    "(method.name = mpl, method.teacher_loss = uda, phases.teacher_warmup.steps = 4)",
     "mpl_scale.guard.max_skipped=3": "guard.max_skipped (nonfinite = stop)",
     "mpl_scale.data.allow_damaged_shards=true": "data.allow_damaged_shards (source = digits, unlabelled_index = null)",
     "mpl_scale.data.distributions=d.npy": "data.distributions (method.name = mpl)",
