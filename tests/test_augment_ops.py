@@ -31,10 +31,15 @@ def affine(*data: float | None) -> Reference:
     def reference(image: Image.Image, amount: float) -> Image.Image:
         matrix = [amount if value is None else value for value in data]
         return image.transform(
-            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=(FILL,) * 3
+            image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST, fillcolor=fill(image)
         )
 
     return reference
+
+
+def fill(image: Image.Image) -> int | tuple[int, ...]:
+    """In the image's mode, L or RGB."""
+    return FILL if image.mode == "L" else (FILL,) * 3
 
 
 PIL_OPS: dict[str, Reference] = {
@@ -47,7 +52,7 @@ PIL_OPS: dict[str, Reference] = {
     "sharpness": enhance(ImageEnhance.Sharpness),
     "posterize": lambda image, bits: ImageOps.posterize(image, int(bits)),
     "solarize": lambda image, threshold: ImageOps.solarize(image, int(threshold)),
-    "rotate": lambda image, degrees: image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=(FILL,) * 3),
+    "rotate": lambda image, degrees: image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=fill(image)),
     "shear_x": affine(1, None, 0, 0, 1, 0),
     "shear_y": affine(1, 0, 0, None, 1, 0),
     "translate_x": affine(1, 0, None, 0, 1, 0),
@@ -97,6 +102,20 @@ def check(name: str, images: torch.Tensor, strengths: np.ndarray, *, limits: Str
 @pytest.mark.parametrize("name", PIL_OPS)
 def test_equals_pil_at_every_size(name: str, size: int) -> None:
     check(name, some_images(10, (size, size)), STRENGTHS, limits=LIMITS["distance"])
+
+
+@pytest.mark.parametrize("size", [(33, 20), (224, 224)])
+@pytest.mark.parametrize("name", PIL_OPS)
+def test_equals_pil_on_grey_images(name: str, size: tuple[int, int]) -> None:
+    """Three equal channels stay equal, and each is what PIL makes of mode L."""
+    grey = some_images(10, size)[:, 0]
+    operation = OPS[name]
+    amount = STRENGTHS if operation.amount is None else operation.amount(STRENGTHS, LIMITS["distance"], size)
+    result = operation(grey.unsqueeze(1).repeat(1, 3, 1, 1), amount, Given(fill=FILL))
+    for image, one, each in zip(grey, result, amount, strict=True):
+        expected = np.asarray(PIL_OPS[name](Image.fromarray(image.numpy()), float(each)))
+        assert expected.ndim == 2
+        assert all(np.array_equal(channel.numpy(), expected) for channel in one)
 
 
 def test_only_large_images_on_a_cpu_are_done_one_by_one() -> None:

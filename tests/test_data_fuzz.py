@@ -132,6 +132,18 @@ def whole_stl10(content: bytes) -> None:
     _scan("stl10", "train_X.bin", _valid()["stl10"], {"train_y.bin": content})
 
 
+def whole_table(content: bytes) -> None:
+    """Whatever it says, only a ValueError is raised."""
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+        root = Path(folder)
+        (root / "table.csv").write_bytes(content)
+        (root / "1.png").write_bytes(_valid()["png"])
+        with contextlib.suppress(ValueError):
+            for shard in FORMATS["table"].shards(root):
+                scan = FORMATS["table"].scan(root, shard, options=ScanOptions(), unpacked=root / "unpacked")
+                assert len(scan.entries) == len(scan.name_ends)
+
+
 def whole_mat(content: bytes) -> None:
     _scan("svhn", "train_32x32.mat", content)
 
@@ -198,6 +210,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "scan of cifar100": (whole_cifar100, ("cifar100, python 2", "cifar100")),
     "scan of stl10": (whole_stl10, ("stl10", "stl10, labels")),
     "scan of idx": (whole_idx, ("idx", "idx1", "idx, packed")),
+    "table": (whole_table, ("table",)),
     "scan of mat": (whole_mat, ("mat", "mat, compressed")),
 }
 
@@ -220,6 +233,7 @@ def _valid() -> dict[str, bytes]:
     planes = images[:1].transpose(0, 3, 1, 2).reshape(1, -1)
     rows = mini.table(small, [0, 1, None, 1], ["a", "b"])
     return {
+        "table": b'path,label,split\n1.png,cat,train\n"a/2.png",dog,test\n',
         "parquet": mini.parquet(rows, use_dictionary=False, compression="none", row_group_size=2),
         "parquet, dictionary": mini.parquet(rows),
         "arrow": mini.arrow(rows, rows=2),

@@ -127,7 +127,7 @@ def _hub_config(config: Config, section: NetworkConfig, *, labels: list[str] | N
         "architecture": section.name,
         "num_classes": config.model.num_classes,
         "pretrained_cfg": {
-            "input_size": [3, size, size],
+            "input_size": [config.model.in_chans, size, size],
             "fixed_input_size": False,
             "interpolation": evaluation.interpolation,
             "crop_pct": evaluation.crop_pct if evaluation.kind == "center_crop" else 1.0,
@@ -141,6 +141,7 @@ def _hub_config(config: Config, section: NetworkConfig, *, labels: list[str] | N
     }
     if labels is not None and len(labels) == config.model.num_classes:
         content["label_names"] = labels
-    if section.kwargs:
-        content["model_args"] = section.kwargs
+    channels = {} if config.model.in_chans == 3 else {"in_chans": config.model.in_chans}
+    if arguments := {**section.kwargs, **channels}:
+        content["model_args"] = arguments
     return content

@@ -15,14 +15,17 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("root", type=Path, metavar="SRC", help="the folder of the data set")
     parser.add_argument(
         "--source",
-        required=True,
         metavar="NAME",
-        help="folder, tfrecord, webdataset, parquet, arrow, cifar10, cifar100, svhn, stl10, idx or arrays",
+        help="folder, images, tfrecord, webdataset, parquet, arrow, cifar10, cifar100, svhn, stl10, idx, arrays or "
+        "table; default: the one whose files are found in SRC",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the index; default: SRC.index")
     parser.add_argument("--workers", type=positive, metavar="N", help="processes; default: one per core")
     parser.add_argument(
         "--label_offset", type=whole, metavar="N", help="the first class's label in the files; tfrecord: 1, others: 0"
+    )
+    parser.add_argument(
+        "--unlabelled", action="store_true", help="images without labels, or whose labels are not to be read"
     )
     parser.add_argument("--skip_data_crc", action="store_true", help="trust the data of TFRecord files; faster")
     parser.add_argument("--force", action="store_true", help="build again what is up to date")
@@ -35,6 +38,7 @@ def _run(options: argparse.Namespace) -> int:
         refuse_output(output, folder=True)
     # DALI and torch come with the data package: seconds
     from mpl_scale.data.index.build import build_index, why_not_current
+    from mpl_scale.data.index.detect import find_format
     from mpl_scale.data.index.format import ScanOptions
     from mpl_scale.data.index.progress import IndexProgress
     from mpl_scale.data.index.reader import IndexedImages, verify
@@ -44,9 +48,13 @@ def _run(options: argparse.Namespace) -> int:
         IndexedImages(output)
         print(f"'{output}' is whole, and its shards have not changed")
         return 0
-    scan = ScanOptions(label_offset=options.label_offset, check_data=not options.skip_data_crc)
+    labels = not options.unlabelled
+    scan = ScanOptions(label_offset=options.label_offset, check_data=not options.skip_data_crc, labels=labels)
     root = expanded(options.root).resolve()
-    reason = "" if options.force else why_not_current(output, source=options.source, root=root, options=scan)
+    source = options.source or find_format(root, labels=labels)
+    if options.source is None:
+        print(f"source {source}, by the files in '{root}'")
+    reason = "" if options.force else why_not_current(output, source=source, root=root, options=scan)
     if reason is None:
         print(f"'{output}' is up to date; --force builds it again")
         _print_contents(output)
@@ -57,7 +65,7 @@ def _run(options: argparse.Namespace) -> int:
     progress, start = IndexProgress(), time.monotonic()
     workers = options.workers or os.cpu_count() or 1
     try:
-        built = build_index(options.source, root, output=output, workers=workers, options=scan, report=progress)
+        built = build_index(source, root, output=output, workers=workers, options=scan, report=progress)
     finally:
         progress.close()
     seconds = time.monotonic() - start
@@ -96,7 +104,8 @@ INDEX = Command(
     help="index a data set: check every header, list what is refused",
     examples=(
         "mpl-scale index /data/imagenet-tfrecord --source tfrecord --output /data/imagenet.index --workers 16",
-        "mpl-scale index /data/images --source folder",
+        "mpl-scale index /data/images",
+        "mpl-scale index /data/crawled-shards --unlabelled",
     ),
     options=_options,
     run=_run,

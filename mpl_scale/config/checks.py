@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from mpl_scale.config.layouts import advise
 from mpl_scale.config.load import RunConfig
 from mpl_scale.config.model_kwargs import refuse_kwargs
 from mpl_scale.config.readers import EXACT_RULES, FED_BACK, MIXES
+from mpl_scale.config.schema import DataConfig
 
 Engine = Literal["flat", "deepspeed"]
 
@@ -227,17 +229,62 @@ def _check_data(config: RunConfig) -> None:
                 f"mpl_scale.data.{section}.{name} = {pixels} pixels with mpl_scale.model.image_size = {side}: views "
                 f"may show nothing of the image; use {side} or less"
             )
+    channels = config.mpl.model.in_chans
     for name, values, least in (("mean", data.mean, -1.0), ("std", data.std, 1e-3)):
+        if len(values) != channels:
+            raise ValueError(
+                f"mpl_scale.data.{name} = {list(values)} with mpl_scale.model.in_chans = {channels}: give {channels} "
+                f"value{'s, one for each channel' if channels > 1 else ''}"
+            )
         if any(not least <= value <= 1.0 for value in values):
             raise ValueError(
                 f"mpl_scale.data.{name} = {list(values)}: pixels are from 0 to 1 here, so each value is from {least:g} "
                 "to 1; divide those of pixels from 0 to 255 by 255"
             )
+    _check_apart(data)
     if data.unlabelled_index is not None and data.unlabelled_from != "auto":
         raise ValueError(
             f"mpl_scale.data.unlabelled_from = {data.unlabelled_from} with unlabelled_index: both say which "
             "images are unlabelled; leave one out"
         )
+
+
+def _check_apart(data: DataConfig) -> None:
+    """Places that are named apart, beside what names data in another way, and beside one another."""
+    given = {name: getattr(data, name) for name in ("labelled", "unlabelled", "validation", "test")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given or data.is_synthetic:
+        return
+    if data.labelled is None:
+        raise ValueError(
+            f"mpl_scale.data.{min(given)} without mpl_scale.data.labelled, which has the classes: set labelled, or "
+            "give all images by root"
+        )
+    for name in ("root", "index", "unlabelled_index", "label_offset"):
+        if getattr(data, name) is not None:
+            fix = """give it with a place, {"label_offset": ...}""" if "offset" in name else "set it to null"
+            raise ValueError(
+                f"mpl_scale.data.{name} = {getattr(data, name)} with mpl_scale.data.labelled: both say what "
+                f"images there are; {fix}"
+            )
+    if data.unlabelled_from == "labelled" and data.unlabelled is not None:
+        raise ValueError(
+            "mpl_scale.data.unlabelled_from = labelled with mpl_scale.data.unlabelled, which it leaves unused; leave "
+            "one out"
+        )
+    seen: dict[str, str] = {}
+    for name, value in given.items():
+        places = value if isinstance(value, list) else [value]
+        if not places:
+            raise ValueError(f"mpl_scale.data.{name} = []: name a place, or set null")
+        for place in places:
+            root = os.path.realpath(os.path.expanduser(place if isinstance(place, str) else place.root))
+            if root in seen:
+                raise ValueError(
+                    f"mpl_scale.data.{name} and mpl_scale.data.{seen[root]} both name '{root}'; give each images of "
+                    "its own (a test part that labelled has itself is found without data.test)"
+                )
+            seen[root] = name
 
 
 def _batches(config: RunConfig, *, world: int) -> Batches:

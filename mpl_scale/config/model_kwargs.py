@@ -9,7 +9,7 @@ from mpl_scale.config.schema import ModelConfig
 _WEIGHTS = "set {network}.weights to the model.safetensors, or to the folder that holds it"
 _DROPOUT = "set {network}.dropout: its masks are the same on any number of ranks"
 _DROP_PATH = "set {network}.drop_path: its masks are the same on any number of ranks"
-_IMAGES = "images have 3 channels; remove it"
+_IMAGES = "set mpl_scale.model.in_chans, for both networks"
 _PRECISION = "set bf16.enabled, or remove it: weights are built in fp32 where they are trained"
 REFUSED: Mapping[str, str] = {
     "pretrained": _WEIGHTS,

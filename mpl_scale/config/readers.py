@@ -170,8 +170,16 @@ def _data() -> list[Reader]:
         return _rows("data", fields, "split", _only(splits, known=SPLITS))
 
     unlabelled, strong = _only(_UNLABELLED, known=METHODS), "data.strong"
+    places = "root index unlabelled_index distributions labelled unlabelled validation test"
+    of_files = f"{places} label_offset check_data allow_damaged_shards split"
+    of_parts = "labelled_fraction held_out_shards labelled_per_class"
     of_images = "weak strong evaluation mean std max_pixels max_bad_fraction threads prefetch resident resident_bytes"
     return [
+        _rows("data", "synthetic_images", "source", lambda source: source == "synthetic"),
+        _rows("data", f"{of_files} {of_parts} test_fraction jitter", "source", lambda source: source != "synthetic"),
+        _rows("data", f"source split {of_parts}", "labelled", lambda place: place is None),
+        _rows("data", "test_fraction split_seed", "labelled test", lambda *places: None in places),
+        _rows("data", "test_fraction split_seed", "labelled validation", lambda *places: None in places),
         by_split("labelled_fraction", "imagenet_10"),
         by_split("held_out_shards", "imagenet_10", "all_labelled"),
         by_split("labelled_per_class split_seed", *_BY_CLASS),

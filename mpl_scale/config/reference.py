@@ -90,7 +90,8 @@ def _type(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(argument) for argument in arguments)
     if origin is tuple:
-        return f"list of {len(arguments)}: {_type(arguments[0])}"
+        count = "" if arguments[-1] is Ellipsis else f" {len(arguments)}:"
+        return f"list of{count} {_type(arguments[0])}"
     if origin is list:
         return f"list of {_type(arguments[0])}"
     if origin is dict:

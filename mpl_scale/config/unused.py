@@ -31,6 +31,7 @@ def unused_settings(config: Config, layers: Sequence[Mapping[str, Any]]) -> list
     level = {name: number for number, layer in enumerate(written) for name in layer}
     defaults = flatten(type(config).model_validate(_REQUIRED).model_dump(mode="json")) | flatten(_REQUIRED)
     values = flatten(config.model_dump(mode="json"))
+    values |= {f"data.{name}": json.dumps(place) for name, place in _long_places(config)}
     asked = [
         name
         for name in level
@@ -56,6 +57,14 @@ def unused_settings(config: Config, layers: Sequence[Mapping[str, Any]]) -> list
     lines = [f"no effect here: {'; '.join(groups)}"] if groups else []
     late = list(_too_late(config))
     return lines + ([f"the run is too short for {'; '.join(late)}"] if late else [])
+
+
+def _long_places(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places of images that are given with their source: sections of no fixed fields, so they are one value."""
+    for name in ("labelled", "validation", "test"):
+        place = getattr(config.data, name)
+        if place is not None and not isinstance(place, str):
+            yield name, place.model_dump(mode="json")
 
 
 def _below(name: str, fields: Sequence[str]) -> bool:

@@ -13,11 +13,13 @@ from mpl_scale.data.formats import (
     parquet,
     stl10,
     svhn,
+    table,
     tfrecord,
     webdataset,
 )
+from mpl_scale.data.joined import load_data, load_images
 from mpl_scale.data.loader import TrainLoader, check_batches
-from mpl_scale.data.registry import SOURCES, ImageFiles, ImageSet, load_images, register_source
+from mpl_scale.data.registry import SOURCES, ImageFiles, ImageSet, register_source
 from mpl_scale.data.samples import whole_training_set
 from mpl_scale.data.samples.manifest import write_manifest
 from mpl_scale.data.samples.splits import Splits, make_splits
@@ -41,12 +43,14 @@ __all__ = [
     "evaluation_batches",
     "folder",
     "idx",
+    "load_data",
     "load_images",
     "make_splits",
     "parquet",
     "register_source",
     "stl10",
     "svhn",
+    "table",
     "tfrecord",
     "webdataset",
     "whole_training_set",

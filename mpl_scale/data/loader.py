@@ -21,7 +21,8 @@ from mpl_scale.data.batch_spec import BatchSpec, PairingView
 from mpl_scale.data.decode.pipeline import DecodePipeline, DecodeRequest, Decoding, Rows, ViewSource
 from mpl_scale.data.decode.quarantine import Quarantine
 from mpl_scale.data.decode.views import weak_view
-from mpl_scale.data.distributions import Distributions
+from mpl_scale.data.distributions import Distributions, SyntheticDistributions
+from mpl_scale.data.formats.synthetic import SyntheticImages
 from mpl_scale.data.resident import ResidentImages, ResidentViews
 from mpl_scale.data.samples.plan import Draws, rows_of_rank
 from mpl_scale.data.samples.splits import Splits
@@ -223,7 +224,7 @@ def _divide(batch: BatchSpec, mesh: Mesh) -> tuple[slice, slice, WidthExchange |
     return labelled[own], unlabelled[own], exchange
 
 
-def _distributions(config: DataConfig, splits: Splits, mesh: Mesh) -> Distributions | None:
+def _distributions(config: DataConfig, splits: Splits, mesh: Mesh) -> Distributions | SyntheticDistributions | None:
     if config.distributions is None:
         return None
     if mesh.width > 1:
@@ -232,7 +233,18 @@ def _distributions(config: DataConfig, splits: Splits, mesh: Mesh) -> Distributi
             "not brought together; use width 1"
         )
     images = splits.images
+    if isinstance(images, SyntheticImages):
+        return SyntheticDistributions(images.labels, classes=images.number, device=mesh.device)
     return Distributions(config.distributions, images=len(images), classes=len(images.classes), device=mesh.device)
+
+
+def _origin(config: DataConfig, splits: Splits) -> str:
+    """What decides how many labelled images there are."""
+    if config.is_synthetic:
+        return "synthetic_images"
+    if config.is_apart:
+        return "labelled"
+    return f"labelled_per_class = {config.labelled_per_class} x {len(splits.images.classes)} classes"
 
 
 class _Step(NamedTuple):
@@ -255,9 +267,8 @@ def check_batches(
             )
     if len(splits.labelled) < data_ranks:
         raise ValueError(
-            f"mpl_scale.data.labelled_per_class = {config.labelled_per_class} x {len(splits.images.classes)} classes = "
-            f"{len(splits.labelled)} labelled images for {data_ranks} data ranks; raise it, or raise "
-            "mpl_scale.parallel.width so that fewer ranks need their own images"
+            f"mpl_scale.data.{_origin(config, splits)} = {len(splits.labelled)} labelled images for {data_ranks} data "
+            "ranks; give more, or raise mpl_scale.parallel.width so that fewer ranks need their own images"
         )
     if unlabelled_batch and not len(splits.unlabelled):
         raise ValueError(

@@ -22,12 +22,13 @@ class Normalise:
         self._dtype = dtype
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
         self._compute = torch.float64 if dtype == torch.float64 else torch.float32
-        mean = torch.tensor(config.mean, dtype=torch.float64).view(1, 3, 1, 1)
-        std = torch.tensor(config.std, dtype=torch.float64).view(1, 3, 1, 1)
+        mean = torch.tensor(config.mean, dtype=torch.float64).view(1, -1, 1, 1)
+        std = torch.tensor(config.std, dtype=torch.float64).view(1, -1, 1, 1)
+        self._channels = len(config.mean)
         self._shift = (255 * mean).to(device, self._compute)
         self._scale = (1 / (255 * std)).to(device, self._compute)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, H, W] of any layout to `dtype` [n, 3, H, W]."""
-        pixels = images.to(self._compute, memory_format=self._layout)
+        """uint8 [n, 3, H, W] of any layout to `dtype` [n, C, H, W]. C is 1 where all 3 are one grey value, else 3."""
+        pixels = images[:, : self._channels].to(self._compute, memory_format=self._layout)
         return pixels.sub_(self._shift).mul_(self._scale).to(self._dtype)

@@ -6,23 +6,24 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
-from mpl_scale.config.schema import DataConfig
+from mpl_scale.config.schema import DataConfig, PlaceConfig
 from mpl_scale.data.encoded.header import UnreadableImage
 from mpl_scale.data.encoded.probe import unreadable_error
 from mpl_scale.data.index.build import open_or_build
 from mpl_scale.data.index.descriptors import read_file
+from mpl_scale.data.index.detect import find_format
 from mpl_scale.data.index.format import FORMATS, Part, ScanOptions
 from mpl_scale.data.index.labels import first_label, label_problem, refuse_unused, set_offset
 from mpl_scale.data.index.numbering import gaps
 from mpl_scale.data.index.progress import IndexProgress
-from mpl_scale.data.index.reader import VERSION, IndexedImages, rebuild
+from mpl_scale.data.index.reader import VERSION, IndexedImages, is_index, read_meta, rebuild
 from mpl_scale.files import expanded
 
 MOST_WORKERS = 16
@@ -126,7 +127,7 @@ register_source = SOURCES.register
 that is read through an index."""
 
 
-def load_images(config: DataConfig) -> ImageSet:
+def load_source(config: DataConfig) -> ImageSet:
     """The images of the configured source, every header checked, now or when they were indexed.
 
     A format without `mpl_scale.data.index` is indexed the first time, once per machine: below $MPL_SCALE_DATA, or
@@ -136,6 +137,8 @@ def load_images(config: DataConfig) -> ImageSet:
         ValueError: unknown source, missing root, a stale index, or more unreadable images than
             `max_bad_fraction`; each says how to mend it.
     """
+    if config.is_synthetic:
+        raise ValueError("mpl_scale.data.source = 'synthetic' has no data set to be read; name another source")
     refuse_options(config)
     options = ScanOptions(label_offset=config.label_offset, check_data=config.check_data is not False)
     root = None if config.root is None else expanded(config.root)
@@ -144,24 +147,72 @@ def load_images(config: DataConfig) -> ImageSet:
     elif config.source in SOURCES:
         images = SOURCES[config.source](root)
     else:
-        images = _cached(config, root, options)
+        images = _cached(config.source, root, options, allow_damaged=config.allow_damaged_shards)
     if not isinstance(images, IndexedImages):
         _refuse_outside(images, config.source)
     else:
         refuse_bad_labels(images, built=config.index is not None)
         refuse_damaged(images, allowed=config.allow_damaged_shards)
         refuse_twins(images)
+    _refuse_unreadable(images, config)
+    return images
+
+
+def load_place(place: PlaceConfig, config: DataConfig, *, field: str, labels: bool) -> IndexedImages:
+    """The images of one place: an index, or the files of a format, indexed the first time.
+
+    Args:
+        place: a folder.
+        config: what else is set for the data.
+        field: that the place is given by, for messages.
+        labels: whether the labels are used; without, files need none.
+
+    Raises:
+        ValueError: as load_source, or the format cannot be told.
+    """
+    try:
+        images = _open_place(place, config, labels=labels)
+        refuse_damaged(images, allowed=config.allow_damaged_shards)
+        if labels:
+            refuse_bad_labels(images, built=is_index(expanded(place.root)))
+            refuse_twins(images)
+        _refuse_unreadable(images, config)
+    except ValueError as error:
+        text = str(error).replace("mpl_scale.data.root", field).replace("mpl_scale.data.index", field)
+        for name in ("source", "label_offset"):
+            text = text.replace(f"mpl_scale.data.{name}", f"{field}.{name}")
+        raise ValueError(text if field in text else f"{field}: {text}") from error
+    return images
+
+
+def _open_place(place: PlaceConfig, config: DataConfig, *, labels: bool) -> IndexedImages:
+    root = expanded(place.root)
+    if is_index(root):
+        source = place.source or read_meta(root)["source"]
+        own = {"source": source, "label_offset": place.label_offset, "check_data": None}
+        return _indexed(config.model_copy(update=own), root, None, root_setting=None)
+    fix = 'say which: {"root": "...", "source": "..."}'
+    source = place.source or find_format(root, labels=labels, fix=fix)
+    require_known("mpl_scale.data.source", source, FORMATS)
+    refuse_unused(source, label_offset=place.label_offset, check_data=None)
+    check = config.check_data is not False or not FORMATS[source].checksums
+    options = ScanOptions(label_offset=place.label_offset, check_data=check, labels=labels)
+    return _cached(source, root, options, allow_damaged=config.allow_damaged_shards)
+
+
+def _refuse_unreadable(images: ImageSet, config: DataConfig) -> None:
     if images.bad > config.max_bad_fraction * max(1, len(images)):
         raise ValueError(
             f"{images.bad} of {len(images)} images are more than mpl_scale.data.max_bad_fraction = "
             f"{config.max_bad_fraction:g}: {unreadable_error(images.refusals(6), count=images.bad)}"
         )
-    return images
 
 
 def refuse_options(config: DataConfig) -> None:
     """ValueError for an unknown source, or a setting that has no effect with the source; reads no data."""
-    require_known("mpl_scale.data.source", config.source, SOURCES.keys() | FORMATS.keys())
+    require_known("mpl_scale.data.source", config.source, {*SOURCES, *FORMATS, "synthetic"})
+    if config.is_synthetic:
+        return
     refuse_unused(config.source, label_offset=config.label_offset, check_data=config.check_data)
     if config.index is not None and config.source not in FORMATS:
         raise ValueError(
@@ -224,8 +275,10 @@ def data_folder() -> Path:
     return expanded(os.environ.get("MPL_SCALE_DATA") or "~/.cache/mpl_scale")
 
 
-def _indexed(config: DataConfig, folder: Path, root: Path | None) -> IndexedImages:
-    images = IndexedImages(folder, root=root)
+def _indexed(
+    config: DataConfig, folder: Path, root: Path | None, *, root_setting: str | None = "mpl_scale.data.root"
+) -> IndexedImages:
+    images = IndexedImages(folder, root=root, root_setting=root_setting)
     if images.source != config.source:
         raise ValueError(
             f"mpl_scale.data.index = '{folder}' was built from source {images.source}, not mpl_scale.data.source = "
@@ -276,21 +329,21 @@ def refuse_bad_labels(images: IndexedImages, *, built: bool) -> None:
     raise ValueError(f"labels of '{images.root}': {problem.what}; {'; or '.join(fixes)}")
 
 
-def _cached(config: DataConfig, root: Path | None, options: ScanOptions) -> IndexedImages:
+def _cached(source: str, root: Path | None, options: ScanOptions, *, allow_damaged: bool) -> IndexedImages:
     """The index of this data set with these options, built the first time."""
     if root is None:
-        raise ValueError(f"mpl_scale.data.root = null; source {config.source} needs the folder that holds its files")
+        raise ValueError(f"mpl_scale.data.root = null; source {source} needs the folder that holds its files")
     if not root.is_dir():
         raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
-    names = [shard.name for shard in FORMATS[config.source].shards(root)]  # one more or less is another data set
-    if FORMATS[config.source].layout == "encoded" and not config.allow_damaged_shards:
+    names = [shard.name for shard in FORMATS[source].shards(root)]  # one more or less is another data set
+    if FORMATS[source].layout == "encoded" and not allow_damaged:
         _refuse_missing(root, names)  # before they are read
     size = sum((root / name).stat().st_size for name in names)
-    key = json.dumps([VERSION, config.source, str(root.resolve()), asdict(options), names])
+    key = json.dumps([VERSION, source, str(root.resolve()), options.to_json(), names])
     progress = IndexProgress()
     try:
         return open_or_build(
-            config.source,
+            source,
             root,
             output=data_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.index",
             workers=min(MOST_WORKERS, os.cpu_count() or 1, 1 + size // WORKER_BYTES),

@@ -95,9 +95,9 @@ def two_moons() -> tuple[np.ndarray, np.ndarray]:
 
 
 def input_shape(config: Config) -> tuple[int, ...]:
-    """The shape of one sample as networks take it: (3, H, W), or (F,)."""
-    length = LENGTHS.get(config.data.source)
-    return (3, config.model.image_size, config.model.image_size) if length is None else (length,)
+    """The shape of one sample as networks take it: (C, H, W), or (F,)."""
+    length, model = LENGTHS.get(config.data.source), config.model
+    return (model.in_chans, model.image_size, model.image_size) if length is None else (length,)
 
 
 def resident_vectors(images: VectorSet, device: torch.device) -> ResidentImages:

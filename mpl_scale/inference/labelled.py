@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mpl_scale.config import Config
-from mpl_scale.data import ImageFiles, ImageSet, load_images, make_splits
+from mpl_scale.data import ImageFiles, ImageSet, load_data, load_images, make_splits
 from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.joined import APART, JoinedImages, are_numbers
 from mpl_scale.data.samples.manifest import hash_files
 from mpl_scale.data.vectors import LENGTHS
 
@@ -88,10 +89,11 @@ def load_labelled(config: Config, choice: DataChoice, *, classes: Sequence[str] 
         raise ValueError(f"the run's source {config.data.source} has vectors; give images with --data")
     known = list(classes) if classes is not None else None
     if choice.root is None and choice.index is None:
-        images = load_images(config.data)
+        images = load_data(config)
         ids = make_splits(images, config=config.data, seed=config.seed).test
     else:
         own = {"source": choice.source, "root": _text(choice.root), "index": _text(choice.index)}
+        own |= dict.fromkeys(APART)
         images = load_images(config.data.model_copy(update={**own, "label_offset": choice.label_offset}))
         ids = np.arange(len(images), dtype=np.int64)
         if isinstance(images, ImageFiles | IndexedImages) and len(test := images.ids_of("test")):
@@ -102,7 +104,7 @@ def load_labelled(config: Config, choice: DataChoice, *, classes: Sequence[str] 
 
 def describe(images: ImageSet) -> str:
     """Stands for the whole data set."""
-    if isinstance(images, IndexedImages):
+    if isinstance(images, IndexedImages | JoinedImages):
         return images.fingerprint
     return hash_files(images) if isinstance(images, ImageFiles) else str(len(images))
 
@@ -116,7 +118,7 @@ def _places(found: Sequence[str], known: list[str] | None, *, count: int) -> np.
     names = [str(name) for name in found]
     if known is not None and set(names) <= set(known):
         return np.array([known.index(name) for name in names], np.int64)
-    if len(names) == count and (known is None or _numbered(names) or _numbered(known)):
+    if len(names) == count and (known is None or are_numbers(names) or are_numbers(known)):
         return np.arange(count, dtype=np.int64)
     others = [name for name in names if known is None or name not in known]
     raise ValueError(
@@ -124,8 +126,3 @@ def _places(found: Sequence[str], known: list[str] | None, *, count: int) -> np.
         f"{f' and {len(others) - 5} more' if len(others) > 5 else ''}; name the classes as in training"
         f"{f', {known[0]} to {known[-1]}' if known else ''}"
     )
-
-
-def _numbered(names: Sequence[str]) -> bool:
-    """Whether the names only count the classes, as those of a format without names do."""
-    return all(name == f"class {number}" for number, name in enumerate(names))

@@ -14,7 +14,7 @@ from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.kernels import Mode
 from mpl_scale.models.layers import Dropout, DropoutLinear, DropPath, convert
 from mpl_scale.models.passes import Passes
-from mpl_scale.models.registry import MODELS, find_builder
+from mpl_scale.models.registry import MODELS, Builder, find_builder
 
 
 def build_model(
@@ -40,8 +40,7 @@ def build_model(
     """
     builder = find_builder(network.name, field=f"{field}.name")
     more = {}
-    takes_drop_path = network.name not in MODELS or "drop_path_rate" in inspect.signature(builder).parameters
-    if network.drop_path and takes_drop_path:
+    if network.drop_path and _takes("drop_path_rate", network, builder):
         more["drop_path_rate"] = network.drop_path
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
@@ -49,6 +48,7 @@ def build_model(
         _initialise(model, network, field=field)
     passes = Passes()
     model.passes = passes  # type: ignore[assignment]
+    model.input_channels = shared.in_chans  # type: ignore[assignment]
     model = convert(model, passes=passes, group=group, kernels=kernels)
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
@@ -62,16 +62,30 @@ def build_model(
     return model.train()
 
 
+def channels_of(model: nn.Module) -> int:
+    """Channels of the images that a network of `build_model` takes; RGB for one that was made otherwise."""
+    found = getattr(model, "input_channels", 3)
+    assert isinstance(found, int)
+    return found
+
+
 def call_builder(network: NetworkConfig, shared: ModelConfig, *, field: str, **more: Any) -> nn.Module:
     """The model as its builder returns it. more: arguments beside `network.kwargs`. ValueError: why there is none."""
-    kwargs = {**network.kwargs, **more}
+    kwargs, builder = {**network.kwargs, **more}, find_builder(network.name, field=f"{field}.name")
+    if shared.in_chans != 3 and _takes("in_chans", network, builder):
+        kwargs["in_chans"] = shared.in_chans
     try:
-        return find_builder(network.name, field=f"{field}.name")(num_classes=shared.num_classes, **kwargs)
+        return builder(num_classes=shared.num_classes, **kwargs)
     except Exception as error:  # timm's builders raise what their layers do: KeyError, AssertionError, ...
         if isinstance(error, ValueError) and str(error).startswith(field):
             raise
         why = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{field}.kwargs: {network.name} cannot be built with {kwargs}: {why}") from error
+
+
+def _takes(argument: str, network: NetworkConfig, builder: Builder) -> bool:
+    """Whether a registered builder has an argument; timm's have all."""
+    return network.name not in MODELS or argument in inspect.signature(builder).parameters
 
 
 @torch.no_grad()

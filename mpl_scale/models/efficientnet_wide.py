@@ -17,12 +17,15 @@ _BN_EPS = 1e-3  # of the TensorFlow models; the config's bn_eps replaces it
 
 
 @register_model("efficientnet_b6_wide")
-def efficientnet_b6_wide(*, num_classes: int, drop_path_rate: float = 0.0, **kwargs: Any) -> nn.Module:
+def efficientnet_b6_wide(
+    *, num_classes: int, drop_path_rate: float = 0.0, in_chans: int = 3, **kwargs: Any
+) -> nn.Module:
     """EfficientNet-B6-Wide with TensorFlow's SAME padding.
 
     Args:
         num_classes: outputs.
         drop_path_rate: stochastic depth of the deepest block; the network section's drop_path sets it.
+        in_chans: channels of the images.
         kwargs: of timm's EfficientNet.
     """
     from timm.models import efficientnet  # seconds, and only needed for its models
@@ -33,6 +36,7 @@ def efficientnet_b6_wide(*, num_classes: int, drop_path_rate: float = 0.0, **kwa
         depth_multiplier=DEPTH,
         num_classes=num_classes,
         drop_path_rate=drop_path_rate,
+        in_chans=in_chans,
         bn_eps=_BN_EPS,
         pad_type="same",
         **kwargs,

@@ -19,16 +19,16 @@ def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
 class DigitsCNN(nn.Module):
     """Three 3x3 convolutions with batch norm, then global average pooling and a linear classifier."""
 
-    def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (16, 32, 32)) -> None:
+    def __init__(self, *, num_classes: int, widths: tuple[int, ...] = (16, 32, 32), in_chans: int = 3) -> None:
         super().__init__()
-        inputs = (3, *widths[:-1])
+        inputs = (in_chans, *widths[:-1])
         strides = (1,) + (2,) * (len(widths) - 1)
         self.features = nn.Sequential(*(_conv(*shape) for shape in zip(inputs, widths, strides, strict=True)))
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, 3, H, W] -> logits [B, num_classes]."""
+        """x [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.classifier(self.pool(self.features(x)))
 
 

@@ -64,11 +64,12 @@ class WideResNet(nn.Module):
         stem: int = 32,
         slope: float = 0.2,
         bare_transitions: bool = False,
+        in_chans: int = 3,
     ) -> None:
         super().__init__()
         if (depth - 4) % 6:
             raise ValueError(f"WideResNet depth = {depth}: must be 6 n + 4, as 28 or 40")
-        self.stem = nn.Conv2d(3, stem, 3, padding=1, bias=False)
+        self.stem = nn.Conv2d(in_chans, stem, 3, padding=1, bias=False)
         blocks, inputs = [], stem
         for group, base in enumerate((16, 32, 64)):
             for index in range((depth - 4) // 6):
@@ -88,13 +89,15 @@ class WideResNet(nn.Module):
         nn.init.zeros_(self.classifier.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, 3, H, W] -> logits [B, num_classes]."""
+        """x [B, in_chans, H, W] -> logits [B, num_classes]."""
         return self.classifier(self.pool(self.bn(self.blocks(self.stem(x)))))
 
 
 @register_model("wide_resnet28_2")
 def wide_resnet28_2(
-    *, num_classes: int, stem: int = 32, slope: float = 0.2, bare_transitions: bool = False
+    *, num_classes: int, stem: int = 32, slope: float = 0.2, bare_transitions: bool = False, in_chans: int = 3
 ) -> WideResNet:
     """WideResNet-28-2, 1.5M parameters: the paper's network for CIFAR-10-4K and SVHN-1K."""
-    return WideResNet(num_classes=num_classes, stem=stem, slope=slope, bare_transitions=bare_transitions)
+    return WideResNet(
+        num_classes=num_classes, stem=stem, slope=slope, bare_transitions=bare_transitions, in_chans=in_chans
+    )

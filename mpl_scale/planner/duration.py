@@ -22,7 +22,7 @@ from mpl_scale.planner.static import FP32
 CAUSES = ("compute", "launches", "halo", "pools", "statistics", "zero")
 """Of a phase's time: kernels; waiting for Python to start them; the width group's exchanges, and its sums (pools,
 gates); batch norm's all-reduces; gradients and weights."""
-RAW = {"arrays", "cifar10", "cifar100", "idx", "stl10", "svhn"}
+RAW = {"arrays", "cifar10", "cifar100", "idx", "stl10", "svhn", "synthetic"}
 """Sources whose images are not compressed."""
 
 
@@ -83,8 +83,8 @@ def duration(job: Job, choice: Choice, machine: Machine) -> Duration:
     labelled, unlabelled = job.images(choice)
     images = (labelled + unlabelled) * choice.parts / choice.width
     reached, data = machine.reached, job.config.data
-    seen = reached.view * math.prod(input_shape(job.config)) / 3
-    one_image = seen + (0.0 if data.source in RAW | LENGTHS.keys() else reached.decode)
+    seen = reached.view * math.prod(input_shape(job.config)) / job.config.model.in_chans
+    one_image = seen + (0.0 if not data.is_apart and data.source in RAW | LENGTHS.keys() else reached.decode)
     phases = {name: dict(causes) for name, causes in found.items()}
     return Duration(phases, images * one_image / machine.device.cores)
 

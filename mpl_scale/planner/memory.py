@@ -10,6 +10,7 @@ import torch
 from mpl_scale.config.readers import FED_BACK
 from mpl_scale.config.schema import Config
 from mpl_scale.data.decode.views import weak_view
+from mpl_scale.data.formats.synthetic import PARTS
 from mpl_scale.data.resident import stored_bytes, stored_view
 from mpl_scale.data.resident_parts import SMALL
 from mpl_scale.data.vectors import LENGTHS, input_shape
@@ -105,7 +106,9 @@ def resident_bytes(config: Config) -> float:
     view = weak_view(data.weak, size)
     if stored_view(view) is None:
         return 0.0
-    images = IMAGES.get(data.source)
+    images = None if data.is_apart else IMAGES.get(data.source)
+    if data.is_synthetic:
+        images = PARTS * data.synthetic_images
     return float(min(data.resident_bytes, math.inf if images is None else stored_bytes(view, images)))
 
 
@@ -198,5 +201,6 @@ def _images(job: Job, choice: Choice) -> float:
     live = job.method.name in FED_BACK and not choice.deferred
     shown = given["teacher"] * choice.parts + given["student"] if live else max(given.values())
     numbers = math.prod(input_shape(job.config)) / choice.width
-    pixel = FP32 if job.config.data.source in LENGTHS else 1
+    vectors = job.config.data.source in LENGTHS
+    pixel = FP32 if vectors else 3 / job.config.model.in_chans  # bytes of RGB until the network is given them
     return numbers * (batches * pixel + shown * (FP32 + job.dtype.itemsize))

@@ -154,7 +154,7 @@ def trace_network(key: TraceKey) -> NetworkTrace:
     model = to_compute_dtype(apply_recompute(model, recompute), key.dtype)  # type: ignore[arg-type]
     batch = PRIME * key.width
     start, stop = input_columns(size, key.width)[_rank(key)]
-    shape = (batch, key.vectors) if key.vectors else (batch, 3, size, stop - start)
+    shape = (batch, key.vectors) if key.vectors else (batch, key.shared.in_chans, size, stop - start)
     images = torch.empty(shape, dtype=key.dtype, device="meta")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # the engines' gradients are there before
@@ -202,7 +202,7 @@ def _built(network: str, shared: str, kernels: Mode, vectors: int) -> tuple[nn.M
     )
     if vectors:
         return model, count_macs(model, vectors, channels=0), group
-    return model, count_macs(model, common.image_size), group
+    return model, count_macs(model, common.image_size, channels=common.in_chans), group
 
 
 def _rank(key: TraceKey) -> int:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from mpl_scale.models.batch_norm import BatchNorm
+from mpl_scale.models.build import channels_of
 from mpl_scale.spatial.layout import Bounds, balanced, input_columns
 from mpl_scale.spatial.rules import RULES, Split, class_name, has_rule, plan
 
@@ -77,7 +78,8 @@ def trace(model: nn.Module, *, image_size: int, width: int, switch: str | None =
         for name, tensor in (*model.named_parameters(), *model.named_buffers())
     }
     dtype = next(model.parameters()).dtype
-    images = _own(torch.empty((1, 3, image_size, image_size), dtype=dtype, device="meta"), balanced(image_size, width))
+    shape = (1, channels_of(model), image_size, image_size)
+    images = _own(torch.empty(shape, dtype=dtype, device="meta"), balanced(image_size, width))
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mpl_scale.mesh import Mesh
+from mpl_scale.models.build import channels_of
 from mpl_scale.models.passes import Pass, Passes
 from mpl_scale.spatial.layout import input_columns
 from mpl_scale.spatial.parallelize import Halo, parallelize, traffic
@@ -69,7 +70,9 @@ def compare_partitioned(
     assert list(split.state_dict()) == keys, "splitting changed the state_dict"
     generator = torch.Generator().manual_seed(0)
     total = batch * mesh.data
-    images = torch.randn(passes, total, 3, image_size, image_size, generator=generator, dtype=torch.float64)
+    images = torch.randn(
+        passes, total, channels_of(split), image_size, image_size, generator=generator, dtype=torch.float64
+    )
     rows = slice(mesh.data_index * batch, (mesh.data_index + 1) * batch)
     columns = slice(*input_columns(image_size, mesh.width)[mesh.width_index])
     own = images[:, rows, :, :, columns].clone().requires_grad_()

@@ -72,8 +72,9 @@ _OF_SECTION = {
 _OF_DATA = {
     ALWAYS: "check_data max_bad_fraction threads prefetch resident resident_bytes evaluation_batch",
     NEVER: "unlabelled_ratio labelled_view weak strong jitter mean std",
-    CONTENT: "source root index unlabelled_index label_offset allow_damaged_shards max_pixels split "
-    "labelled_fraction held_out_shards labelled_per_class test_fraction split_seed unlabelled_from",
+    CONTENT: "source root index unlabelled_index labelled unlabelled validation test label_offset "
+    "allow_damaged_shards max_pixels split labelled_fraction held_out_shards labelled_per_class test_fraction "
+    "split_seed unlabelled_from synthetic_images",
     Rule("content", by="distributions"): "distributions",
     Rule("unfinished"): "evaluate_on evaluation",
 }

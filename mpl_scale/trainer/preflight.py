@@ -19,15 +19,17 @@ from mpl_scale.augment import StrongView
 from mpl_scale.config import Batches, RunConfig
 from mpl_scale.config.checks import choose_derivative
 from mpl_scale.config.names import require_known
-from mpl_scale.data import ImageFiles, Splits, load_images, make_splits, write_manifest
+from mpl_scale.data import ImageFiles, Splits, load_data, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.index.labels import range_hint
 from mpl_scale.data.index.reader import VERSION, IndexedImages
+from mpl_scale.data.joined import JoinedImages
 from mpl_scale.data.registry import refuse_options
 from mpl_scale.data.resident_parts import decide, refuse_view
-from mpl_scale.data.samples.joined import JoinedImages, with_unlabelled
-from mpl_scale.data.samples.manifest import refuse_other_unlabelled
+from mpl_scale.data.samples.further import with_unlabelled
+from mpl_scale.data.samples.manifest import TWINS, refuse_other_unlabelled
 from mpl_scale.data.samples.splits import SPLITS
+from mpl_scale.data.samples.twins import apart_notes, without_twins
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.files import expanded, replace_text
 from mpl_scale.models import Pass, build_model
@@ -65,7 +67,7 @@ def check_names(run: RunConfig) -> None:
         )
     if run.mpl.data.source in LENGTHS:
         _check_vectors(run)
-    elif run.mpl.data.jitter:
+    elif run.mpl.data.jitter and not run.mpl.data.is_synthetic:
         raise ValueError(
             f"mpl_scale.data.jitter = {run.mpl.data.jitter:g} has no effect with source {run.mpl.data.source}: it is "
             "the strong view of vectors, and images have mpl_scale.data.strong; leave it out"
@@ -81,7 +83,7 @@ def _check_vectors(run: RunConfig) -> None:
         raise ValueError(f"mpl_scale.parallel.width = {run.mpl.parallel.width}: source {source} has no width; set 1")
     if "cutmix" in (run.mpl.method.name, run.mpl.method.teacher_loss):
         raise ValueError(f"cutmix pastes boxes into images, and source {source} has none; use mixup")
-    for name in ("distributions", "index", "unlabelled_index"):
+    for name in ("distributions", "index", "unlabelled_index", "labelled"):
         if getattr(data, name) is not None:
             raise ValueError(f"mpl_scale.data.{name} = '{getattr(data, name)}' is for images; source {source} has none")
 
@@ -89,15 +91,18 @@ def _check_vectors(run: RunConfig) -> None:
 def load_splits(run: RunConfig) -> Splits:
     """The data set, every header read, and its parts."""
     config, data = run.mpl, run.mpl.data
-    images = load_images(data)
+    images = load_data(config)
     if len(images.classes) != config.model.num_classes:
-        hint = range_hint(images.meta) if isinstance(images, IndexedImages) else ""
+        first = images.sets[0] if isinstance(images, JoinedImages) else images
+        hint = range_hint(first.meta) if isinstance(first, IndexedImages) else ""
         raise ValueError(
             f"mpl_scale.model.num_classes = {config.model.num_classes}, but the data set has {len(images.classes)} "
             f"classes; set {len(images.classes)}{hint}"
         )
     splits = make_splits(images, config=data, seed=config.seed)
-    if data.unlabelled_index is not None:
+    if data.is_apart:
+        splits = without_twins(splits)
+    if data.unlabelled_index is not None and not data.is_synthetic:
         folder = expanded(data.unlabelled_index)
         splits = with_unlabelled(splits, folder, allow_damaged=data.allow_damaged_shards)
     if data.source not in LENGTHS:
@@ -114,8 +119,10 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
     if write_manifest(splits, output / "splits", manifest=manifest):
         notes.append(f"the data or their split are not those that {output / 'splits'} was written for; it is replaced")
     images = splits.images
-    if isinstance(images, IndexedImages) and images.meta["version"] < VERSION:
-        notes.append(f"index '{images.folder}' is of an earlier version, which does not check labels; build it again")
+    sets = images.sets if isinstance(images, JoinedImages) else (images,)
+    for part in sets:
+        if isinstance(part, IndexedImages) and part.meta["version"] < VERSION:
+            notes.append(f"index '{part.folder}' is of an earlier version, which does not check labels; build it again")
     if images.bad:
         named = "; ".join(f"{name}: {reason}" for name, reason in images.refusals(5).items())
         notes.append(f"{images.bad} of {len(images)} images are left out, unreadable: {named}")
@@ -125,12 +132,15 @@ def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] |
         f"data: {len(splits.labelled):,} labelled, {len(splits.unlabelled):,} unlabelled and {len(splits.test):,} "
         f"evaluation images, {len(splits.held_out):,} held out"
     )
-    for part in (images.first, images.second) if isinstance(images, JoinedImages) else (images,):
+    fields = images.names if isinstance(images, JoinedImages) else ("",)
+    for field, part in zip(fields, sets, strict=True):
         if isinstance(part, IndexedImages | ImageFiles):
-            notes += part.contents()
+            notes += [f"{field}: {line}" if field else line for line in part.contents()]
+    if fields[0]:
+        return notes + apart_notes(splits, output / "splits" / TWINS)
     if isinstance(images, JoinedImages):
         notes += images.tested(splits.test)[:5]
-    first = images.first if isinstance(images, JoinedImages) else images
+    first = sets[0]
     own = first.ids_of("test") if isinstance(first, IndexedImages | ImageFiles) else splits.test
     if len(own) and not np.isin(splits.test[:1], own).all():
         notes.append(

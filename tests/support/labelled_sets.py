@@ -11,7 +11,7 @@ from mpl_scale.data import load_images
 from mpl_scale.data.index.reader import IndexedImages
 from tests.support import mini_imagenet as mini
 
-FIRST_LABEL = {"tfrecord": 1, "webdataset": 0, "parquet": 0, "arrow": 0, "arrays": 0, "idx": 0}
+FIRST_LABEL = {"tfrecord": 1, "webdataset": 0, "parquet": 0, "arrow": 0, "arrays": 0, "idx": 0, "table": 0}
 """Formats whose labels may start anywhere, and where they start by custom."""
 
 
@@ -49,6 +49,13 @@ def write(root: Path, source: str, labels: list[int], *, test: list[int] | None 
         elif source in ("parquet", "arrow"):
             rows = mini.table([images[row] for row in range(len(numbers))], numbers)
             (root / f"{part}.{source}").write_bytes(mini.parquet(rows) if source == "parquet" else mini.arrow(rows))
+        elif source == "table":
+            (root / part).mkdir(exist_ok=True)
+            for row in range(len(numbers)):
+                (root / part / f"{row:03d}.png").write_bytes(images[row])
+            with open(root / "table.csv", "w" if part == "train" else "a") as file:
+                file.writelines(["path,label,split\n"] if file.tell() == 0 else [])
+                file.writelines(f"{part}/{row:03d}.png,{label},{part}\n" for row, label in enumerate(numbers))
         elif source == "idx":
             contents = mini.idx(_pictures(len(numbers)), np.array(numbers))
             for kind, content in zip(("images-idx3", "labels-idx1"), contents, strict=True):

@@ -6,6 +6,7 @@ pyarrow and tarfile theirs, and the protocol buffers and checksums of TFRecord a
 
 from __future__ import annotations
 
+import csv
 import functools
 import gzip
 import io
@@ -369,6 +370,23 @@ def as_read(source: str) -> tuple[np.ndarray, np.ndarray]:
     return images, labels
 
 
+def write_table(root: Path, kind: str = "PNG", *, table: str = "csv") -> None:
+    """Two folders that do not stand for classes; labels are names in CSV, numbers in parquet."""
+    rows = []
+    for index, (content, label) in enumerate(zip(files(kind), pictures()[1].tolist(), strict=True)):
+        path = root / "images" / ("a" if index < 20 else "b") / f"{index:03d}.{'png' if kind == 'PNG' else 'jpg'}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+        rows.append({"path": str(path.relative_to(root)), "label": f"name, {label}" if table == "csv" else label})
+    if table == "csv":
+        with open(root / "table.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, ["label", "path"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "table.parquet")
+
+
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "folder": ("folder", write_folder),
     "tfrecord": ("tfrecord", write_tfrecord),
@@ -385,5 +403,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
     "idx": ("idx", write_idx),
     "idx, packed": ("idx", functools.partial(write_idx, packed=True)),
     "arrays": ("arrays", write_arrays),
+    "table": ("table", write_table),
+    "table, parquet": ("table", functools.partial(write_table, table="parquet")),
 }
 """The source and a writer by format."""

@@ -71,6 +71,13 @@ class ViewSource(Protocol):
         """Stop working ahead; `next` may not be called again."""
 
 
+def grey_of(views: torch.Tensor) -> torch.Tensor:
+    """PIL's convert("L") in each of three channels: uint8 [n, 3, H, W], contiguous as it was. Grey views stay."""
+    red, green, blue = views.to(torch.int32).unbind(1)
+    grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return torch.empty_like(views).copy_(grey.unsqueeze(1))
+
+
 def candidates(sample: int, pool: np.ndarray) -> Iterator[int]:
     """The sample itself, then those that may take its place: the next ids of the sorted list it was drawn from."""
     place = int(np.searchsorted(pool, sample))
@@ -110,7 +117,8 @@ class Decoding:
 
     threads: of the CPU. prefetch: batches prepared ahead. max_pixels: larger images are bad. channels_last: memory
     layout of the views. dali_resizes: whether DALI resizes, too; None: on a GPU. count_draws: whether the quarantine
-    counts the images, and ends the run where too many are bad.
+    counts the images, and ends the run where too many are bad. grey: whether the views' three channels are one grey
+    value, as PIL's mode L has it.
     """
 
     threads: int = 1
@@ -119,6 +127,7 @@ class Decoding:
     channels_last: bool = False
     dali_resizes: bool | None = None
     count_draws: bool = True
+    grey: bool = False
 
     @classmethod
     def of(cls, config: DataConfig, *, channels_last: bool = False, count_draws: bool = True) -> Self:
@@ -129,6 +138,7 @@ class Decoding:
             max_pixels=config.max_pixels,
             channels_last=channels_last,
             count_draws=count_draws,
+            grey=len(config.mean) == 1,
         )
 
 
@@ -196,7 +206,7 @@ class DecodePipeline:
         asked, used = np.concatenate([rows.samples for rows in batch.request]), np.array(batch.samples, np.int64)
         if self._decoding.count_draws:
             self._quarantine.count_draws(asked, used)
-        return Decoded(views, used)
+        return Decoded(grey_of(views) if self._decoding.grey else views, used)
 
     def close(self) -> None:
         """Stop all threads and free DALI's buffers; `next` may not be called again."""

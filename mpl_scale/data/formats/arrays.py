@@ -1,4 +1,4 @@
-"""Source `arrays`: images.npy, uint8 [N, H, W, 3], and labels.npy, [N], read where they lie.
+"""Source `arrays`: images.npy, uint8 [N, H, W, 3] or grey [N, H, W], and labels.npy, [N], read where they lie.
 
 test_images.npy and test_labels.npy beside them are the test part.
 """
@@ -18,6 +18,7 @@ from mpl_scale.data.index.format import (
     BadLabel,
     Layout,
     MalformedShard,
+    NoShards,
     Scan,
     ScanOptions,
     Shard,
@@ -53,8 +54,9 @@ class Arrays:
                 "labels"
             )
         if not found or found[0].part != "train":
-            raise ValueError(
-                f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, 3] there, and labels.npy"
+            raise NoShards(
+                f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, 3] or [N, H, W] there, "
+                "and labels.npy"
             )
         return found
 
@@ -65,13 +67,15 @@ class Arrays:
         path = root / shard.name
         try:
             images, offset = read_npy(path)
-            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
-                raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 3]")
-            labels = _labels(path.with_name(path.name.replace("images", "labels")), len(images))
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
+                raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 3], nor [N, H, W]")
+            labels = np.zeros(len(images), np.int64)
+            if options.labels:
+                labels = _labels(path.with_name(path.name.replace("images", "labels")), len(images))
         except MalformedShard as error:
             return Scan.lost(shard, error)
-        _, height, width, _ = images.shape
-        return Scan.of_pixels(labels, size=(height, width), length=3 * height * width, first=offset)
+        _, height, width, *_ = images.shape
+        return Scan.of_pixels(labels, size=(height, width), length=math.prod(images.shape[1:]), first=offset)
 
 
 def _labels(path: Path, count: int) -> np.ndarray:

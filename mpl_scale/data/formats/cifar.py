@@ -20,6 +20,7 @@ from mpl_scale.data.index.format import (
     BadLabel,
     Layout,
     MalformedShard,
+    NoShards,
     Part,
     PlainFormat,
     Refusal,
@@ -54,7 +55,7 @@ class Cifar10(PlainFormat):
         binary = existing(root, [(f"{name}.bin", part) for name, part in _BATCHES], folders=_BINARY)
         python = existing(root, _BATCHES, folders=_PYTHON)
         if not any(shard.part == "train" for shard in binary or python):
-            raise ValueError(
+            raise NoShards(
                 f"mpl_scale.data.root = '{root}' holds no data_batch_1.bin (binary version) nor data_batch_1 (Python "
                 "version); name the folder that the archive of CIFAR-10 unpacks to, or the one it was unpacked in"
             )
@@ -102,7 +103,7 @@ class Cifar100(PlainFormat):
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, _BATCHES_100, folders=_PYTHON_100)
         if not any(shard.part == "train" for shard in found):
-            raise ValueError(
+            raise NoShards(
                 f"mpl_scale.data.root = '{root}' holds no file train (Python version); name the folder that "
                 "cifar-100-python.tar.gz unpacks to, or the one it was unpacked in"
             )

@@ -73,8 +73,8 @@ class TableFormat(ABC):
         return (CLASSES_FILE,)
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        require_packages([(f"mpl_scale.data.source = '{self.source}'", "pyarrow")])
         found = find_shards(root, self.names, what=f".{self.source} file")
+        require_packages([(f"mpl_scale.data.source = '{self.source}'", "pyarrow")])
         refuse_gaps(root, [shard.name for shard in found])
         return found
 
@@ -101,14 +101,14 @@ class TableFormat(ABC):
         builder = ScanBuilder(shard.name)
         try:
             with _readable(), self.open(root / shard.name, unpacked) as table:
-                columns = image_and_label(table.schema)
-                names = class_names(table.schema)
+                columns = image_and_label(table.schema, label=options.labels)
+                names = class_names(table.schema) if options.labels else None
                 if names is not None and len(set(names)) < len(names):
                     raise BadLabel("its schema gives two classes one name")
                 if names is not None and names != self.classes(root):
                     raise BadLabel("the classes that its schema names are not those of the first shard")
                 for batch in table.batches(columns):
-                    _add_rows(builder, batch, table)
+                    _add_rows(builder, batch, table, labelled=options.labels)
         except MalformedShard as error:
             if not len(builder):
                 unpacked.unlink(missing_ok=True)
@@ -126,8 +126,8 @@ def class_names(schema: pyarrow.Schema) -> list[str] | None:
     return names if type(names) is list and names and all(type(name) is str for name in names) else None
 
 
-def image_and_label(schema: pyarrow.Schema) -> list[str]:
-    """The columns to read.
+def image_and_label(schema: pyarrow.Schema, *, label: bool = True) -> list[str]:
+    """The columns to read: that of the images and, with `label`, that of the labels.
 
     Raises:
         MalformedShard: there is no column `image` of bytes; BadLabel: no column `label` of whole numbers.
@@ -140,9 +140,11 @@ def image_and_label(schema: pyarrow.Schema) -> list[str]:
         column, content = "image.bytes", image.field(image.get_field_index("bytes")).type
     if not (types.is_binary(content) or types.is_large_binary(content)):
         raise MalformedShard(f"column 'image' is {str(image)[:200]}, neither binary nor a struct with binary 'bytes'")
-    label = _type_of(schema, "label", BadLabel)
-    if not types.is_integer(label) or types.is_uint64(label):
-        raise BadLabel(f"column 'label' is {str(label)[:200]}, not int64")
+    if not label:
+        return [column]
+    kind = _type_of(schema, "label", BadLabel)
+    if not types.is_integer(kind) or types.is_uint64(kind):
+        raise BadLabel(f"column 'label' is {str(kind)[:200]}, not int64")
     return [column, "label"]
 
 
@@ -155,13 +157,12 @@ def _type_of(schema: pyarrow.Schema, name: str, error: type[MalformedShard]) -> 
     return schema.field(row).type
 
 
-def _add_rows(builder: ScanBuilder, batch: pyarrow.RecordBatch, table: Table) -> None:
+def _add_rows(builder: ScanBuilder, batch: pyarrow.RecordBatch, table: Table, *, labelled: bool) -> None:
     """Append the rows of a batch to the builder, those that cannot be used as refused ones."""
     if not len(batch):
         return
-    images, labels = batch.column("image"), batch.column("label")
+    images = batch.column("image")
     images.validate(full=True)  # the offsets below are in order, and inside the buffer
-    labels.validate(full=True)
     if images.type.num_fields:
         images = images.flatten()[images.type.get_field_index("bytes")]  # null where the struct is, too
     _, ends, data = images.buffers()  # row r is data[ends[r]:ends[r + 1]]
@@ -170,8 +171,13 @@ def _add_rows(builder: ScanBuilder, batch: pyarrow.RecordBatch, table: Table) ->
     first = table.place(data, int(offsets[0]), int(offsets[-1]))
     content = memoryview(b"" if data is None else data).cast("B")[offsets[0] : offsets[-1]]
     starts = (offsets - offsets[0]).tolist()
-    values = labels.fill_null(0).to_numpy(zero_copy_only=False).tolist()
-    no_image, no_label = (column.is_null().to_numpy(zero_copy_only=False).tolist() for column in (images, labels))
+    no_image = images.is_null().to_numpy(zero_copy_only=False).tolist()
+    values, no_label = [0] * len(batch), [False] * len(batch)
+    if labelled:
+        labels = batch.column("label")
+        labels.validate(full=True)
+        values = labels.fill_null(0).to_numpy(zero_copy_only=False).tolist()
+        no_label = labels.is_null().to_numpy(zero_copy_only=False).tolist()
     for row, label in enumerate(values):
         start, stop = starts[row], starts[row + 1]
         try:

@@ -1,7 +1,8 @@
-"""Source `folder`: root/<class>/**/*.png, .jpg, ...; classes, folders and files in sorted order.
+"""Sources `folder`: root/<class>/**/*.png, .jpg, ..., and `images`: any of these below the root, without labels.
 
-A class folder may hold folders, nested to any depth, and links to folders. Where all folders of the root are named
-after parts (train, val, test; parts.py), they hold the class folders: root/train/<class>, root/val/<class>.
+Classes, folders and files are in sorted order. A class folder may hold folders, nested to any depth, and links to
+folders. Where all folders of the root are named after parts (train, val, test; parts.py), they hold the class folders:
+root/train/<class>, root/val/<class>.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.format import (
     ENTRY,
     Layout,
+    NoShards,
     PlainFormat,
     Refusal,
     Scan,
@@ -122,37 +124,57 @@ class FolderTree(PlainFormat):
     def shards(self, root: Path) -> Sequence[Shard]:
         return _folders(root)
 
-    def classes(self, root: Path) -> Sequence[str]:
+    def classes(self, root: Path) -> Sequence[str] | None:
         return _class_names(root)
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
         return _scan(root, shard)[1]
 
 
+@register_format("images")
+class Images(FolderTree):
+    """All images below a folder, at any depth, without labels: whatever the folders are called."""
+
+    def shards(self, root: Path) -> Sequence[Shard]:
+        found = list(walk(root))
+        if not any(_is_image(name) for folder in found for name in folder.files):
+            raise NoShards(f"mpl_scale.data.root = '{root}' holds no {', '.join(SUFFIXES)} file")
+        return [Shard(folder.name or ".", "unlabelled") for folder in found]
+
+    def classes(self, root: Path) -> None:
+        return None
+
+
 def _scan(root: Path, shard: Shard, *, only: str | None = None) -> tuple[list[str], Scan]:
     """The image files of one folder, sorted, and what was found in them; only: of the file of that name."""
     here = next(walk(root, shard.name)) if only is None else Folder(shard.name, [only], [])
     images = [name for name in here.files if only is not None or _is_image(name)]
-    names = [os.fsencode(name) for name in images]
+    scan = scan_files(root, shard.name, images, label=shard.label)
+    for other in here.files:
+        if not _is_image(other):
+            scan.census.leave_out(f"{shard.name}/{other}")
+    for other in here.loops:
+        scan.census.leave_out(f"{shard.name}/{other}", "links to a folder above")
+    return images, scan
+
+
+def scan_files(root: Path, folder: str, files: Sequence[str], *, label: int = 0) -> Scan:
+    """The image files of these names in a folder, relative to the root, in the given order."""
+    names = [os.fsencode(name) for name in files]
     entries = np.zeros(len(names), ENTRY)
     refusals, census = [], Census()
     for row, name in enumerate(names):
-        path = os.path.join(os.fsencode(root / shard.name), name)
+        path = os.path.join(os.fsencode(root / folder), name)
         try:
             header = probe_file(path)
             entries["height"][row], entries["width"][row] = header.stored
             entries["length"][row] = os.stat(path).st_size
-            entries["label"][row] = shard.label
+            entries["label"][row] = label
             census.kinds[header.label] += 1
         except (UnreadableImage, OSError) as error:
-            refusals.append(Refusal(f"{shard.name}/{os.fsdecode(name)}", None, str(error), row))
-    for other in here.files:
-        if not _is_image(other):
-            census.leave_out(f"{shard.name}/{other}")
-    for other in here.loops:
-        census.leave_out(f"{shard.name}/{other}", "links to a folder above")
+            refusals.append(Refusal(f"{folder}/{os.fsdecode(name)}", None, str(error), row))
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return images, Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
+    return Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
 
 
 def _folders(root: Path | None) -> list[Shard]:
@@ -208,7 +230,7 @@ def _class_folders(root: Path) -> list[str]:
         raise ValueError(
             f"mpl_scale.data.root = '{root}' holds '{whole}', a part with folders of its own, beside "
             f"{', '.join(map(repr, others[:5]))}: are these classes, or parts? Keep one kind there, "
-            "and move the rest away (images without labels: mpl_scale.data.unlabelled_index)"
+            "and move the rest away (images without labels: mpl_scale.data.unlabelled)"
         )
     return folders
 

@@ -24,6 +24,7 @@ from mpl_scale.data.index.format import (
     BadLabel,
     Layout,
     MalformedShard,
+    NoShards,
     Part,
     Scan,
     ScanOptions,
@@ -82,7 +83,7 @@ class Idx:
             )
         found = next(iter(sets.values()), {})
         if "train" not in found:
-            raise ValueError(
+            raise NoShards(
                 f"mpl_scale.data.root = '{root}' holds no train-images-idx3-ubyte, plain or .gz; name the folder of "
                 "MNIST's files, or the one that torchvision downloads to"
             )
@@ -100,7 +101,7 @@ class Idx:
             _refuse_another(path, path.with_name(f"{path.name}.gz"))
             with _open(path) as file, open(unpacked, "wb") as pixels:
                 count, height, width = _shape(file, dimensions=3)
-                labels = _labels(path, count)
+                labels = _labels(path, count) if options.labels else np.zeros(count, np.uint8)
                 turned = path.name.startswith("emnist-")  # its rows and columns are exchanged
                 _copy(file, pixels, images=count, shape=(height, width), turned=turned)
         except MalformedShard as error:

@@ -15,6 +15,7 @@ from mpl_scale.data.index.format import (
     BadLabel,
     Layout,
     MalformedShard,
+    NoShards,
     Part,
     PlainFormat,
     Scan,
@@ -48,7 +49,7 @@ class Stl10(PlainFormat):
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, _PARTS, folders=_FOLDERS)
         if not any(shard.part == "train" for shard in found):
-            raise ValueError(
+            raise NoShards(
                 f"mpl_scale.data.root = '{root}' holds no train_X.bin; name the folder that stl10_binary.tar.gz "
                 "unpacks to, or the one it was unpacked in"
             )
@@ -69,7 +70,7 @@ class Stl10(PlainFormat):
                     f"it is empty, or ends {rest} bytes into an image; unpack stl10_binary.tar.gz again",
                     offset=count * _PIXELS,
                 )
-            if shard.part == "unlabelled":
+            if shard.part == "unlabelled" or not options.labels:
                 labels = np.zeros(count, np.int64)
             else:
                 labels = _labels(path.with_name(_labels_name(path.name)), count)

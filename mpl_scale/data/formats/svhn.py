@@ -17,6 +17,7 @@ from mpl_scale.data.index.format import (
     BadLabel,
     Layout,
     MalformedShard,
+    NoShards,
     Part,
     PlainFormat,
     Scan,
@@ -44,9 +45,7 @@ class Svhn(PlainFormat):
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, _PARTS)
         if not any(shard.part == "train" for shard in found):
-            raise ValueError(
-                f"mpl_scale.data.root = '{root}' holds no train_32x32.mat; name the folder of SVHN's files"
-            )
+            raise NoShards(f"mpl_scale.data.root = '{root}' holds no train_32x32.mat; name the folder of SVHN's files")
         return found
 
     def classes(self, root: Path) -> Sequence[str]:

@@ -64,7 +64,7 @@ class TFRecord:
             try:
                 for offset, record, intact in read_records(file, check_data=options.check_data):
                     if intact:
-                        _add(builder, offset, record)
+                        _add(builder, offset, record, labels=options.labels)
                     else:
                         builder.refuse_sample(offset, len(record), _DATA_CRC)
             except MalformedShard as error:
@@ -109,7 +109,7 @@ def masked_crc32c(data: bytes) -> int:
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
+def _add(builder: ScanBuilder, offset: int, record: bytes, *, labels: bool) -> None:
     """One example: its image's place in the file, its size and its label; or why not."""
     try:
         features = read_example(record)
@@ -117,13 +117,15 @@ def _add(builder: ScanBuilder, offset: int, record: bytes) -> None:
         if image is None or image.span is None:
             raise MalformedShard(f"the example has no image/encoded{_others(features)}")
         if image.values > 1:
-            raise BadLabel(f"{image.values} images in image/encoded: which one the label belongs to is unknown")
-        label = _label(features)
+            if labels:
+                raise BadLabel(f"{image.values} images in image/encoded: which one the label belongs to is unknown")
+            raise MalformedShard(f"{image.values} images in image/encoded, where one is expected")
+        label = _label(features) if labels else 0
         start, length = image.span
         header = probe(record[start : start + length])
         text = _text(record, features, "image/class/text")
         synset = _text(record, features, "image/class/synset")  # ImageNet has two classes of one text, "crane"
-        if text or synset:
+        if labels and (text or synset):
             builder.compare(label, f"{synset} {text}".strip())
     except (MalformedShard, UnreadableImage) as error:
         builder.refuse_sample(offset, len(record), error)

@@ -88,8 +88,8 @@ class WebDataset:
         keys: set[str] = set()
         with open(path, "rb") as file:
             for _, members in groupby(_whole(file, builder), key=lambda member: _key(member.name)):
-                for sample in _samples(list(members), builder):
-                    _add(builder, file, sample, again=sample.key in keys)
+                for sample in _samples(list(members), builder, labels=options.labels):
+                    _add(builder, file, sample, again=sample.key in keys, labels=options.labels)
                     keys.add(sample.key)
         scan = builder.scan()
         if not len(builder) and not scan.refusals:
@@ -123,7 +123,7 @@ class _Sample(NamedTuple):
     doubled: str
 
 
-def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
+def _samples(members: list[Member], builder: ScanBuilder, *, labels: bool) -> Iterator[_Sample]:
     """The samples among the members of one key; what belongs to none is counted.
 
     Members are told apart by all that stands before the last dot. "1.png", "1.cls", "1.depth.png" are one sample, with
@@ -142,7 +142,7 @@ def _samples(members: list[Member], builder: ScanBuilder) -> Iterator[_Sample]:
         else:
             own[ending.lower()] = member
     shortest = by_stem.get(_key(members[0].name), {})
-    main = _is_sample(shortest)
+    main = _is_sample(shortest) or (not labels and not shortest.keys().isdisjoint(_IMAGES))
     for stem, sample in by_stem.items():
         has_image = not sample.keys().isdisjoint(_IMAGES)
         has_label = not sample.keys().isdisjoint(_LABELS)
@@ -161,8 +161,8 @@ def _is_sample(by_ending: dict[str, Member]) -> bool:
     return not by_ending.keys().isdisjoint(_IMAGES) and not by_ending.keys().isdisjoint(_LABELS)
 
 
-def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample, *, again: bool) -> None:
-    """again: the shard has had a sample of this key."""
+def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample, *, again: bool, labels: bool) -> None:
+    """again: the shard has had a sample of this key. labels: whether they are read."""
     by_ending = sample.by_ending
     image = next((by_ending[ending] for ending in _IMAGES if ending in by_ending), None)
     if image is None:
@@ -170,10 +170,12 @@ def _add(builder: ScanBuilder, file: BinaryIO, sample: _Sample, *, again: bool) 
         builder.refuse(label_only.offset, f"member '{label_only.name[:200]}' has no image beside it")
         return
     try:
-        twice = sample.doubled or ("two samples" if again else "")
-        if twice:
-            raise BadLabel(f"{twice} of key '{sample.key[:200]}': which image the label belongs to is unknown")
-        label, name = _label(file, by_ending)
+        label, name = 0, ""
+        if labels:
+            twice = sample.doubled or ("two samples" if again else "")
+            if twice:
+                raise BadLabel(f"{twice} of key '{sample.key[:200]}': which image the label belongs to is unknown")
+            label, name = _label(file, by_ending)
         header = probe_at(file.fileno(), offset=image.offset, length=image.length)
         if name:
             builder.compare(label, name)

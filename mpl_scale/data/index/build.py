@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ import numpy as np
 from mpl_scale.config.names import require_known
 from mpl_scale.data.index import sidecars
 from mpl_scale.data.index.contents import digest_of_file, digest_of_folder
-from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Scan, ScanOptions, Shard
+from mpl_scale.data.index.format import ENTRY, FORMATS, LOST_WHOLE, Refusal, Scan, ScanOptions, Shard, shards_of
 from mpl_scale.data.index.labels import count_from_zero, first_label, refuse_unused
 from mpl_scale.data.index.reader import VERSION, IndexedImages, StaleIndex, read_meta
 from mpl_scale.data.index.writer import Identity, PartFiles, write_index
@@ -78,7 +78,7 @@ def build_index(
         raise ValueError(f"'{root}' is no folder; give the one that holds the data set")
     if output.exists() and not (output / "meta.json").is_file():
         raise ValueError(f"--output '{output}' is there and is no index; choose another folder, or remove it")
-    shards = FORMATS[source].shards(root)
+    shards = shards_of(source, root, options)
     if FORMATS[source].layout in ("file", "encoded"):  # others look for the names of their files alone
         refuse_inside(output, root)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def build_index(
         partial = output.with_name(f"{output.name}.partial")
         # Before the scan: a change while it is read makes the index stale.
         beside = sidecars.record(root, FORMATS[source].sidecars(root))
-        identity = {"source": source, "root": str(root), "options": asdict(options), "sidecars": beside}
+        identity = {"source": source, "root": str(root), "options": options.to_json(), "sidecars": beside}
         _prepare(partial, identity)
         reused = _scan_all(source, root, shards, partial, workers=workers, options=options, report=report)
         images, refused, reasons = write_index(output, partial=partial, shards=shards, identity=identity)
@@ -212,8 +212,11 @@ def _scan(task: _Task) -> int:
             raise
         reason = f"{LOST_WHOLE}: cannot be read: {error.strerror}"
         scan = Scan(np.zeros(0, ENTRY), [Refusal(task.shard.name, None, reason)])
-    first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)
-    labels = count_from_zero(scan, task.shard, first=first, classes=classes)
+    if task.options.labels:
+        first, classes = first_label(task.source, task.options), FORMATS[task.source].classes(task.root)
+        labels = count_from_zero(scan, task.shard, first=first, classes=classes)
+    else:
+        scan.entries["label"], scan.class_names, labels = 0, {}, None
     identity = Identity(size, mtime_ns, _digest(task.root / task.shard.name, scan))
     part.write(scan, task.shard, identity, labels=labels)
     return len(scan.entries)
@@ -250,13 +253,13 @@ def why_not_current(folder: Path, *, source: str, root: Path, options: ScanOptio
         return error.reason
     except ValueError as error:
         return str(error)
-    for name, asked in {"source": source, "root": str(root), "options": asdict(options)}.items():
+    for name, asked in {"source": source, "root": str(root), "options": options.to_json()}.items():
         if meta[name] != asked:
             return f"it was built with {name} {meta[name]}, not {asked}"
     if meta["version"] != VERSION:
         return f"it is of version {meta['version']}, which does not check labels"
     indexed = {shard.name: shard.part for shard in found.shards}
-    now = {shard.name: shard.part for shard in FORMATS[source].shards(root)}
+    now = {shard.name: shard.part for shard in shards_of(source, root, options)}
     for name in sorted(indexed.keys() | now.keys()):
         if name not in now:
             return f"shard '{name}' is no longer read"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import unicodedata
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,7 +24,8 @@ Part = Literal["train", "extra", "unlabelled", "test"]
 entries have the first class's."""
 Layout = Literal["file", "encoded", "rows", "planes", "columns", "grey"]
 """How a sample is stored: a file of its own in the shard's folder; an image file inside the shard; raw RGB pixels
-[H, W, 3]; raw RGB planes [3, H, W], or [3, W, H] (each column by column); raw grey pixels [H, W]."""
+[H, W, 3], or grey ones [H, W] ("rows"); raw RGB planes [3, H, W], or [3, W, H] (each column by column); raw grey pixels
+[H, W]."""
 ENTRY = np.dtype([("offset", "<i8"), ("length", "<i8"), ("label", "<i8"), ("height", "<i4"), ("width", "<i4")])
 _COLUMNS = ENTRY.names or ()
 MOST_CLASSES = 1 << 20
@@ -34,6 +35,10 @@ CLASSES_FILE = "classes.txt"
 
 LOST_WHOLE, LOST_REST = "the whole shard is lost", "the rest of the shard is lost"
 """How the reason begins for which an unknown number of images is missing."""
+
+
+class NoShards(ValueError):
+    """The folder holds nothing of a format; other ValueErrors of `Format.shards` say that something of it is wrong."""
 
 
 class MalformedShard(ValueError):
@@ -52,7 +57,7 @@ class Shard(NamedTuple):
     """A file of samples, or a folder of files.
 
     name: relative to the root, with slashes. part: what it is for, of the data set's own parts. label: of all its
-    samples, where a folder stands for a class.
+    samples, where a folder stands for a class; or what else tells the format which of its samples they are.
     """
 
     name: str
@@ -128,6 +133,12 @@ class ScanOptions:
     """The first class's label in the files; None: the format's custom."""
     check_data: bool = True
     """Whether checksums of the data are computed, where the format has any."""
+    labels: bool = True
+    """Whether labels are read. False: the images are unlabelled ones, but for those of the test part."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As it stands in meta.json; `labels` only where it is not as it always was in earlier versions."""
+        return {name: value for name, value in asdict(self).items() if name != "labels" or not value}
 
 
 class Format(Protocol):
@@ -148,10 +159,11 @@ class Format(Protocol):
         """Files beside the shards that labels or names are read from, present or not, relative to the root."""
 
     def shards(self, root: Path) -> Sequence[Shard]:
-        """All shards, in order. Raises ValueError where the folder holds none, with the fix."""
+        """All shards, in order. Raises NoShards where the folder holds none, with the fix."""
 
     def scan(self, root: Path, shard: Shard, *, options: ScanOptions, unpacked: Path) -> Scan:
-        """What the shard holds. What cannot be read is refused, not raised.
+        """What the shard holds. What cannot be read is refused, not raised. Without `options.labels`, labels may be
+        missing, and are ignored.
 
         Pixels that cannot be read where they are (compressed ones) are written to the file `unpacked`, one image
         behind another; the offsets then refer to it.
@@ -294,6 +306,18 @@ def untrained(classes: Sequence[str], absent: Sequence[int]) -> list[str]:
     names = ", ".join(repr(classes[label]) for label in absent[:5])
     more = f" and {len(absent) - 5} more" if len(absent) > 5 else ""
     return [f"classes without an image for training: {names}{more}"] if absent else []
+
+
+def shards_of(source: str, root: Path, options: ScanOptions) -> list[Shard]:
+    """The shards of a data set of a format, in order, as an index with these options takes them.
+
+    Raises:
+        ValueError: as Format.shards.
+    """
+    found = FORMATS[source].shards(root)
+    if options.labels:
+        return list(found)
+    return [shard if shard.part == "test" else shard._replace(part="unlabelled") for shard in found]
 
 
 def existing(root: Path, names: Sequence[tuple[str, Part]], *, folders: Sequence[str] = ("",)) -> list[Shard]:

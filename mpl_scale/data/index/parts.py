@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from mpl_scale.data.index.census import Census
-from mpl_scale.data.index.format import Layout, Part, Shard
+from mpl_scale.data.index.format import Layout, NoShards, Part, Shard
 
 PARTS: dict[str, Part] = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -95,7 +95,7 @@ def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
     """The files below `root`, at any depth, whose name the regular expression matches; sorted by part, then name.
 
     Raises:
-        ValueError: there is none.
+        NoShards: there is none.
     """
     found = [
         Shard(path, part_of(path))
@@ -106,14 +106,15 @@ def find_shards(root: Path, pattern: str, *, what: str) -> list[Shard]:
     if not found:
         packed = [path for path in left_over(root, [], layout="encoded").names if path.lower().endswith(_COMPRESSED)]
         fix = f"decompress its shards, such as '{packed[0]}'" if packed else "name the folder of the shards"
-        raise ValueError(f"mpl_scale.data.root = '{root}' holds no {what}; {fix}")
+        raise NoShards(f"mpl_scale.data.root = '{root}' holds no {what}; {fix}")
     return sorted(found, key=lambda shard: (shard.part == "test", shard.name))
 
 
 def left_over(root: Path, shards: Sequence[Shard], *, layout: Layout, sidecars: Sequence[str] = ()) -> Census:
     """The files below `root` that belong to no shard; sidecars, labels, class names and the like do not count."""
     census, names = Census(), {shard.name for shard in shards}.union(sidecars)
-    folders = walk(root) if layout == "encoded" else [next(walk(root)), *_parts_below(root, names)]
+    above = [] if names & {"", "."} else [next(walk(root))]  # the root is itself a folder of samples
+    folders = walk(root) if layout == "encoded" else [*above, *_parts_below(root, names)]
     for folder in folders:
         for name in [*folder.files, *folder.loops]:
             path = _join(folder.name, name)

@@ -108,6 +108,11 @@ class IndexedImages:
         return len(self._shard)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], bytes of each image where it is stored."""
+        return self._length
+
+    @property
     def bad(self) -> int:
         """What was refused, with an id or without (the rest of a damaged shard counts once)."""
         return int(self.meta["refusals"])
@@ -253,6 +258,14 @@ def concatenate(parts: Sequence[np.ndarray]) -> np.ndarray:
     return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.int64), *parts])
 
 
+def is_index(folder: Path) -> bool:
+    """Whether a folder's meta.json says that it is an index, of whatever version."""
+    try:
+        return bool(json.loads((folder / "meta.json").read_text(encoding="utf-8"))["format"] == FORMAT)
+    except (OSError, ValueError, TypeError, KeyError):
+        return False
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """An index's meta.json.
 
@@ -344,6 +357,8 @@ def rebuild(meta: dict[str, Any], folder: Path, *, label_offset: int | None = No
         command += f" --label_offset {offset}"
     if not meta["options"].get("check_data", True):
         command += " --skip_data_crc"
+    if not meta["options"].get("labels", True):
+        command += " --unlabelled"
     return f"rebuild it: {command}"
 
 
@@ -351,14 +366,18 @@ def _planes(content: bytes, height: int, width: int) -> bytes:
     return np.frombuffer(content, np.uint8).reshape(3, height, width).transpose(1, 2, 0).tobytes()
 
 
+def _grey(content: bytes) -> bytes:
+    return np.frombuffer(content, np.uint8).repeat(3).tobytes()
+
+
 def _columns(content: bytes, height: int, width: int) -> bytes:
     return np.frombuffer(content, np.uint8).reshape(3, width, height).T.tobytes()
 
 
 _RAW: dict[str, Callable[[bytes, int, int], bytes]] = {
-    "rows": lambda content, height, width: content,
+    "rows": lambda content, height, width: content if len(content) == 3 * height * width else _grey(content),
     "planes": _planes,
     "columns": _columns,
-    "grey": lambda content, height, width: np.frombuffer(content, np.uint8).repeat(3).tobytes(),
+    "grey": lambda content, height, width: _grey(content),
 }
 """Raw pixels as [H, W, 3]."""

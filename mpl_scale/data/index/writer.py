@@ -114,7 +114,7 @@ def _fill(
     adjustable = FORMATS[source].first_label is not None
     label_census = LabelCensus(first_label(source, options), adjustable=adjustable)
     refused, reasons, highest, class_names, first = _write_arrays(folder, parts, shards, label_census)
-    classes = FORMATS[source].classes(root)
+    classes = FORMATS[source].classes(root) if options.labels else None
     _compare_names(folder, parts, shards, classes, label_census, reasons)
     labels = label_census.finding(
         named=None if classes is None else len(classes), assumed=adjustable and options.label_offset is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -13,12 +14,14 @@ import numpy as np
 
 from mpl_scale.data.index.contents import middle_of
 from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.joined import APART, UNLABELLED_INDEX, JoinedImages
 from mpl_scale.data.registry import ImageFiles, ImageSet
-from mpl_scale.data.samples.joined import JoinedImages
 from mpl_scale.data.samples.splits import Splits
 from mpl_scale.files import replace_text, replacing, save_array
 
 PARTS = ("test", "held_out", "labelled", "unlabelled")
+TWINS = "twins.csv"
+"""Training images that are left out, and the image to evaluate on that each of them is."""
 _COMPARED = ("images", "refused", "classes", "class_names", "labels", "files", "contents")
 _END = 64
 """Bytes at the end of a file that tell its content."""
@@ -43,6 +46,10 @@ def write_manifest(splits: Splits, folder: Path, *, manifest: Mapping[str, Any] 
     for name in PARTS:
         with replacing(folder / f"{name}.npy") as draft:
             save_array(draft, getattr(splits, name))
+    rows = [tuple(map(splits.images.name, pair)) for pair in splits.twins.tolist()]
+    if rows:
+        with replacing(folder / TWINS) as draft, open(draft, "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([("left out", "evaluated on"), *rows])
     replace_text(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")  # last: it vouches for the arrays
     return before is not None and not same_samples(before, manifest)
 
@@ -51,6 +58,7 @@ def content(manifest: Mapping[str, Any]) -> dict[str, str | int | None]:
     """Which samples a manifest says are used for what, by field: without paths, because data may be moved."""
     found = {f"data.{name}": manifest[name] for name in _COMPARED if name in manifest}
     found |= {f"data.{name}": (manifest.get(name) or {}).get("sha256") for name in ("index", "unlabelled_index")}
+    found |= {f"data.{name}": digest for name, digest in (manifest.get("apart") or {}).items()}
     parts = {name: f"{part['count']} images, sha256 {part['sha256'][:12]}" for name, part in manifest["parts"].items()}
     return found | {f"splits.{name}": part for name, part in parts.items()}
 
@@ -89,13 +97,22 @@ def _named(index: dict[str, str] | None) -> str:
 
 
 def _describe_unlabelled(splits: Splits) -> dict[str, str] | None:
-    return _describe_index(splits.images.second) if isinstance(splits.images, JoinedImages) else None
+    found = splits.images.named(UNLABELLED_INDEX) if isinstance(splits.images, JoinedImages) else []
+    return _describe_index(found[0]) if found else None
 
 
 def _describe_index(images: ImageSet) -> dict[str, str] | None:
     if not isinstance(images, IndexedImages):
         return None
     return {"folder": str(images.folder), "root": str(images.root), "sha256": images.fingerprint}
+
+
+def _describe_apart(images: ImageSet) -> dict[str, str | None] | None:
+    """What stands for the content of each place that is named apart, by field; None: no place is."""
+    if not isinstance(images, JoinedImages) or not images.named(APART[0]):
+        return None
+    found = {name: [s.fingerprint for s in images.named(name) if isinstance(s, IndexedImages)] for name in APART}
+    return {name: _hash_text(digests) if digests else None for name, digests in found.items()}
 
 
 def describe_splits(splits: Splits) -> dict[str, Any]:
@@ -111,8 +128,9 @@ def describe_splits(splits: Splits) -> dict[str, Any]:
         if isinstance(images, ImageFiles)
         else None,
         "labels": _hash(images.labels) if not isinstance(images, IndexedImages | JoinedImages) else None,
-        "index": _describe_index(images.first if isinstance(images, JoinedImages) else images),
+        "index": _describe_index(images.sets[0] if isinstance(images, JoinedImages) else images),
         "unlabelled_index": _describe_unlabelled(splits),
+        "apart": _describe_apart(images),
         "parts": {name: _part(getattr(splits, name), f"{name}.npy") for name in PARTS},
     }
 

@@ -14,7 +14,9 @@ import numpy as np
 
 from mpl_scale.config.names import Registry, require_known
 from mpl_scale.config.schema import DataConfig
+from mpl_scale.data.formats.synthetic import SyntheticImages
 from mpl_scale.data.index.reader import IndexedImages, concatenate
+from mpl_scale.data.joined import JoinedImages
 from mpl_scale.data.registry import ImageFiles, ImageSet
 from mpl_scale.data.samples.streams import Purpose, stream_of
 from mpl_scale.philox import uniform_numpy
@@ -27,6 +29,7 @@ class Splits:
     test: disjoint from the others, but for the split that is called transductive.
 
     held_out: kept for tuning, in no other part, unless `evaluate_on: held_out` made it the test part.
+    twins: int64 [n, 2], training images left out as they are, byte for byte, the second one, which is evaluated on.
     """
 
     images: ImageSet
@@ -34,6 +37,7 @@ class Splits:
     labelled: np.ndarray
     unlabelled: np.ndarray
     held_out: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    twins: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int64))
 
 
 class Parts(NamedTuple):
@@ -55,18 +59,24 @@ _BY_DEFINITION = {"cifar10_4k", "svhn_1k", "imagenet_10"}
 
 
 def make_splits(images: ImageSet, *, config: DataConfig, seed: int) -> Splits:
-    """The parts that `config.split` names, without the images that were refused.
+    """The parts that `config.split` names, or the places of joined sets, without the images that were refused.
 
     Args:
-        images: the data set.
+        images: the data set, as joined.load_images returns it.
         config: `split` and the settings it names are read.
         seed: the run's seed, used when `split_seed` is null.
 
     Raises:
         ValueError: an unknown split, too few images for it, or a source that has not what it needs.
     """
-    require_known("mpl_scale.data.split", config.split, SPLITS)
-    parts = SPLITS[config.split](images, config, seed if config.split_seed is None else config.split_seed)
+    seed = seed if config.split_seed is None else config.split_seed
+    if isinstance(images, SyntheticImages):
+        parts = Parts(*np.arange(len(images), dtype=np.int64).reshape(-1, images.count))
+    elif isinstance(images, JoinedImages):
+        parts = _apart(images, config, seed)
+    else:
+        require_known("mpl_scale.data.split", config.split, SPLITS)
+        parts = SPLITS[config.split](images, config, seed)
     if isinstance(images, IndexedImages):
         parts = parts._replace(rest=concatenate([parts.rest, images.ids_of("unlabelled")]))
     test, held_out, labelled, rest = (_usable(ids, images) for ids in parts)
@@ -76,9 +86,46 @@ def make_splits(images: ImageSet, *, config: DataConfig, seed: int) -> Splits:
         raise ValueError(_nothing_to_evaluate(config))
     source = config.unlabelled_from
     if source == "auto":
-        source = "rest" if config.split in _BY_DEFINITION else "training"
+        named = isinstance(images, JoinedImages | SyntheticImages)
+        source = "rest" if (len(rest) if named else config.split in _BY_DEFINITION) else "training"
     unlabelled = {"training": lambda: _sorted(labelled, rest), "rest": lambda: rest, "labelled": lambda: labelled}
     return Splits(images=images, test=test, held_out=held_out, labelled=labelled, unlabelled=unlabelled[source]())
+
+
+def _apart(images: JoinedImages, config: DataConfig, seed: int) -> Parts:
+    """The split of places apart: `labelled`, `unlabelled`, `validation` and `test` say what their images are for.
+
+    Nothing is drawn but, where no place and no part of `labelled` is evaluated on, a share test_fraction of `labelled`.
+
+    Raises:
+        ValueError: a place that holds nothing for its purpose.
+    """
+    labelled = _usable(images.ids_of("labelled", "train", "extra"), images)
+    unlabelled = images.ids_of("unlabelled", "train", "extra", "unlabelled")
+    for name, found in (("labelled", labelled), ("unlabelled", unlabelled)):
+        if getattr(config, name) is not None and not len(found):
+            raise ValueError(f"mpl_scale.data.{name} holds no {name} image that may be trained on; give other places")
+    test, validation = (_evaluated(images, name) for name in ("test", "validation"))
+    if config.test is None:
+        test = images.ids_of("labelled", "test")
+    if config.evaluate_on == "held_out" and config.validation is None:
+        raise ValueError("mpl_scale.data.evaluate_on = 'held_out' needs mpl_scale.data.validation; set it")
+    if not len(test) and config.evaluate_on == "test":
+        test, validation = validation, validation[:0]
+    if not len(test) and not len(validation):
+        one = config.model_copy(update={"labelled_per_class": 1})
+        counts = np.bincount(images.labels[labelled], minlength=len(images.classes))
+        tests = np.maximum(1, np.round(config.test_fraction * counts).astype(np.int64))
+        test = _by_class(images, one, seed, pool=labelled, counts=counts, tests=tests).test
+        labelled = np.setdiff1d(labelled, test)
+    own = images.ids_of("labelled", "unlabelled")
+    return Parts(test=test, held_out=validation, labelled=labelled, rest=concatenate([own, unlabelled]))
+
+
+def _evaluated(images: JoinedImages, name: str) -> np.ndarray:
+    """The test part of a place, or all of it where it has none."""
+    own = images.ids_of(name, "test")
+    return own if len(own) else images.ids_of(name)
 
 
 @register_split("stratified")
@@ -203,7 +250,7 @@ def _part(images: ImageSet, part: str, config: DataConfig) -> np.ndarray:
     if not (isinstance(images, IndexedImages) or (isinstance(images, ImageFiles) and len(images.tests))):
         raise ValueError(
             f"mpl_scale.data.split = '{config.split}' needs a source with a test part of its own (cifar10, cifar100, "
-            "svhn, stl10, idx, tfrecord, webdataset, parquet, arrow, arrays; folder with train/ and test/), and "
+            "svhn, stl10, idx, tfrecord, webdataset, parquet, arrow, arrays, table; folder with train/ and test/), and "
             f"{config.source} has none; use split = 'stratified'"
         )
     return images.ids_of(part)  # type: ignore[arg-type]

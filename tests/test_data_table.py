@@ -1,0 +1,140 @@
+"""Source table: files and labels by a list, its parts, its classes, and rows that cannot be meant."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mpl_scale.config.schema import DataConfig
+from mpl_scale.data import load_images, make_splits
+from mpl_scale.data.index.detect import find_format
+from mpl_scale.data.index.reader import IndexedImages
+from mpl_scale.data.samples.twins import without_twins
+from tests.support.image_sets import write_folder
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Class folders whose names say nothing, 6 images each."""
+    monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "cache"))
+    return write_folder(tmp_path / "data", images=6)
+
+
+def table(root: Path, *rows: str, columns: str = "path,label,split") -> Path:
+    (root / "table.csv").write_text("\n".join([columns, *rows]) + "\n")
+    return root
+
+
+def load(root: Path, **settings: object) -> IndexedImages:
+    images = load_images(DataConfig(source="table", root=str(root), **settings))
+    assert isinstance(images, IndexedImages)
+    return images
+
+
+def by_name(images: IndexedImages) -> dict[str, int]:
+    return {
+        str(Path(images.name(sample)).relative_to(images.root)): int(images.labels[sample])
+        for sample in range(len(images))
+    }
+
+
+def names(images: IndexedImages, ids: np.ndarray) -> set[str]:
+    return {str(Path(images.name(sample)).relative_to(images.root)) for sample in ids.tolist()}
+
+
+MIXED = (
+    "class0/0.png,dog,train",
+    "class0/1.png,cat,",
+    "class1/0.png,cat,train",
+    "class0/2.png,dog,val",
+    "class1/1.png,cat,test",
+    "./class1//2.png,,unlabelled",
+)
+
+
+def test_parts_labels_and_classes_are_those_of_the_table(root: Path) -> None:
+    """Rows of one folder may be of several parts; names are sorted; files that are not listed are not read."""
+    images = load(table(root, *MIXED))
+    assert images.classes == ("cat", "dog")
+    found = by_name(images)
+    assert found.pop("class1/2.png") == 0  # unlabelled
+    assert found == {"class0/0.png": 1, "class0/1.png": 0, "class1/0.png": 0, "class0/2.png": 1, "class1/1.png": 0}
+    assert names(images, images.ids_of("test")) == {"class0/2.png", "class1/1.png"}
+    assert names(images, images.ids_of("unlabelled")) == {"class1/2.png"}
+    config = DataConfig(source="table", root=str(root), split="test_files", labelled_per_class=1)
+    splits = make_splits(images, config=config, seed=0)
+    assert names(images, splits.test) == {"class0/2.png", "class1/1.png"}
+    assert names(images, splits.unlabelled) == {"class0/0.png", "class0/1.png", "class1/0.png", "class1/2.png"}
+    (root / "classes.txt").write_text("dog\nbird\ncat\n")
+    again = load(root)
+    assert again.classes == ("dog", "bird", "cat")
+    assert by_name(again)["class0/1.png"] == 2
+
+
+def test_numbers_may_start_anywhere_and_a_changed_table_is_read_again(root: Path) -> None:
+    rows = [f"class{label}/{number}.png,{label + 3}" for label in (0, 1) for number in range(6)]
+    table(root, *rows, columns="path,label")
+    with pytest.raises(ValueError, match=r"labels start at 3, not at 0; .*label_offset = 3"):
+        load(root)
+    images = load(root, label_offset=3)
+    assert sorted(by_name(images).values()) == [0] * 6 + [1] * 6
+    table(root, *rows[:-1], columns="path,label")
+    assert len(load(root, label_offset=3)) == 11
+    table(root, "label 4 lies first", columns="note")
+    (root / "table.csv").unlink()
+    rows_ = [{"path": f"class{label}/{number}.png", "label": label} for label in (0, 1) for number in range(6)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows_), root / "table.parquet")
+    assert sorted(by_name(load(root)).values()) == [0] * 6 + [1] * 6
+
+
+def test_a_table_is_a_place_and_comes_before_the_files_beside_it(root: Path, tmp_path: Path) -> None:
+    """As the unlabelled place its labels are not read, nor are images of its test part trained on."""
+    table(root, *MIXED)
+    assert find_format(root) == find_format(root, labels=False) == "table"
+    labelled = write_folder(tmp_path / "labelled", images=6, side=9)
+    config = DataConfig(labelled=str(labelled), unlabelled=str(root))
+    images = load_images(config)
+    splits = without_twins(make_splits(images, config=config, seed=0))
+    found = {Path(images.name(sample)).relative_to(root).as_posix() for sample in splits.unlabelled.tolist()}
+    assert found == {"class0/0.png", "class0/1.png", "class1/0.png", "class1/2.png"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (["../x.png,a,"], r"row 1: path '\.\./x\.png' is not below the table's folder"),
+        (["class0/0.png,a,", "/x.png,b,"], r"row 2: path '/x\.png' is not below"),
+        ([",a,"], r"row 1: path '' is not below"),
+        (["class0/0.png,a,maybe"], r"row 1: split 'maybe' is none of train, training, val"),
+        (["class0/0.png,a,", "class0/../class0/0.png,b,"], r"row 2: 'class0/0\.png' stands there twice"),
+        (["nowhere/0.png,a,"], r"has no folder 'nowhere', which its table names"),
+        ([], r"has no rows; list the images"),
+        (["class0/0.png,1.0,", "class1/0.png,0.0,"], r"its labels are numbers such as 0\.0; write them as whole"),
+        (
+            ["class0/0.png,a,", "class1/0.png,b,", "class1/1.png,,"],
+            r"labels of .*1 label\(s\) cannot be used.*no label",
+        ),
+        (["class0/0.png,-1,", "class1/0.png,1,"], r"labels start at -1"),
+        (['class0/0.png,"a,'], r"cannot be read: .*; write comma-separated values in UTF-8"),
+    ],
+)
+def test_rows_that_cannot_be_meant_are_named(root: Path, rows: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load(table(root, *rows))
+
+
+def test_columns_and_files_that_are_wrong(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"has the columns \['file', 'label'\]; its first line must have path"):
+        load(table(root, "class0/0.png,1", columns="file,label"))
+    rows = [f"class{label}/{number}.png,{label}" for label in (0, 1) for number in range(7)]
+    images = load(table(root, *rows, columns="path,label"), max_bad_fraction=0.5)
+    reasons = images.refusals(5)
+    assert sorted(Path(name).name for name in reasons) == ["6.png", "6.png"]
+    assert set(reasons.values()) == {"cannot be read: No such file or directory"}
+    parquet.write_table(pyarrow.table({"path": ["class0/0.png"]}), root / "table.parquet")
+    with pytest.raises(ValueError, match=r"holds table\.csv and table\.parquet; remove one"):
+        load(root)
