@@ -192,6 +192,14 @@ def test_no_folder_of_a_run_lies_among_the_images(tmp_path: Path) -> None:
         build_index("folder", root, output=root / "index")
 
 
+def test_no_index_lies_among_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive(tmp_path / "data", "train.tar", ("a", 0, ""), ("b", 1, ""))
+    monkeypatch.setenv("MPL_SCALE_DATA", str(tmp_path / "data" / "cache"))
+    with pytest.raises(ValueError, match=r"MPL_SCALE_DATA = .*cache lies in the data set .*data, whose images"):
+        load(tmp_path / "data", "webdataset")
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["train.tar"]
+
+
 @pytest.mark.parametrize(
     ("link", "target"),
     [("cow", "cat"), ("dog/more", "../cat"), ("cat/deep", "../dog/deep")],

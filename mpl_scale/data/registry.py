@@ -24,7 +24,7 @@ from mpl_scale.data.index.labels import first_label, label_problem, refuse_unuse
 from mpl_scale.data.index.numbering import gaps
 from mpl_scale.data.index.progress import IndexProgress
 from mpl_scale.data.index.reader import VERSION, IndexedImages, is_index, read_meta, rebuild
-from mpl_scale.files import expanded
+from mpl_scale.files import expanded, refuse_inside
 
 MOST_WORKERS = 16
 WORKER_BYTES = 1 << 28
@@ -336,8 +336,10 @@ def _cached(source: str, root: Path | None, options: ScanOptions, *, allow_damag
     if not root.is_dir():
         raise ValueError(f"mpl_scale.data.root = '{root}' is no folder; give the one that holds the data set")
     names = [shard.name for shard in FORMATS[source].shards(root)]  # one more or less is another data set
-    if FORMATS[source].layout == "encoded" and not allow_damaged:
-        _refuse_missing(root, names)  # before they are read
+    if FORMATS[source].layout == "encoded":
+        refuse_inside(data_folder(), root, option="MPL_SCALE_DATA =")
+        if not allow_damaged:
+            _refuse_missing(root, names)  # before they are read
     size = sum((root / name).stat().st_size for name in names)
     key = json.dumps([VERSION, source, str(root.resolve()), options.to_json(), names])
     progress = IndexProgress()
