@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from mpl_scale.checkpoint import CheckpointError
+from mpl_scale.checkpoint import CheckpointError, find, read_prefix
 from mpl_scale.cli import main
 from mpl_scale.cli.stop import StopRequest
 from mpl_scale.trainer.lock import lock_output
 from mpl_scale.workers import deaf_to_interrupts, end_with_parent
-from tests.support.configs import DIGITS
+from tests.support.configs import DIGITS, tiny, write
 from tests.support.tiers import full
 
 
@@ -41,6 +41,36 @@ def test_a_second_run_waits_and_names_the_first(tmp_path: Path) -> None:
     os.kill(other.pid or 0, signal.SIGKILL)  # the lock goes with the process
     other.join()
     lock_output(tmp_path / "out", patience=30, note=pytest.fail).close()
+
+
+@pytest.mark.parametrize("operation", ["fsync", "replace", "rename"])
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_sigterm_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, asynchronous: str
+) -> None:
+    """The write is finished, the state saved, and the run continues from it to the end."""
+    config, out = write(tmp_path, tiny()), tmp_path / "out"
+    settings = ("parallel.engine=flat", "checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}")
+    command = ["train", "--ds_config", config, "--output", str(out)]
+    command += [part for setting in settings for part in ("--set", f"mpl_scale.{setting}")]
+    plain, sent = getattr(os, operation), []
+
+    def signalling(*arguments: object, **named: object) -> object:
+        if not sent and (any((out / "checkpoints").glob("step_*.tmp-*")) or "latest.tmp-" in str(arguments[0])):
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return plain(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, operation, signalling)
+        assert main(command) == 0
+    if not sent:
+        pytest.fail(f"no {operation} while a checkpoint is written")
+    assert not (out / "DONE").exists()
+    newest = find(out / "checkpoints")[0]
+    assert read_prefix(newest, "teacher")  # its warm-up
+    assert not list((out / "checkpoints").glob("*.tmp-*"))
+    assert main(command) == 0
+    assert (out / "DONE").exists()
 
 
 class Ended(list[int]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
@@ -16,6 +17,7 @@ import torch
 from mpl_scale.cli.main import main
 from mpl_scale.config import check, load_config
 from mpl_scale.data import load_images, make_splits
+from mpl_scale.data.distributions import check_distributions
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
@@ -130,6 +132,47 @@ def test_what_stored_distributions_need_is_said(tmp_path: Path) -> None:
     few = (f"mpl_scale.data.distributions={tmp_path / 'few.npy'}",)
     with pytest.raises(ValueError, match=r"few.npy' holds float16 \[7, 10\], and the data set has 1797 images of 10"):
         run(config_with(tmp_path), str(tmp_path / "out"), few)
+
+
+def test_damaged_distributions_are_refused(tmp_path: Path) -> None:
+    """Whatever the damage is; a file without an account is judged by its numbers alone."""
+    config, stored = config_with(tmp_path), tmp_path / "t.npy"
+    (checkpoint := tmp_path / "out").mkdir()
+    short = ("mpl_scale.phases.train.steps=1", "mpl_scale.phases.finetune.steps=0")
+    run(config, str(checkpoint), short)
+    command = ["distributions", "--ds_config", config, "--checkpoint", str(checkpoint), "--output", str(stored)]
+    assert main(command) == 0
+    good, whole = np.load(stored), stored.read_bytes()
+    splits = make_splits(load_images(load_config(config).mpl.data), config=load_config(config).mpl.data, seed=0)
+    assert check_distributions(stored, splits) == hashlib.sha256(whole).hexdigest()
+
+    def judged(values: np.ndarray) -> None:
+        np.save(stored, values)
+        check_distributions(stored, splits)
+
+    not_a_number, negative = good.copy(), good.copy()
+    not_a_number[700, 3], negative[5, :2] = np.nan, (-1, 2)
+    for values, message in (
+        (not_a_number, "row 700 is no distribution"),
+        (negative, "row 5 is no distribution"),
+        (good * np.float16(0.5), r"row 0 is no distribution .*sum 0\.[45]"),
+        (good[::-1], "is not the file that t.npy.json beside it is of"),
+        (good[:, :9], r"holds float16 \[1797, 9\]"),
+        (good[:900], r"holds float16 \[900, 10\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            judged(values)
+    stored.write_bytes(whole[:-100])
+    with pytest.raises(ValueError, match="ends before its 17970 numbers do"):
+        check_distributions(stored, splits)
+    stored.write_bytes(whole)
+    account = json.loads((tmp_path / "t.npy.json").read_text())
+    account["images"]["data.files"] = "of others"
+    (tmp_path / "t.npy.json").write_text(json.dumps(account))
+    with pytest.raises(ValueError, match=r"is of other images, or of another order \(data.files\)"):
+        run(config, str(tmp_path / "new"), (*short, f"mpl_scale.data.distributions={stored}"))
+    (tmp_path / "t.npy.json").unlink()
+    judged(good)
 
 
 def test_labelled_images_can_be_seen_in_their_strong_view(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from mpl_scale.config import Config
 from mpl_scale.config.deepspeed_half import settings_of
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import SECTION
+from mpl_scale.data.distributions import check_distributions
 from mpl_scale.data.samples.manifest import content, describe_splits
 from mpl_scale.files import expanded
 from mpl_scale.models.weights import weights_file
@@ -122,7 +123,8 @@ def rule_of(field: str) -> Rule | None:
 def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
     """What the checkpoints of a run keep of its identity: config and identity. For rank 0; every id is hashed."""
     run, batches = trainer.config, trainer.resolved.batches
-    distributions, model = run.mpl.data.distributions, run.mpl.model
+    data, model, splits = run.mpl.data, run.mpl.model, trainer.source.splits
+    stored = None if data.is_synthetic else data.distributions
     weights = {name: getattr(model, name).weights for name in ("teacher", "student")}
     return {
         "config": run.resolved(),
@@ -131,8 +133,8 @@ def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
             "ranks": trainer.mesh.world,
             "batch": {"labelled": batches.labelled, "unlabelled": batches.unlabelled},
             "steps": {phase.name: phase.steps for phase in trainer.phases},
-            "manifest": describe_splits(trainer.source.splits),
-            "distributions": None if distributions is None else _hash(expanded(distributions)),
+            "manifest": describe_splits(splits),
+            "distributions": stored and check_distributions(expanded(stored), splits),
             "weights": {name: None if path is None else _hash(weights_file(path)) for name, path in weights.items()},
         },
     }

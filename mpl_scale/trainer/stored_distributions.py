@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import torch
 
 from mpl_scale.config import RunConfig
 from mpl_scale.data import ImageFormat, evaluation_batches
-from mpl_scale.files import create_array, replacing
+from mpl_scale.data.distributions import account_of, describe_images
+from mpl_scale.files import create_array, replace_text, replacing
 from mpl_scale.mesh import build_mesh
 from mpl_scale.resolve import choose_numerics
 from mpl_scale.trainer.preflight import load_splits
@@ -61,4 +64,9 @@ def store_distributions(run: RunConfig, checkpoint: Path, output: Path, *, netwo
             values[own[good]] = probabilities[: len(own)].cpu().numpy()[good]
             done += len(own)
         values.flush()
+        account_of(output).unlink(missing_ok=True)  # of the file that is replaced
+        with draft.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    account = {"sha256": digest, "images": describe_images(splits)}
+    replace_text(account_of(output), json.dumps(account, indent=1) + "\n")
     return count
