@@ -153,6 +153,17 @@ def test_what_a_variant_inherits_is_not_named(tmp_path: Path) -> None:
     assert "mpl_scale.method.uda.weight (method.name = supervised" in note
 
 
+def test_what_two_settings_leave_without_effect(tmp_path: Path) -> None:
+    path = write(tmp_path, tiny())
+    for given, named in (
+        ("checkpoint.every=0 guard.rewind.window=1", "guard.rewind.window (checkpoint.every = 0)"),
+        ('parallel.recompute=["none"] parallel.recompute_offload=true', 'recompute_offload (recompute = ["none"])'),
+        ("data.weak.pad=0 data.weak.fill=7", "data.weak.fill (kind = shift_crop, pad = 0)"),
+    ):
+        (note,) = load_config(path, overrides=[f"mpl_scale.{setting}" for setting in given.split()]).notes
+        assert note.endswith(named)
+
+
 TOO_LATE = {
     "optim.student.schedule=step optim.student.milestones=[4,9]": "optim.student.milestones = [4, 9] of 8 steps",
     "optim.teacher.warmup_steps=9": "optim.teacher.warmup_steps = 9 of 8 steps",

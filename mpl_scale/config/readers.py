@@ -218,8 +218,14 @@ READERS: tuple[Reader, ...] = (
     *_method(),
     *_data(),
     _rows("parallel", "switch_at empty_slices halo", "width", lambda width: width > 1),
-    _rows("parallel", "recompute_backend recompute_offload", "recompute", lambda policy: policy != "none"),
+    _rows(
+        "parallel",
+        "recompute_backend recompute_offload",
+        "recompute",
+        lambda policy: policy != "none" and set(policy) != {"none"},
+    ),
     _rows("checkpoint", "timeout_seconds", "asynchronous", bool),
     _rows("checkpoint", "keep_every", "every", _positive),
+    _rows("guard", "rewind", ".checkpoint.every", _positive),
     _rows("guard", "max_skipped", "nonfinite", lambda action: action == "skip"),
 )
