@@ -119,8 +119,8 @@ class Jittered(PointViews):
 class Experiment:
     """Accuracies by data set, task, method, trial and seeds; what is kept is not run again."""
 
-    def __init__(self, data: str, kept: Kept) -> None:
-        self.data, self._kept, self._drawn = data, kept, trials()
+    def __init__(self, data: str, kept: Kept, *, drawn: int = TRIALS) -> None:
+        self.data, self._kept, self._drawn = data, kept, trials()[:drawn]
 
     def accuracies(self, task: str, method: str, trial: int, *, seeds: range, sign: float = 1.0) -> list[float]:
         """Top-1 of the network that the method returns, percent, by seed."""
@@ -139,7 +139,7 @@ class Experiment:
         """The best trial by the mean over the tuning seeds, the first of equals; and the means of all."""
         means = [
             float(np.mean(self.accuracies(task, method, trial, seeds=TUNING_SEEDS)))
-            for trial in range(1 if method == "supervised" else TRIALS)
+            for trial in range(1 if method == "supervised" else len(self._drawn))
         ]
         return int(np.argmax(means)), means
 
@@ -176,11 +176,12 @@ def main() -> int:
     parser.add_argument("--data", choices=POOL, default="digits")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=SEEDS, help="fewer than the page says: only to try the command")
+    parser.add_argument("--trials", type=int, default=TRIALS, help="likewise")
     parser.add_argument("--keep", type=Path, default=Path("runs/preregistered.jsonl"), help="runs that are done")
     parser.add_argument("--output", type=Path, metavar="JSON", help="tasks that it has and --tasks has not stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    experiment = Experiment(options.data, Kept(options.keep))
+    experiment = Experiment(options.data, Kept(options.keep), drawn=options.trials)
     document = {"kind": "preregistered", "data": options.data, "tasks": {}, "holm": {}}
     if options.output is not None and options.output.exists():
         document = json.loads(options.output.read_text())

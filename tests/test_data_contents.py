@@ -16,7 +16,7 @@ from mpl_scale.data import load_images, make_splits
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.contents import WHOLE, digest_of_file
 from mpl_scale.data.index.reader import IndexedImages
-from mpl_scale.data.samples.joined import with_unlabelled
+from mpl_scale.data.samples.further import with_unlabelled
 from mpl_scale.data.samples.manifest import describe_splits, same_samples
 from mpl_scale.trainer.preflight import record_splits
 from tests.support import mini_imagenet as mini

@@ -13,7 +13,7 @@ from mpl_scale.cli import main
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, make_splits
 from mpl_scale.data.index.build import build_index
-from mpl_scale.data.samples.joined import with_unlabelled
+from mpl_scale.data.samples.further import with_unlabelled
 from tests.support import mini_imagenet as mini
 from tests.support.labelled_sets import load, write
 

@@ -95,7 +95,7 @@ def test_a_module_that_cannot_be_imported_is_one_line(
 
 def test_every_page_and_every_command_is_known() -> None:
     """No page is left out, no command hides outside its block, no row of the tables is without a command."""
-    there = {"README.md", *(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))}
+    there = {"README.md", *(str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "docs").rglob("*.md"))}
     assert there == set(PAGES)
     assert {page: strays(page) for page in PAGES if strays(page)} == {}
     texts = [command.text for page in PAGES for command in commands(page)]

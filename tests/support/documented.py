@@ -22,6 +22,7 @@ PAGES = (
     "docs/extending.md",
     "docs/planner.md",
     "docs/experiments.md",
+    "docs/experiments/feedback.md",
     "docs/performance.md",
     "docs/fidelity.md",
     "docs/slurm.md",
@@ -39,6 +40,7 @@ LISTED = {
     r"sudo apt-get install dataset-fashion-mnist": "needs root and a Debian mirror; the copy has small files instead",
     r'torchrun --nnodes "\$PET_NNODES"': "needs Kubernetes with the PyTorch operator",
     r"python -m benchmarks\.digits_table .*--add_to ": "adds to results of full length",
+    r"python -m benchmarks\.preregistered --data fashion_mnist ": "needs Debian's package, not small files",
     r"python -m benchmarks\.step_cpu --peer ": "needs another implementation, peer.py",
 }
 """Commands that are not run, and why; the pattern matches from the start."""
@@ -50,6 +52,7 @@ SHORTENED = {
     r".*benchmarks/methods\.py ": " --seeds 0 --max_steps 2",
     r"python -m benchmarks\.two_moons ": " --seeds 2 --tables literal",
     r"python -m benchmarks\.feedback ": " --seeds 2 --settings 'few labels' --rules none cosine",
+    r"python -m benchmarks\.preregistered ": " --tasks 'class mismatch' --seeds 2 --trials 1",
     r"python -m benchmarks\.digits_table ": " --seeds 0 1 --steps 2 --methods supervised uda",
     r"python -m benchmarks\.throughput ": " --warmup 1 --rounds 1 --steps 1 --phase_steps 1",
     r".*benchmarks\.spatial ": " --model digits_cnn --batch 4 --rounds 1 --steps 1",
