@@ -7,6 +7,7 @@ import re
 import shutil
 import statistics
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -210,11 +211,24 @@ def test_a_label_says_what_differs() -> None:
     assert FIGURES["breakdown"](material) == FIGURES["labels"](material) == []  # nothing to compare
 
 
+RULE = "method__feedback__rule"
+
+
+def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
+    """Of the last 1,000 steps of phase train; not of controls."""
+    steps = [(1, 9.0), (1200, 0.1), (1600, 0.3), (2000, -0.1)]
+    lines = [{"phase": "train", "part": "train", "step": step, "global_step": step, "h": h} for step, h in steps]
+    lines += [{"phase": "finetune", "part": "train", "step": 7, "global_step": 2007}]
+    material = Material()
+    run, control = trial("a", **{f"mpl_scale__{RULE}": "cosine"}), trial("b", **{f"mpl_scale__{RULE}": "none"})
+    add_runs(material, [replace(run, metrics=lines), replace(control, metrics=lines)])
+    page = Page(make_page(material, [], title="t"))
+    (rows,) = (rows for heading, rows in page.tables.items() if heading.startswith("Did the feedback"))
+    assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "3"]]
+
+
 def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:
     return [trial(f"{name}/seed_{s}", seed=s, **{f"mpl_scale__{k}": v for k, v in settings.items()}) for s in seeds]
-
-
-RULE = "method__feedback__rule"
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,11 @@ class Group:
     seeds: Sequence[int]
     settings: Mapping[str, Any]
     curves: Mapping[str, Curve]
+    feedback: Sequence[float] = ()
+    """h of all runs' lines of metrics in their last LAST_STEPS steps of phase train; empty without feedback."""
+
+
+LAST_STEPS = 1000
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mpl_scale.report.controls import refusal, refused
-from mpl_scale.report.material import NETWORKS, Material, group_names, mean_and_deviation, top1_of
+from mpl_scale.report.material import LAST_STEPS, NETWORKS, Material, group_names, mean_and_deviation, top1_of
 from mpl_scale.report.runs import STEPS, differing
 
 FIELDS_AS_ROWS = 6
@@ -62,6 +62,7 @@ def make_page(material: Material, pictures: Sequence[Picture], *, title: str) ->
     """The whole HTML document."""
     sections = [
         ("results", "Final accuracies", _results(material)),
+        ("feedback", "Did the feedback say anything?", _feedback(material)),
         *((picture.name, picture.title, _figure(picture)) for picture in pictures),
         ("differences-of-settings", "What differs between the configurations", _differences(material)),
         ("origins", "Where the numbers come from", _origins(material)),
@@ -137,6 +138,26 @@ def _results(material: Material) -> str:
         parts.append(f"<h3>{html.escape(source)}, up to {count} seeds</h3>\n{shown}")
     note = "Top-1 accuracy on the test images, percent: mean and, over two runs or more, sample standard deviation."
     return f'<p class="soft">{note}</p>\n' + "\n".join(parts) if parts else ""
+
+
+def _feedback(material: Material) -> str:
+    """Signal and noise of h, where there are two lines of it."""
+    rows = []
+    for group, name in zip(material.groups, group_names(material.groups), strict=True):
+        if len(group.feedback) > 1:
+            mean, deviation = mean_and_deviation(group.feedback)
+            ratio = f"{abs(mean) / deviation:.2f}" if deviation else "no noise"
+            positive = sum(h > 0 for h in group.feedback) / len(group.feedback)
+            rows.append([name, f"{mean:+.4f} ± {deviation:.4f}", ratio, f"{positive:.0%}", str(len(group.feedback))])
+    if not rows:
+        return ""
+    columns = ["configuration", "h", "signal to noise", "h above 0", "lines"]
+    note = (
+        f"h, the student's feedback, in the lines of metrics of the last {LAST_STEPS:,} steps: mean and deviation from "
+        "line to line, and their ratio. Far below 1, a step's feedback is mostly noise, and only its sum over many "
+        "steps can move the teacher. Whether it did is told by the control with h = 0 alone."
+    )
+    return f'<p class="soft">{note}</p>\n{table(columns, rows, numbers=columns[1:])}'
 
 
 def _unequal_steps(material: Material) -> str:

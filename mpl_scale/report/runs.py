@@ -16,7 +16,7 @@ from mpl_scale.config.presets import flatten
 from mpl_scale.files import read_object
 from mpl_scale.monitor.metrics import RESERVED, part_of, read_metrics
 from mpl_scale.report.controls import is_control, is_fed_back, without_feedback
-from mpl_scale.report.material import Curve, Group, Material, Origin, Outcome, Training
+from mpl_scale.report.material import LAST_STEPS, Curve, Group, Material, Origin, Outcome, Training
 
 SEED = "mpl_scale.seed"
 LABELS = ("mpl_scale.data.labelled_per_class", "mpl_scale.data.labelled_fraction")
@@ -146,6 +146,7 @@ def add_runs(material: Material, runs: Sequence[Run]) -> None:
             seeds=[run.seed for run in group],
             settings={name: value for name, value in first.settings.items() if name != SEED},
             curves=_curves(group),
+            feedback=_feedback(group) if is_fed_back(first.settings) else (),
         )
         material.groups.append(made)
         fed_back = is_fed_back(first.settings)
@@ -218,6 +219,14 @@ def _curves(group: Sequence[Run]) -> dict[str, Curve]:
             found.setdefault(name, []).append(values)
     curves = {name: Curve.over_runs(runs) for name, runs in found.items()}
     return {name: curve for name, curve in curves.items() if curve.steps}
+
+
+def _feedback(group: Sequence[Run]) -> list[float]:
+    found = []
+    for run in group:
+        rows = [row for row in run.metrics if row["phase"] == "train" and row.get("h") is not None]
+        found += [row["h"] for row in rows if row["step"] > rows[-1]["step"] - LAST_STEPS]
+    return found
 
 
 def _training(group: Sequence[Run], label: str) -> list[Training]:
