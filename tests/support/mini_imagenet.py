@@ -378,13 +378,10 @@ def write_table(root: Path, kind: str = "PNG", *, table: str = "csv") -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
         rows.append({"path": str(path.relative_to(root)), "label": f"name, {label}" if table == "csv" else label})
-    if table == "csv":
-        with open(root / "table.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, ["label", "path"])
-            writer.writeheader()
-            writer.writerows(rows)
-    else:
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "table.parquet")
+    if table == "parquet":
+        return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "table.parquet")
+    with open(root / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("label", "path"), *((row["label"], row["path"]) for row in rows)])
 
 
 WRITERS: dict[str, tuple[str, Callable[[Path], None]]] = {
