@@ -66,8 +66,8 @@ def test_methods_share_the_ranges_of_what_they_share(column: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_trial_is_valid(name: str, tmp_path: Path) -> None:
-    """All 128 load and differ; what `mpl-scale sweep --prepare` checks, of the first, and of its final run."""
+def test_trials_differ_and_the_first_is_valid(name: str, tmp_path: Path) -> None:
+    """All 128 differ and set known fields; of the first, and of its final run, what `mpl-scale sweep --prepare` checks."""
     found = spec(name)
     tasks = Sweep(found, tmp_path).trials
     assert len(tasks) == TRIALS == len({str(task.values) for task in tasks})
