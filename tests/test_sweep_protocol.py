@@ -67,7 +67,7 @@ def test_methods_share_the_ranges_of_what_they_share(column: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_trials_differ_and_the_first_is_valid(name: str, tmp_path: Path) -> None:
-    """All 128 differ and set known fields; of the first, and of its final run, what `mpl-scale sweep --prepare` checks."""
+    """All 128 differ and set known fields; the first one and its final run pass the checks of `--prepare`."""
     found = spec(name)
     tasks = Sweep(found, tmp_path).trials
     assert len(tasks) == TRIALS == len({str(task.values) for task in tasks})
