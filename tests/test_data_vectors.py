@@ -138,7 +138,10 @@ def prepare(run: RunConfig) -> None:
     ("changes", "message"),
     [
         ({"root": "somewhere"}, r"data.root = 'somewhere', but source 'two_moons' reads no files; remove root"),
-        ({"index": "an.index"}, r"data.index = 'an.index' is for images; source two_moons has none"),
+        (
+            {"index": "an.index"},
+            r"data.index = 'an.index' is for sources that are indexed, and source two_moons is not",
+        ),
         ({"unlabelled_index": "x"}, r"data.unlabelled_index = 'x' is for images"),
         ({"distributions": "x.npy"}, r"data.distributions = 'x.npy' is for images"),
         ({"split": "test_files"}, r"split = 'test_files' needs a source with a test part of its own"),

@@ -179,7 +179,7 @@ def test_two_ranks_and_a_resume_write_the_same_files(made: dict[str, Any], tmp_p
     assert {name for name in before if before[name] != after[name]} == {"scores-000002.npy", "scores-000004.npy"}
     for other, name in (({"network": "student"}, "network"), ({"checkpoint": made["earlier"]}, "checkpoint")):
         with pytest.raises(ValueError, match=f"holds scores of another --{name}; choose another --output, or remove"):
-            chosen(made, tmp_path / "two", **settings, **other)
+            chosen(made, tmp_path / "two", overwrite=True, **settings, **other)
 
 
 def test_another_selection_is_replaced_only_when_asked(made: dict[str, Any], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.configs import DIGITS
 
 ROOT = DIGITS.parents[1]
@@ -68,6 +70,8 @@ def start_and_wait(arguments: list[str], output: Path, line: str) -> subprocess.
     metrics, deadline = output / "metrics.jsonl", time.monotonic() + SECONDS
     while not (metrics.exists() and line in metrics.read_text()):
         assert process.poll() is None, (output.parent / "log").read_text()
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            pytest.fail(f"no line with {line} in {SECONDS} s: {(output.parent / 'log').read_text()}")
         time.sleep(0.01)
     return process
