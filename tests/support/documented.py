@@ -20,6 +20,7 @@ PAGES = (
     "docs/features.md",
     "docs/contributing.md",
     "docs/extending.md",
+    "docs/library.md",
     "docs/planner.md",
     "docs/experiments.md",
     "docs/experiments/feedback.md",
