@@ -20,8 +20,9 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    packages=find_packages(include=["mpl_scale", "mpl_scale.*"]),
-    package_data={"mpl_scale": ["py.typed"]},
+    packages=[*find_packages(include=["mpl_scale", "mpl_scale.*"]), "mpl_scale.ds_configs"],
+    package_dir={"mpl_scale.ds_configs": "ds_configs"},
+    package_data={"mpl_scale": ["py.typed"], "mpl_scale.ds_configs": ["*.json", "layouts/*.json", "sweeps/*.json"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed~=0.19.8",  # private members of it are used: tests/test_deepspeed_members.py

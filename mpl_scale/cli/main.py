@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from mpl_scale.cli.check import CHECK
 from mpl_scale.cli.command import replace_missing_characters
 from mpl_scale.cli.completion import COMPLETION
+from mpl_scale.cli.configs import CONFIGS
 from mpl_scale.cli.distributions import DISTRIBUTIONS
 from mpl_scale.cli.evaluate import EVALUATE
 from mpl_scale.cli.export import EXPORT
 from mpl_scale.cli.index import INDEX
+from mpl_scale.cli.init import INIT
 from mpl_scale.cli.inspect import INSPECT
 from mpl_scale.cli.partition import PARTITION
 from mpl_scale.cli.plan import PLAN
@@ -28,7 +30,7 @@ from mpl_scale.packages import find_package
 from mpl_scale.rendezvous import RanksMissing
 
 COMMANDS = (
-    *(TRAIN, EVALUATE, PREDICT, EXPORT),
+    *(CONFIGS, INIT, TRAIN, EVALUATE, PREDICT, EXPORT),
     *(PLAN, CHECK, PARTITION, INDEX, SELECT, DISTRIBUTIONS),
     *(INSPECT, REPORT, SWEEP, COMPLETION),
 )

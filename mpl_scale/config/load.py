@@ -66,13 +66,7 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
         ValueError: one line that names the file or field, and the fix.
     """
     path = Path(path)
-    raw, layers = _read_with_includes(path)
-    for assignment in overrides:
-        if assignment.partition("=")[0].strip() == INCLUDE:
-            raise ValueError(f"--set {assignment}: {INCLUDE} is read in files alone; write it in {path}")
-        _assign(raw, assignment)
-        _assign(layers[-1], assignment)
-    _refuse_deep(raw, path)
+    raw, layers = _merged(path, overrides)
     section = raw.pop(SECTION, None)
     if not isinstance(section, dict):
         raise ValueError(f'{path}: there is no "{SECTION}" section; add one, see ds_configs/digits.json')
@@ -94,6 +88,23 @@ def load_config(path: str | Path, *, overrides: Sequence[str] = ()) -> RunConfig
     notes += [f"no effect here: mpl_scale.imports = {', '.join(idle)} (registers nothing)"] if idle else []
     notes += unused_settings(mpl, [renamed(given) for layer in layers if isinstance(given := layer.get(SECTION), dict)])
     return RunConfig(path=path, mpl=mpl, deepspeed=deepspeed, notes=tuple(f"{path}: {note}" for note in notes))
+
+
+def read_config(path: str | Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A ds_config with what it includes and `overrides` as one JSON object, not validated; errors as of load_config."""
+    return _merged(Path(path), overrides)[0]
+
+
+def _merged(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The merged object, and the files that it is of, included ones first."""
+    raw, layers = _read_with_includes(path)
+    for assignment in overrides:
+        if assignment.partition("=")[0].strip() == INCLUDE:
+            raise ValueError(f"--set {assignment}: {INCLUDE} is read in files alone; write it in {path}")
+        _assign(raw, assignment)
+        _assign(layers[-1], assignment)
+    _refuse_deep(raw, path)
+    return raw, layers
 
 
 def import_modules(modules: Sequence[str]) -> list[str]:
