@@ -42,6 +42,7 @@ REPEATED = ("svhn_1k", "imagenet_jft_resnet50", "cifar10_4k_mpl_randaugment", "c
 REPEATED += ("cifar10_supervised_full", "cifar10_4k_randaugment", "cifar10_4k_mpl_mixup", "cifar10_4k_mpl_pseudo_label")
 REPEATED += (
     "cifar10_4k_mixup",
+    "cifar10_4k_mpl_regularizer",
     "cifar10_4k_uda",
     "cifar10_noisy_student",
     "cifar10_reduced_mpl",

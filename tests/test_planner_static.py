@@ -81,7 +81,7 @@ def every_layout(bf16: bool, optimizer: str, clip: float) -> dict[tuple[str, int
         full(2, False, "sgd", 1.0),
         full(2, True, "rmsprop", 0.0),
         full(4, True, "sgd", 0.0),
-        (2, True, "adamw", 1.0),
+        full(2, True, "adamw", 1.0),
     ],
 )
 def test_the_closed_form_is_what_the_engines_hold(ranks: int, bf16: bool, optimizer: str, clip: float) -> None:

@@ -75,7 +75,7 @@ OWN = {name for name, method in METHODS.items() if method.step.__module__.starts
 @pytest.mark.parametrize(
     "method",
     [
-        name if name in ("mpl", "uda") else full(name)
+        name if name == "mpl" else full(name)
         for name in sorted(OWN - {"teacher_warmup", "reduced_mpl", "noisy_student"})
     ],
 )
