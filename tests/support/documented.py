@@ -54,6 +54,7 @@ SHORTENED = {
     r"python -m benchmarks\.two_moons ": " --seeds 2 --tables literal",
     r"python -m benchmarks\.feedback ": " --seeds 2 --settings 'few labels' --rules none cosine",
     r"python -m benchmarks\.preregistered ": " --tasks 'class mismatch' --seeds 2 --trials 1",
+    r"python -m benchmarks\.through_optimizer ": " --seeds 0",
     r"python -m benchmarks\.digits_table ": " --seeds 0 1 --steps 2 --methods supervised uda",
     r"python -m benchmarks\.throughput ": " --warmup 1 --rounds 1 --steps 1 --phase_steps 1",
     r".*benchmarks\.spatial ": " --model digits_cnn --batch 4 --rounds 1 --steps 1",
