@@ -19,7 +19,7 @@ from mpl_scale.data.index.reader import concatenate
 from mpl_scale.data.joined import JoinedImages
 from mpl_scale.data.registry import data_folder
 from mpl_scale.data.samples.splits import Splits
-from mpl_scale.files import lock, replacing
+from mpl_scale.files import lock, replacing, save_array
 
 _CHUNK = 1 << 16  # images hashed at once
 _NAMED = 10
@@ -82,8 +82,8 @@ def _kept_twins(images: JoinedImages, evaluated: np.ndarray, trained: np.ndarray
         with lock(path.with_name(f".{path.name}.lock")):
             if not path.exists():
                 found = find_twins(images, evaluated=evaluated, trained=trained)
-                with replacing(path) as draft, open(draft, "wb") as file:
-                    np.save(file, found)
+                with replacing(path) as draft:
+                    save_array(draft, found)
             return np.asarray(np.load(path, allow_pickle=False))
     except OSError:  # a folder that cannot be written to: computed again by each process and run
         return find_twins(images, evaluated=evaluated, trained=trained)
