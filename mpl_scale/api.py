@@ -19,7 +19,7 @@ from mpl_scale.inference.predict import PredictOptions
 from mpl_scale.inference.predict import predict as write_predictions
 from mpl_scale.inference.scoring import StoredNetwork
 from mpl_scale.mesh import Mesh, build_mesh, choose_device
-from mpl_scale.mpl import METHODS, State
+from mpl_scale.mpl import LOSSES, METHODS, State
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.trainer import preflight, prepare
 from mpl_scale.trainer.data_source import DataSource
@@ -84,7 +84,10 @@ def build_state(config: RunConfig) -> State:
     resolved, mesh, phase = _main_phase(config)
     resolved.numerics.apply(mesh.device)
     preflight.check_models(config)
-    return build_phase_state(phase, config, mesh=mesh, weights={}, resolved=resolved)
+    loss = phase.method.training_loss(phase.settings)
+    per_image = loss is not None and LOSSES[loss].per_image
+    images = len(preflight.load_splits(config).unlabelled) if per_image else 0
+    return build_phase_state(phase, config, mesh=mesh, weights={}, resolved=resolved, unlabelled_images=images)
 
 
 class Loader:

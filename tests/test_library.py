@@ -47,8 +47,10 @@ def test_importing_it_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_a_loop_of_ones_own_is_the_trainers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss", ["uda", "flexmatch"])  # the second keeps a status of every image
+def test_a_loop_of_ones_own_is_the_trainers(tmp_path: Path, loss: str) -> None:
     raw = tiny()
+    raw["mpl_scale"].setdefault("method", {})["teacher_loss"] = loss
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}
     raw["mpl_scale"]["phases"] = {"train": {"steps": 3}}
     config = mpl.load_config(write(tmp_path, raw))

@@ -220,10 +220,9 @@ def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
     lines = [{"phase": "train", "part": "train", "step": step, "global_step": step, "h": h} for step, h in steps]
     lines += [{"phase": "finetune", "part": "train", "step": 7, "global_step": 2007}]
     material = Material()
-    run, control = trial("a", **{f"mpl_scale__{RULE}": "cosine"}), trial("b", **{f"mpl_scale__{RULE}": "none"})
-    add_runs(material, [replace(run, metrics=lines), replace(control, metrics=lines)])
-    page = Page(make_page(material, [], title="t"))
-    (rows,) = (rows for heading, rows in page.tables.items() if heading.startswith("Did the feedback"))
+    runs = [trial(rule, **{f"mpl_scale__{RULE}": rule}) for rule in ("cosine", "none")]
+    add_runs(material, [replace(run, metrics=lines) for run in runs])
+    rows = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
     assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "3"]]
 
 

@@ -8,6 +8,7 @@ micro-batch, U' of this rank's step.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -20,15 +21,15 @@ from mpl_scale.mpl.views import Logits
 from mpl_scale.types import Batch
 
 
-class HardLabels(TrainingLoss):
+class HardLabels(TrainingLoss, ABC):
     """Base: CE, and CE of x_s against the argmax of x_u times a weight; nothing of it flows into x_u."""
 
     logged = "hard_label_loss"
     _used: torch.Tensor
 
+    @abstractmethod
     def weights(self, method: MethodConfig, probabilities: torch.Tensor) -> torch.Tensor:
         """The weight of each image, float64 [U], from the weak view's probabilities, float64 [U, K]."""
-        raise NotImplementedError
 
     def unlabelled(self, method: MethodConfig, weak: torch.Tensor, strong: torch.Tensor) -> Metrics:
         """The mean is over the whole batch, weights of 0 included."""

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet
 import scipy.io
+from PIL import Image
 
 from tests.support.photographs import encoded, photograph
 
@@ -31,24 +32,20 @@ COUNT = CLASSES * PER_CLASS
 def pictures() -> tuple[np.ndarray, np.ndarray]:
     """uint8 [48, 32, 32, 3] and labels int64 [48], classes in turn."""
     photographs = [np.asarray(photograph(index, 320, 240)) for index in range(3)]
-    images, labels = [], []
+    images = []
     for index in range(COUNT):
         top, left = 7 * (index % 8) * 4 % 208, 41 * index % 288
         images.append(photographs[index % 3][top : top + SIDE, left : left + SIDE])
-        labels.append(index % CLASSES)
-    return np.stack(images), np.array(labels)
+    return np.stack(images), np.arange(COUNT) % CLASSES
 
 
 def twelfths(first: int, last: int) -> slice:
     """The rows of some of the pictures, as writers divide them over files."""
-    count = len(pictures()[1])
-    return slice(count * first // 12, count * last // 12)
+    return slice(len(pictures()[1]) * first // 12, len(pictures()[1]) * last // 12)
 
 
 def files(kind: str = "PNG") -> list[bytes]:
     """The pictures as encoded files."""
-    from PIL import Image
-
     return [encoded(Image.fromarray(image), kind) for image in pictures()[0]]
 
 
