@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
-from benchmarks import collect, throughput
+from benchmarks import collect, figure, preregistered, throughput
 from benchmarks.kernel_classes import classify
 from benchmarks.reference_step import ReferenceStep
 from benchmarks.timing import PhaseTimer, interleave, ratios
@@ -19,6 +21,7 @@ from mpl_scale.planner import count_macs
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
 
 
 @pytest.fixture
@@ -168,3 +171,20 @@ def test_a_stale_document_and_a_broken_result_are_refused(tmp_path: Path) -> Non
     (folder / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json: not JSON"):
         collect.main(arguments)
+
+
+@pytest.mark.parametrize("results", ["digits_methods", "feedback_fashion_mnist"])
+def test_results_are_drawn(results: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = tmp_path / "images" / "results.png"
+    monkeypatch.setattr(sys, "argv", ["figure", str(RESULTS / f"{results}.json"), str(picture)])
+    assert figure.main() == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_feedback_figure_shows_the_primary_differences() -> None:
+    document = json.loads((RESULTS / "feedback_fashion_mnist.json").read_text())
+    axes = Figure().subplots()
+    figure.draw_feedback(axes, [document])
+    for container, pair in zip(axes.containers, preregistered.PRIMARY[::-1], strict=True):
+        shown = container.lines[0].get_xdata()
+        assert list(shown) == [task["paired"][pair]["mean"] for task in document["tasks"].values()]
