@@ -64,8 +64,11 @@ def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_PORT", str(20000 + int(environment.get("SLURM_JOB_ID", "0")) % 20000))
 
 
-_LEAST = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0, "MASTER_PORT": 1, "SLURM_NTASKS": 1, "SLURM_PROCID": 0}
+_FROM_ONE = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS", "MASTER_PORT")
+_FROM_ZERO = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
+_LEAST = dict.fromkeys(_FROM_ONE, 1) | dict.fromkeys(_FROM_ZERO, 0)
 _MOST = {"MASTER_PORT": 65535}
+_DIGITS = 18
 
 
 def _check_ranks(environment: Mapping[str, str]) -> None:
@@ -73,8 +76,10 @@ def _check_ranks(environment: Mapping[str, str]) -> None:
     faults = []
     for name, least in _LEAST.items():
         text, most = environment.get(name), _MOST.get(name)
-        if text is not None and not (text.isdecimal() and least <= int(text) <= (most or int(text))):
-            faults.append(f"{name} = {text!r}, not a whole number from {least}{f' to {most}' if most else ''}")
+        number = int(text) if text is not None and text.isdecimal() and len(text) <= _DIGITS else -1
+        if text is not None and not least <= number <= (most or number):
+            shown = text if len(text) <= _DIGITS else f"{text[:_DIGITS]}..."
+            faults.append(f"{name} = {shown!r}, not a whole number from {least}{f' to {most}' if most else ''}")
     for size in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
         if environment.get(size, "1") != "1" and "RANK" not in environment and "SLURM_PROCID" not in environment:
             faults.append(f"{size} = {environment[size]!r}, and RANK is not set: mpirun's ranks would each train alone")

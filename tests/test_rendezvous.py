@@ -104,12 +104,15 @@ def test_ranks_are_named_by_ranges() -> None:
     [
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE = '0'"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE = 'two'"),
+        ({"WORLD_SIZE": "2" * 5000}, "WORLD_SIZE = '222222222222222222...'"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE = '0'"),
         ({"WORLD_SIZE": "2", "RANK": "5"}, "RANK = 5 with WORLD_SIZE = 2"),
         ({"WORLD_SIZE": "2", "RANK": "-1"}, "RANK = '-1'"),
         ({"RANK": "1"}, "RANK = 1 with WORLD_SIZE = 1"),
         ({"LOCAL_RANK": "x"}, "LOCAL_RANK = 'x'"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT = '99999'"),
         ({**BATCH, "SLURM_NTASKS": "x"}, "SLURM_NTASKS = 'x'"),
+        ({**BATCH, "SLURM_JOB_ID": "7_1"}, "SLURM_JOB_ID = '7_1'"),
     ],
 )
 def test_variables_that_no_launcher_sets_so_are_named(variables: dict[str, str], named: str) -> None:
