@@ -25,16 +25,21 @@ def following(module: nn.Module, direction: Mapping[str, torch.Tensor]) -> Itera
     """
     passes: Any = module.passes
     parameters = {name: getattr(*_place(module, name)) for name in direction}
+    in_place = [layer for layer in module.modules() if getattr(layer, "inplace", False) is True]
     with torch.no_grad(), forward_ad.dual_level(), ExitStack() as held:
         if any(isinstance(layer, nn.Module) and hasattr(layer, "fused_attn") for layer in module.modules()):
             held.enter_context(sdpa_kernel(SDPBackend.MATH))  # the fused ones have no forward mode
         passes.follows = True
+        for layer in in_place:  # an activation in place copies what its derivative reads
+            layer.inplace = False  # type: ignore[assignment]
         try:
             for name, parameter in parameters.items():
                 _put(module, name, forward_ad.make_dual(parameter.detach(), direction[name]))
             yield
         finally:
             passes.follows = False
+            for layer in in_place:
+                layer.inplace = True  # type: ignore[assignment]
             for name, parameter in parameters.items():
                 _put(module, name, parameter)
 
