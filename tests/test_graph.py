@@ -76,6 +76,7 @@ def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -
         Case(optimizer="rmsprop", micro_batches=2, deferred=True),
         Case(optimizer="lars", skipping=True),
         Case(optimizer="adamw", skipping=True),
+        Case(optimizer="lamb"),
         full(Case(network="test_efficientnet", size=32, recompute="block")),
     ],
     ids=str,

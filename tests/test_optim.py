@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 
 from mpl_scale.config.schema import OptimConfig
 from mpl_scale.optim import build_optimizer, parameter_groups, schedule
+from mpl_scale.types import Slice
 
 
 def two_copies() -> tuple[nn.Module, nn.Module]:
@@ -48,7 +49,10 @@ def compare(
     exempt = [p for p in theirs.parameters() if not (config.decay_bn_and_bias or p.ndim > 1)]
     groups = [{"params": decayed, "weight_decay": 0.01}, *([{"params": exempt, "weight_decay": 0.0}] if exempt else [])]
     lrs = [config.lr * rate for rate in rates]
-    train(ours, build_optimizer(parameter_groups(ours, config), config), lrs, tensor_lr=True)
+    optimizer = build_optimizer(parameter_groups(ours, config), config)
+    layout = [Slice(n, tuple(p.shape), 0, p.numel(), i, 0) for i, (n, p) in enumerate(ours.named_parameters())]
+    optimizer.bind(list(ours.parameters()), layout, group=None)
+    train(ours, optimizer, lrs, tensor_lr=True)
     train(theirs, reference(groups), lrs, tensor_lr=False)
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
@@ -85,6 +89,20 @@ def test_adamw_is_torchs() -> None:
 
     # The bias before batch norm has rounding errors of 1e-17 for a gradient, which the rule divides by 1e-6.
     compare(config, adamw, rtol=1e-12, atol=1e-11, rates=[0.0, 1.0, *(1.0 + (s % 5) / 4 for s in range(18))])
+
+
+def test_lamb_is_timms() -> None:
+    """Twenty steps; without decay of batch norm and biases, whose ratio is then 1, and with."""
+    from timm.optim import Lamb
+
+    for decay_all in (False, True):
+        # A larger eps: the bias before batch norm has rounding errors for a gradient, and their norm would decide.
+        config = OptimConfig(name="lamb", lr=0.01, adam_eps=1e-3, weight_decay=0.01, decay_bn_and_bias=decay_all)
+
+        def lamb(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return Lamb(groups, lr=0.01, eps=1e-3, max_grad_norm=None)
+
+        compare(config, lamb, rtol=1e-12, atol=1e-12, rates=[0.0, 1.0, *(1.0 + (s % 5) / 4 for s in range(18))])
 
 
 def test_schedules() -> None:

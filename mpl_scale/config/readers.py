@@ -25,7 +25,7 @@ METHODS = (*_UNLABELLED, "supervised", *MIXES)
 LOSSES = (*_CONSISTENT, "supervised", "pseudo_label", *MIXES)
 _BY_CLASS = ("stratified", "transductive", "test_files")
 SPLITS = (*_BY_CLASS, "imagenet_10", "cifar10_4k", "svhn_1k", "all_labelled")
-OPTIMIZERS = ("sgd", "rmsprop", "lars", "adamw")
+OPTIMIZERS = ("sgd", "rmsprop", "lars", "adamw", "lamb")
 WEAK_VIEWS = ("shift_crop", "random_resized_crop")
 RULES = ("cosine", "dot", "loss_difference", "none", "flipped", "kekmodel", *EXACT_RULES)
 _WITHOUT_SHARDS = ("digits", "folder", "two_moons")
@@ -106,7 +106,7 @@ def _optimiser(section: str) -> list[Reader]:
         of("momentum", "sgd", "rmsprop", "lars"),
         of("nesterov", "sgd", "lars"),
         of("rho eps", "rmsprop"),
-        of("betas adam_eps", "adamw"),
+        of("betas adam_eps", "adamw", "lamb"),
         of("trust", "lars"),
         on("decay_rate", "exponential", "step"),
         on("decay_steps", "exponential"),

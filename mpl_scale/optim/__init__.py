@@ -1,11 +1,13 @@
 """Optimisers that never read a device value on the host, and the learning-rate schedules as arrays."""
 
 from mpl_scale.optim.adamw import AdamW
+from mpl_scale.optim.lamb import LAMB
 from mpl_scale.optim.lars import LARS
 from mpl_scale.optim.optimizers import OPTIMIZERS, SGD, RMSpropTF, ShardOptimizer, build_optimizer, parameter_groups
 from mpl_scale.optim.schedules import schedule
 
 __all__ = [
+    "LAMB",
     "LARS",
     "OPTIMIZERS",
     "SGD",

@@ -1,7 +1,7 @@
 """The base of all optimisers, SGD with Nesterov momentum and TensorFlow's RMSProp: elementwise, for any shard.
 
 Under ZeRO an engine replaces a group's parameters by flat fp32 shards; both rules are elementwise, so sharding cannot
-change their result. A rule that looks at whole parameters (lars.py) is told by `bind` which elements are whose.
+change their result. A rule that looks at whole parameters (whole.py) is told by `bind` which elements are whose.
 torch's own SGD and RMSprop call `.item()` on a tensor learning rate, which a CUDA graph forbids: here `group["lr"]` is
 a 0-d device tensor, the state is allocated at construction, and every update is in place.
 """
@@ -101,14 +101,19 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
                 loop = _loop(type(self), weight_decay, **self._constants)
                 loop([p.detach() for p in parameters], gradients, states, lr, self.counters)
             else:
-                gradients = self._gradients(parameters, gradients, lr, weight_decay)
-                self.update(parameters, gradients, states, lr, **self.counters, **self._constants)
+                self._move(parameters, gradients, states, lr, weight_decay)
 
-    def _gradients(
-        self, parameters: list[torch.Tensor], gradients: list[torch.Tensor], lr: torch.Tensor, weight_decay: float
-    ) -> list[torch.Tensor]:
-        """What the rule takes for gradients, after weight decay. Those given are left untouched."""
-        return self.decay(parameters, gradients, lr, weight_decay)
+    def _move(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: list[torch.Tensor],
+        states: dict[str, list[torch.Tensor]],
+        lr: torch.Tensor,
+        weight_decay: float,
+    ) -> None:
+        """Decay and update one group in place. The gradients are left untouched."""
+        gradients = self.decay(parameters, gradients, lr, weight_decay)
+        self.update(parameters, gradients, states, lr, **self.counters, **self._constants)
 
     @staticmethod
     def decay(

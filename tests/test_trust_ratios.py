@@ -1,4 +1,4 @@
-"""LARS over shards equals LARS on whole parameters: every engine and ZeRO stage, 1 and 2 ranks."""
+"""LARS and LAMB over shards equal both on whole parameters: every engine and ZeRO stage, 1 and 2 ranks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import Lamb
 from torch import nn
 
 from mpl_scale.checkpoint.gather import gather_parameters
@@ -15,14 +16,16 @@ from mpl_scale.config.schema import OptimConfig
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models.passes import Passes
-from mpl_scale.optim import LARS, parameter_groups
+from mpl_scale.optim import build_optimizer, parameter_groups
 from mpl_scale.types import Slice
 from tests.support.deepspeed_cases import Net
 from tests.support.ranks import pool
 
 LRS = (0.5, 1.0, 0.25, 2.0)
 # A large trust coefficient and decay, so that a wrong norm moves the weights by far more than the tolerance.
-OPTIM = OptimConfig(name="lars", lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.3, trust=0.05)
+LARS_OPTIM = OptimConfig(name="lars", lr=1.0, momentum=0.9, nesterov=True, weight_decay=0.3, trust=0.05)
+LAMB_OPTIM = OptimConfig(name="lamb", lr=0.1, betas=(0.8, 0.95), adam_eps=1e-6, weight_decay=0.3)
+OPTIMS = {optim.name: optim for optim in (LARS_OPTIM, LAMB_OPTIM)}
 
 
 def make_net() -> nn.Module:
@@ -37,9 +40,25 @@ def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @functools.cache
-def plain(nesterov: bool = True) -> dict[str, torch.Tensor]:
-    """You et al.'s rule, one parameter after the other."""
+def plain(name: str) -> dict[str, torch.Tensor]:
     net = make_net()
+    (plain_lars if name == "lars" else plain_lamb)(net)
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def plain_lamb(net: nn.Module) -> None:
+    """timm's, one process."""
+    optimizer = Lamb(parameter_groups(net, LAMB_OPTIM), betas=(0.8, 0.95), eps=1e-6, max_grad_norm=None)
+    for (x, y), lr in zip(batches(), LRS, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * LAMB_OPTIM.lr
+        net.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+
+
+def plain_lars(net: nn.Module) -> None:
+    """You et al.'s rule with Nesterov momentum, one parameter after the other."""
     velocity = {name: torch.zeros_like(p) for name, p in net.named_parameters()}
     for (x, y), lr in zip(batches(), LRS, strict=True):
         net.zero_grad()
@@ -48,62 +67,66 @@ def plain(nesterov: bool = True) -> dict[str, torch.Tensor]:
             g, decay, trust = p.grad, 0.0, 1.0
             assert g is not None
             if p.ndim > 1:
-                decay = OPTIM.weight_decay
+                decay = LARS_OPTIM.weight_decay
                 if p.norm() > 0 and g.norm() > 0:
-                    trust = OPTIM.trust * p.norm() / (g.norm() + decay * p.norm())
+                    trust = LARS_OPTIM.trust * p.norm() / (g.norm() + decay * p.norm())
             with torch.no_grad():
                 scaled = trust * (g + decay * p)
                 velocity[name] = 0.9 * velocity[name] + scaled
-                p -= lr * ((scaled + 0.9 * velocity[name]) if nesterov else velocity[name])
-    return {name: p.detach().clone() for name, p in net.named_parameters()}
+                p -= lr * (scaled + 0.9 * velocity[name])
 
 
-def train(engine: str, ds_config: dict[str, Any], shard_size: int | None) -> dict[str, torch.Tensor]:
+def train(name: str, engine: str, ds_config: dict[str, Any], shard_size: int | None) -> dict[str, torch.Tensor]:
     mesh = build_mesh(device=torch.device("cpu"), shard_size=shard_size)
     net = make_net()
     net.passes = Passes()  # type: ignore[assignment]
+    optim = OPTIMS[name]
     network = build_network(
-        net, engine=engine, optim=OPTIM, ds_config={**ds_config, "gradient_clipping": 0.0}, mesh=mesh
+        net, engine=engine, optim=optim, ds_config={**ds_config, "gradient_clipping": 0.0}, mesh=mesh
     )
     for (x, y), lr in zip(batches(), LRS, strict=True):
         rows = torch.arange(len(x)).chunk(mesh.data)[mesh.data_index]
         network.accumulate(F.cross_entropy(network.forward(x[rows]), y[rows]))
         network.reduce()
-        network.apply(torch.tensor(lr))
+        network.apply(torch.tensor(lr * optim.lr))
     return gather_parameters(network.layout, network.master, group=mesh.world_group, owns=network.owns_shard)
 
 
-def assert_plain(results: list[dict[str, torch.Tensor]]) -> None:
+def assert_plain(name: str, results: list[dict[str, torch.Tensor]]) -> None:
     for result in results:
-        assert set(result) == set(plain())
-        for name, value in plain().items():
+        assert set(result) == set(plain(name))
+        for parameter, value in plain(name).items():
             # float32: 4 steps whose norms and gradients are summed in another order
-            torch.testing.assert_close(result[name].view_as(value), value, rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(result[parameter].view_as(value), value, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", OPTIMS)
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("shard_size", [None, 1])
-def test_flat_engine(world: int, shard_size: int | None) -> None:
-    assert_plain([train("flat", {}, shard_size)] if world == 1 else pool(world).run(train, "flat", {}, shard_size))
+def test_flat_engine(world: int, shard_size: int | None, name: str) -> None:
+    args = (name, "flat", {}, shard_size)
+    assert_plain(name, [train(*args)] if world == 1 else pool(world).run(train, *args))
 
 
+@pytest.mark.parametrize("name", OPTIMS)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_deepspeed_engine(stage: int) -> None:
+def test_deepspeed_engine(stage: int, name: str) -> None:
     zero = {"stage": stage, "reduce_bucket_size": 200, "stage3_param_persistence_threshold": 0}
-    assert_plain(pool(2).run(train, "deepspeed", {"zero_optimization": zero}, None))
+    assert_plain(name, pool(2).run(train, name, "deepspeed", {"zero_optimization": zero}, None))
 
 
 def test_norms_matter_here() -> None:
     """The tolerance above tells shards' own norms from the parameters': these differ by more."""
-    weight = plain()["conv.weight"]
+    weight = plain("lars")["conv.weight"]
     halves = [half.norm() for half in weight.flatten().chunk(2)]
     assert all(abs(half / weight.norm() - 1) > 0.1 for half in halves)
 
 
-def test_an_unbound_step_only_allocates() -> None:
+@pytest.mark.parametrize("name", OPTIMS)
+def test_an_unbound_step_only_allocates(name: str) -> None:
     net = make_net()
     before = {name: p.detach().clone() for name, p in net.named_parameters()}
-    optimizer = LARS(parameter_groups(net, OPTIM), OPTIM)
+    optimizer = build_optimizer(parameter_groups(net, OPTIMS[name]), OPTIMS[name])
     net(torch.randn(2, 3, 6, 6)).sum().backward()
     optimizer.step()
     assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
