@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from tests.support.deepspeed_cases import (
     gradient,
     local_rows,
     make_case,
+    make_net,
     mpl_step,
 )
 from tests.support.ranks import pool
@@ -41,7 +43,7 @@ differ by up to 2 * 2^-8; weights by lr times that per unit of gradient. Largest
 def compare_with_reference(case: Case) -> dict[str, float]:
     """On each rank: three MPL steps against the reference on the global batch; the largest differences."""
     mesh, teacher, student = make_case(case)
-    references = [Reference(Net(5, 0), case), Reference(Net(3, 100), case)]
+    references = [Reference(make_net(width, seed, case), case) for width, seed in ((5, 0), (3, 100))]
     dots, expected = [], []
     for step in range(3):
         dots.append(mpl_step(teacher, student, step=step, rows=local_rows(mesh), lr=case.optim.lr))
@@ -135,6 +137,21 @@ COMBINED = ("bf16-optimizer-clipped-replicas", "compact-gradients", "stage-3-fp3
 @pytest.mark.parametrize("name", [full(name) if name in COMBINED else name for name in VARIANTS])
 def test_deepspeed_options(name: str) -> None:
     check(*VARIANTS[name])
+
+
+FROZEN = {
+    "bf16-0": Case(0, bf16=True, frozen=True),
+    "rmsprop-2": Case(2, optim=RMSPROP, frozen=True),
+    "adamw-3": Case(3, optim=ADAMW, frozen=True),
+    "bf16-optimizer": replace(VARIANTS["bf16-optimizer"][0], frozen=True),
+    "offload-2": replace(VARIANTS["offload-2"][0], frozen=True),
+    "offload-3": replace(VARIANTS["offload-3"][0], frozen=True),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_frozen_weights_stay(name: str) -> None:
+    check(FROZEN[name])
 
 
 def restore(

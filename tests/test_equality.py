@@ -55,6 +55,26 @@ def test_exact_feedback_by_forward_mode_under_deepspeed(stage: int, rule: str) -
     assert_equal(2, Settings(rule=rule), torch.float32, "deepspeed", zero(stage))
 
 
+FROZEN = ("conv1", "bn1")
+"""A batch norm by its averages, and nothing before it that learns."""
+
+
+@pytest.mark.parametrize("rule", ["cosine", "per_sample", "soft_exact"])
+@pytest.mark.parametrize(("world", "parts", "frozen"), [(1, 1, FROZEN), (2, 1, FROZEN), (2, 2, ("conv2", "bn2"))])
+def test_frozen_parts(world: int, parts: int, frozen: tuple[str, ...], rule: str) -> None:
+    """They stay, without weight decay, and the feedback's inner products and derivatives are of the others."""
+    settings = Settings(rule=rule, frozen=frozen, micro_batches=parts, ranks=world, clip=0.5)
+    assert_equal(world, settings, torch.float64, "flat", {})
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_parts_under_deepspeed(stage: int) -> None:
+    assert_equal(2, Settings(frozen=FROZEN, clip=0.5), torch.float32, "deepspeed", zero(stage))
+    rule = "per_sample" if stage < 3 else "cosine"
+    settings = Settings(frozen=("conv2", "bn2"), micro_batches=2, ranks=2, deferred=True, rule=rule)
+    assert_equal(2, settings, torch.float32, "deepspeed", zero(stage))
+
+
 @crossed("stage, world", (0, 1, 2, 3), (2, 4), quick=[*((stage, 2) for stage in range(4)), (2, 4)])
 def test_deepspeed_engine(world: int, stage: int) -> None:
     assert_equal(world, Settings(), torch.float32, "deepspeed", zero(stage), None)

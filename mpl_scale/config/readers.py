@@ -127,7 +127,7 @@ def _networks() -> list[Reader]:
     return [
         *rows,
         _rows("model.teacher", "init init_range weights new_classifier", ".method.name", teaches)._replace(twins=True),
-        _rows("model.teacher", "dropout drop_path", _WARMUP, _trains_teacher)._replace(twins=True),
+        _rows("model.teacher", "dropout drop_path frozen", _WARMUP, _trains_teacher)._replace(twins=True),
         _rows("optim", "teacher", _WARMUP, _trains_teacher)._replace(twins=True),
         _rows("phases", "teacher_warmup", ".method.name", teaches),
         _rows("phases.finetune", "optim batch_size start_from", "steps", _positive),

@@ -68,6 +68,11 @@ class NetworkConfig(Section):
         "default", description="default: the model's own; uniform: U(-init_range, init_range) everywhere (3.1)."
     )
     init_range: Positive = 0.1
+    frozen: list[str] = Field(
+        [],
+        description="Parts that are never trained: names of modules or parameters (layer1, blocks.0), patterns of them "
+        "(blocks.*.attn), or timm's groups of layers (stem). Their batch norms normalise by their running averages.",
+    )
     kwargs: dict[str, Any] = Field(
         default_factory=dict, description="Passed to the model's builder, but for what other settings do."
     )

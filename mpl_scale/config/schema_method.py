@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section
+from mpl_scale.config.section import Count, CountOrZero, Fraction, NonNegative, Positive, Probability, Section, Share
 
 
 class FeedbackConfig(Section):
@@ -115,6 +115,11 @@ class OptimConfig(Section):
         0.0,
         description="Coupled L2, as in the released code; adamw: decoupled, lr * weight_decay * w a step; lamb: part "
         "of the step that it scales; a parameter without decay is not scaled.",
+    )
+    layer_decay: Share = Field(
+        1.0,
+        description="A layer's rate is lr * layer_decay**(number of layers above it), as the model's group_matcher "
+        "numbers them (timm's models have one); 1: one rate.",
     )
     decay_bn_and_bias: bool = Field(False, description="Whether weight decay covers BN parameters and biases.")
     rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")

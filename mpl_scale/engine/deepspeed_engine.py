@@ -9,7 +9,8 @@ compares every stage with plain PyTorch and is the first thing to run with anoth
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,13 +61,15 @@ class DeepSpeedNetwork:
         self._adopt_rank_0()
         cast_constants(module, self._dtype)
         initial = self._snapshot()
-        self._engine, *_ = deepspeed.initialize(
-            args=SimpleNamespace(device_rank=mesh.device.index or 0),
-            model=module,
-            optimizer=build_optimizer(parameter_groups(module, optim), optim),
-            config=config,
-            mpu=_Topology(mesh, sharded=self._stage > 0),
-        )
+        optimizer = build_optimizer(parameter_groups(module, optim), optim)
+        with _all_trained(module):
+            self._engine, *_ = deepspeed.initialize(
+                args=SimpleNamespace(device_rank=mesh.device.index or 0),
+                model=module,
+                optimizer=optimizer,
+                config=config,
+                mpu=_Topology(mesh, sharded=self._stage > 0),
+            )
         self._shards = open_shards(self._engine)
         self._restore(initial)
         self._shards.allocate_state()
@@ -85,7 +88,7 @@ class DeepSpeedNetwork:
         """The fp32 parameters, on the host, if DeepSpeed is about to round them."""
         if self._dtype == torch.float32:
             return {}
-        return {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters() if p.requires_grad}
+        return {name: p.detach().to("cpu", copy=True) for name, p in self.module.named_parameters()}
 
     @torch.no_grad()
     def _restore(self, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -163,6 +166,19 @@ class DeepSpeedNetwork:
     def refresh_weights(self) -> None:
         """Write the master shards into the module's weights and gather them over the shard group."""
         self._shards.refresh()
+
+
+@contextmanager
+def _all_trained(module: nn.Module) -> Iterator[None]:
+    """Every parameter asks for a gradient: DeepSpeed shards no other. One that then gets none is nothing new to it."""
+    frozen = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 class _Topology:

@@ -95,7 +95,10 @@ class ReplicatedShards(Shards):
             self.layout.append(Slice(name, tuple(weight.shape), 0, weight.numel(), index, 0))
 
     def pieces(self) -> Pieces:
-        """The parameters' own gradients; DeepSpeed fills in zeros for parameters without one."""
+        """The parameters' own gradients; DeepSpeed fills in zeros for parameters without one, but for frozen ones."""
+        for weight in self.weights:
+            if weight.grad is None and not weight.requires_grad:
+                weight.grad = torch.zeros_like(weight)
         return [[weight.grad] for weight in self.weights]
 
     def clear(self) -> None:

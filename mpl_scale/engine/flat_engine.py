@@ -59,10 +59,7 @@ class FlatNetwork:
         wide = torch.promote_types(self._dtype, torch.float32)
         self._master = [nn.Parameter(b.weight_shard.to(wide)) for b in self._buffers]  # .to aliases when dtypes agree
         self._optimizer = build_optimizer(
-            [
-                {"params": [shard], "weight_decay": group["weight_decay"]}
-                for shard, group in zip(self._master, groups, strict=True)
-            ],
+            [{**group, "params": [shard]} for shard, group in zip(self._master, groups, strict=True)],
             optim,
         )
         self._optimizer.init_state()
@@ -110,6 +107,8 @@ class FlatNetwork:
         loss.backward()
         if self._accumulated:
             for buffers, total in zip(self._buffers, self._accumulated, strict=True):
+                if not buffers.trained:
+                    continue
                 total.add_(buffers.reduce(self._mesh))
                 buffers.gradients.zero_()
 
@@ -118,6 +117,8 @@ class FlatNetwork:
         self._turn ^= 1
         shards = self._shards[self._turn]
         for index, (buffers, shard) in enumerate(zip(self._buffers, shards, strict=True)):
+            if not buffers.trained:
+                continue  # its shard stays 0
             if self._accumulated:
                 shard.copy_(self._accumulated[index])
                 self._accumulated[index].zero_()
@@ -138,7 +139,7 @@ class FlatNetwork:
         for master, shard in zip(self._master, shards, strict=True):
             master.grad = shard
         self._optimizer.step()
-        self.refresh_weights()
+        self._gather(frozen=False)
 
     def _clipped_by_global_norm(self, shards: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """A clipped copy: the caller of `reduce` keeps the unclipped gradient, g_u of equation 12."""
@@ -192,15 +193,23 @@ class FlatNetwork:
     @torch.no_grad()
     def refresh_weights(self) -> None:
         """Copy the master shard into this rank's part of the weights and gather the other ranks' parts."""
+        self._gather(frozen=True)
+
+    def _gather(self, *, frozen: bool) -> None:
         for buffers, master in zip(self._buffers, self._master, strict=True):
-            buffers.gather(master.data, self._mesh)
+            if frozen or buffers.trained:
+                buffers.gather(master.data, self._mesh)
 
 
 class _FlatGroup:
-    """The weight and gradient buffers of one parameter group, `size` shards of `length` elements."""
+    """The weight and gradient buffers of one parameter group, `size` shards of `length` elements.
+
+    trained: whether it has gradients at all.
+    """
 
     def __init__(self, *, length: int, size: int, rank: int, like: torch.Tensor, dtype: torch.dtype) -> None:
         self.length = length
+        self.trained = like.requires_grad
         self.weights = torch.zeros(length * size, dtype=dtype, device=like.device)
         self.gradients = torch.zeros_like(self.weights)
         self.weight_shard = self.weights[rank * length : (rank + 1) * length]

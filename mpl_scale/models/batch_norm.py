@@ -162,7 +162,8 @@ class BatchNorm(nn.Module):
     Statistics are in fp32 (or the buffers' dtype) whatever the input's; the running variance is unbiased by the
     global count. In a pass with `update_statistics=False` the batch normalises but the moving averages stay.
     Set by mpl_scale.spatial: `statistics_columns` (start, length) leaves halo columns out of the statistics;
-    `replicas` is the number of ranks that hold each value (behind a global pool), so that it counts once.
+    `replicas` is the number of ranks that hold each value (behind a global pool), so that it counts once. `frozen`
+    (frozen.py): the running averages normalise in training too, and stay.
     """
 
     running_mean: torch.Tensor
@@ -182,11 +183,12 @@ class BatchNorm(nn.Module):
         self.passes, self.group, self.kernels = passes, group, kernels
         self.statistics_columns: tuple[int, int] | None = None
         self.replicas = 1
+        self.frozen = False
         self.train(source.training)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, ...] -> the same shape and dtype."""
-        if self.training and (self.kernels == "compiled" or self.group is not None):
+        if self._by_batch and (self.kernels == "compiled" or self.group is not None):
             drops = self.drop is not None and not isinstance(self.drop, nn.Identity)
             fused = None if drops or self.kernels == "eager" else activation_of(self.act)
             x = self._normalise(x, loops(self.kernels, fused or IDENTITY, x.dtype))
@@ -196,6 +198,11 @@ class BatchNorm(nn.Module):
             x = self._normalise_alone(x)
         x = x if self.drop is None else self.drop(x)
         return x if self.act is None else self.act(x)
+
+    @property
+    def _by_batch(self) -> bool:
+        """Whether this batch's statistics normalise it."""
+        return self.training and not self.frozen
 
     def _normalise(self, x: torch.Tensor, functions: Loops) -> torch.Tensor:
         """Normalise by the statistics of this batch over all ranks."""
@@ -209,15 +216,15 @@ class BatchNorm(nn.Module):
         return y
 
     def _normalise_alone(self, x: torch.Tensor) -> torch.Tensor:
-        """torch's own: in evaluation, and in training one process without compiled loops."""
+        """torch's own: in evaluation or frozen, and in training one process without compiled loops."""
         wide = self.running_mean.dtype
-        if self.passes.follows and self.training and not self.passes.learns:
+        if self.passes.follows and self._by_batch and not self.passes.learns:
             return _FollowedAlone.apply(x.to(wide), self.weight.to(wide), self.bias.to(wide), self.eps).to(x.dtype)
         # Copies, because autograd keeps what it is given: a later pass may move the averages, a repeated one not.
         mean, var = self.running_mean.clone(), self.running_var.clone()
         weight, bias = self.weight.to(wide), self.bias.to(wide)
-        y = F.batch_norm(x.to(wide), mean, var, weight, bias, self.training, self.momentum, self.eps)
-        if self.training and self.passes.learns:
+        y = F.batch_norm(x.to(wide), mean, var, weight, bias, self._by_batch, self.momentum, self.eps)
+        if self._by_batch and self.passes.learns:
             self.num_batches_tracked.add_(1)
             self.running_mean.copy_(mean)
             self.running_var.copy_(var)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.models.batch_norm import BatchNorm
+from mpl_scale.models.frozen import freeze
 from mpl_scale.models.kernels import Mode
 from mpl_scale.models.layers import Dropout, DropoutLinear, DropPath, convert
 from mpl_scale.models.passes import Passes
@@ -59,6 +60,7 @@ def build_model(
         _add_dropout(model, network.dropout, passes, field=field)
     if network.drop_path and not any(isinstance(layer, DropPath) for layer in model.modules()):
         raise ValueError(f"{field}.drop_path = {network.drop_path}: {network.name} has no residual path to drop; set 0")
+    freeze(model, network.frozen, field=f"{field}.frozen")
     return model.train()
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from mpl_scale.compiling import compiled
 from mpl_scale.config.names import Registry, require_known
@@ -30,8 +29,9 @@ register_optimizer = OPTIMIZERS.register
 class ShardOptimizer(torch.optim.Optimizer, ABC):
     """Base: coupled L2 weight decay per group, a tensor learning rate, state made by `init_state`.
 
-    Groups need `params` and `weight_decay`; the engine sets `lr` (float32 []) before each step. `counters` (float64 []
-    by name) count the steps since `bind`; a rule takes them with its constants.
+    Groups need `params` and `weight_decay`, and may have an `lr_scale` (groups.py), which multiplies the rate; 0 leaves
+    them as they are. The engine sets `lr` (float32 []) before each step. `counters` (float64 [] by name) count the
+    steps since `bind`; a rule takes them with its constants.
     """
 
     state_names: tuple[str, ...] = ()
@@ -45,7 +45,8 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         self.config = config
         self._constants = {name: getattr(config, name) for name in self.constants}
         self._compiled = False
-        super().__init__(groups, {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay})
+        defaults = {"lr": torch.tensor(config.lr), "weight_decay": config.weight_decay, "lr_scale": 1.0}
+        super().__init__(groups, defaults)
         self._count_from(self.param_groups[0]["params"][0])
 
     def compile(self) -> None:
@@ -90,12 +91,14 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
                 counter.add_(1.0)
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
-            if not parameters:
+            if not parameters or not group["lr_scale"]:
                 continue
             gradients = [p.grad for p in parameters]
             states = {name: [self.state[p][name] for p in parameters] for name in self.state_names}
             lr = group["lr"]
             lr = lr if torch.is_tensor(lr) else torch.tensor(lr, device=parameters[0].device)
+            if group["lr_scale"] != 1.0:
+                lr = lr * group["lr_scale"]
             weight_decay = group["weight_decay"]
             if self._compiled:
                 loop = _loop(type(self), weight_decay, **self._constants)
@@ -190,23 +193,6 @@ class RMSpropTF(ShardOptimizer):
         torch._foreach_mul_(velocity, momentum)
         torch._foreach_add_(velocity, update)
         torch._foreach_sub_(parameters, velocity)
-
-
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """One or two groups for a module: with weight decay, and without (BN parameters and biases: all 1-D tensors).
-
-    Each group has `params`, `names` and `weight_decay`; empty groups are left out.
-    """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    exempt: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            (decayed if config.decay_bn_and_bias or parameter.ndim > 1 else exempt).append((name, parameter))
-    return [
-        {"names": [n for n, _ in members], "params": [p for _, p in members], "weight_decay": weight_decay}
-        for members, weight_decay in ((decayed, config.weight_decay), (exempt, 0.0))
-        if members
-    ]
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> ShardOptimizer:

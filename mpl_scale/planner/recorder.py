@@ -282,7 +282,7 @@ def _kind(weight: torch.Tensor, groups: int) -> str:
 def metered_batch_norm(model: nn.Module, recorder: Recorder) -> None:
     """Compiled batch norms of `model` run the same loops as torch operators and note one kernel for each."""
     for layer in model.modules():
-        if isinstance(layer, BatchNorm):
+        if isinstance(layer, BatchNorm) and not layer.frozen:
             layer.forward = partial(_forward, layer, recorder)  # type: ignore[method-assign]
 
 

@@ -81,7 +81,7 @@ _OF_DATA = {
 }
 _OF_FINETUNE = {Rule("unbegun", FINETUNE): "batch_size start_from"}
 _RATES = "lr schedule warmup_steps min_lr decay_rate decay_steps milestones start_fraction"
-_HELD = "name momentum nesterov weight_decay decay_bn_and_bias rho eps betas adam_eps trust"
+_HELD = "name momentum nesterov weight_decay layer_decay decay_bn_and_bias rho eps betas adam_eps trust"
 _OF_IDENTITY = {ALWAYS: "--max_steps ranks", NEVER: "batch data splits distributions weights"}
 
 

@@ -38,7 +38,7 @@ from mpl_scale.models.randomness import OnlyOurs
 from mpl_scale.models.weights import check_weights, replaced_classifier
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.mpl.forward_mode import following
-from mpl_scale.optim import OPTIMIZERS
+from mpl_scale.optim import OPTIMIZERS, layer_scales
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
 from mpl_scale.trainer.phases import initial_seed, recomputed
 
@@ -185,7 +185,17 @@ def check_models(run: RunConfig) -> None:
         if name == "student" and choose_derivative(run)[0] == "jvp":
             _check_forward_mode(model, shape, called=f"{field}.name = {section.name}")
         _check_split(model, run, field=field, name=section.name)
+        _check_layer_decay(model, run, name)
         recomputed(model, config.parallel)
+
+
+def _check_layer_decay(model: nn.Module, run: RunConfig, network: str) -> None:
+    """Where a rate decays by layer, the model says what its layers are."""
+    config = run.mpl
+    layer_scales(model, getattr(config.optim, network).layer_decay, field=f"mpl_scale.optim.{network}.layer_decay")
+    if network == "student" and config.phases.finetune.steps:
+        field = "mpl_scale.phases.finetune.optim.layer_decay"
+        layer_scales(model, config.phases.finetune.optim.layer_decay, field=field)
 
 
 def _check_forward(model: nn.Module, shape: tuple[int, ...], classes: int, *, called: str) -> None:

@@ -39,6 +39,7 @@ class Case:
     clip: float = 0.0
     optim: OptimConfig = SGD
     shard_size: int | None = None
+    frozen: bool = False
     zero: Mapping[str, Any] = field(default_factory=dict)
     top: Mapping[str, Any] = field(default_factory=dict)
 
@@ -80,6 +81,13 @@ class Net(nn.Module):
             self.mean.lerp_(x.detach().float().mean((0, 2, 3)), 0.1)
         x = self.norm(x) if self.use_norm else x
         return self.head(F.relu(self.conv(F.relu(x))).mean((2, 3)))
+
+
+def make_net(width: int, seed: int, case: Case) -> Net:
+    """A network, with its middle frozen where the case says so."""
+    net = Net(width, seed)
+    net.conv.requires_grad_(not case.frozen)
+    return net
 
 
 class Reference:
@@ -133,7 +141,9 @@ def make_case(case: Case, seed: int = 0) -> tuple[Mesh, DeepSpeedNetwork, DeepSp
     """Mesh, teacher and student of this rank. Ranks start from different weights: rank 0's must win."""
     mesh = build_mesh(device=CPU, shard_size=case.shard_size)
     teacher, student = (
-        DeepSpeedNetwork(Net(width, seed + number + mesh.rank), optim=case.optim, ds_config=case.ds_config(), mesh=mesh)
+        DeepSpeedNetwork(
+            make_net(width, seed + number + mesh.rank, case), optim=case.optim, ds_config=case.ds_config(), mesh=mesh
+        )
         for width, number in ((5, 0), (3, 100))
     )
     return mesh, teacher, student

@@ -60,6 +60,7 @@ class Settings:
     ranks: int = 1  # whose rows make up a micro-batch
     deferred: bool = False  # of no effect on the result
     rule: str = "cosine"  # or per_sample, or soft_exact with soft labels
+    frozen: tuple[str, ...] = ()  # modules of both networks
 
 
 @dataclass
@@ -95,6 +96,15 @@ def make_net(seed: int, dtype: torch.dtype, s: Settings, width: int) -> OddNet:
     return net
 
 
+def freeze(net: OddNet, s: Settings) -> OddNet:
+    """Keep every gradient of some modules at zero, and their batch norms at their averages."""
+    for layer in map(net.get_submodule, s.frozen):
+        layer.eval()
+        for parameter in layer.parameters():
+            parameter.frozen = True  # type: ignore[attr-defined]
+    return net
+
+
 def frozen_forward(net: OddNet, x: torch.Tensor) -> torch.Tensor:
     """Training-mode forward that leaves BN's moving averages as they were."""
     return torch.func.functional_call(net, {k: v.clone() for k, v in net.named_buffers()}, (x,))
@@ -114,7 +124,9 @@ def derivative_along(net: OddNet, direction: torch.Tensor, x: torch.Tensor, rows
 
 
 def flat_gradient(net: nn.Module, loss: torch.Tensor) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)])
+    weights = list(net.parameters())
+    gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+    return torch.cat([g.flatten() * (not hasattr(w, "frozen")) for g, w in zip(gradients, weights, strict=True)])
 
 
 def apply_gradient(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: torch.Tensor, clip: float) -> None:
@@ -126,7 +138,7 @@ def apply_gradient(net: nn.Module, optimizer: torch.optim.Optimizer, gradient: t
 
 
 def sgd(net: nn.Module, s: Settings) -> torch.optim.SGD:
-    decayed = [p for p in net.parameters() if p.ndim > 1]
+    decayed = [p for p in net.parameters() if p.ndim > 1 and not hasattr(p, "frozen")]
     exempt = [p for p in net.parameters() if p.ndim == 1]
     groups = [{"params": decayed, "weight_decay": s.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, lr=s.lr, momentum=s.momentum, nesterov=True)
@@ -162,7 +174,7 @@ def teacher_gradient(  # every micro-batch is normalised by itself; their losses
 
 
 def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
-    teacher, student = make_net(1, dtype, s, 6), make_net(2, dtype, s, 5)
+    teacher, student = (freeze(make_net(seed, dtype, s, width), s) for seed, width in ((1, 6), (2, 5)))
     teacher_sgd, student_sgd = sgd(teacher, s), sgd(student, s)
     average = {k: v.clone() for k, v in student.state_dict().items()}
     trace, b = Trace(), 0.0

@@ -11,6 +11,7 @@ from mpl_scale.checkpoint.gather import gather_parameters
 from mpl_scale.config.schema import FeedbackConfig, MethodConfig, OptimConfig, UDAConfig
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.models.frozen import freeze
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
 from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
@@ -34,6 +35,7 @@ def make_network(
     net = make_net(seed, dtype, s, width)
     net.passes = Passes()
     convert(net, passes=net.passes, group=mesh.world_group)
+    freeze(net, s.frozen, field="frozen")
     optim = OptimConfig(lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     return build_network(
         net,
