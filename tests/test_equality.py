@@ -16,6 +16,13 @@ from tests.support.tiers import crossed, full
 # float32: 3 steps of a tiny net accumulate some hundred roundings of 6e-8. float64: the same at 1e-16.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
+VIT = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "ls_init_value": 0.5}
+TIMM = {
+    "vit": Settings(size=16, model="vit_tiny_patch16_224", kwargs=tuple(VIT.items())),
+    "convnext": Settings(size=32, model="convnext_atto", kwargs=tuple(CONVNEXT.items())),
+}
+
 reference = functools.cache(run_reference)
 
 
@@ -120,3 +127,22 @@ def test_the_engines_agree_over_twenty_steps(world: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_deepspeed_engine_clips(stage: int) -> None:
     assert_equal(2, Settings(clip=0.5), torch.float32, "deepspeed", zero(stage), None)
+
+
+LAYOUTS = [(0, "flat"), (2, "flat"), *((stage, "deepspeed") for stage in range(4))]
+
+
+@crossed(
+    "layout, model",
+    LAYOUTS,
+    list(TIMM),
+    quick=[((2, "flat"), "vit"), ((3, "deepspeed"), "vit"), ((2, "flat"), "convnext"), ((2, "deepspeed"), "convnext")],
+    ids=lambda value: value if isinstance(value, str) else f"{value[1]}{value[0]}",
+)
+def test_a_timm_model_as_a_run_builds_it(model: str, layout: tuple[int, str]) -> None:
+    """Attention, layer norm, layer scale: against timm's own model. To the flat engine stages 1 and 2 are one."""
+    stage, engine = layout
+    if engine == "flat":
+        assert_equal(2, TIMM[model], torch.float64, engine, {}, None if stage else 1)
+    else:
+        assert_equal(2, TIMM[model], torch.float32, engine, zero(stage))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,8 @@ class Settings:
     deferred: bool = False  # of no effect on the result
     rule: str = "cosine"  # or per_sample, or soft_exact with soft labels
     frozen: tuple[str, ...] = ()  # modules of both networks
+    model: str = ""  # timm's name of both networks; "": OddNet
+    kwargs: tuple[tuple[str, Any], ...] = ()  # of that model
 
 
 @dataclass
@@ -88,15 +91,20 @@ def make_batches(s: Settings, dtype: torch.dtype) -> list[tuple[torch.Tensor, ..
     return batches
 
 
-def make_net(seed: int, dtype: torch.dtype, s: Settings, width: int) -> OddNet:
+def make_net(seed: int, dtype: torch.dtype, s: Settings, width: int) -> nn.Module:
+    """width: of an OddNet."""
     torch.manual_seed(seed)
+    if s.model:
+        import timm
+
+        return timm.create_model(s.model, num_classes=s.classes, **dict(s.kwargs)).to(dtype).train()
     net = OddNet(width, s.classes).to(dtype).train()
     for layer in (net.bn1, net.bn2):
         layer.momentum, layer.eps = 1 - s.bn_decay, s.bn_eps
     return net
 
 
-def freeze(net: OddNet, s: Settings) -> OddNet:
+def freeze(net: nn.Module, s: Settings) -> nn.Module:
     """Keep every gradient of some modules at zero, and their batch norms at their averages."""
     for layer in map(net.get_submodule, s.frozen):
         layer.eval()
@@ -105,12 +113,12 @@ def freeze(net: OddNet, s: Settings) -> OddNet:
     return net
 
 
-def frozen_forward(net: OddNet, x: torch.Tensor) -> torch.Tensor:
+def frozen_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Training-mode forward that leaves BN's moving averages as they were."""
     return torch.func.functional_call(net, {k: v.clone() for k, v in net.named_buffers()}, (x,))
 
 
-def derivative_along(net: OddNet, direction: torch.Tensor, x: torch.Tensor, rows: int) -> torch.Tensor:
+def derivative_along(net: nn.Module, direction: torch.Tensor, x: torch.Tensor, rows: int) -> torch.Tensor:
     """The derivative of the first rows' log-probabilities along a flat direction in the weights, by double backward."""
     weights, buffers = dict(net.named_parameters()), {k: v.clone() for k, v in net.named_buffers()}
     pieces = direction.split([w.numel() for w in weights.values()])

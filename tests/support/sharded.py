@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch import nn
 
 from mpl_scale.checkpoint.gather import gather_parameters
-from mpl_scale.config.schema import FeedbackConfig, MethodConfig, OptimConfig, UDAConfig
+from mpl_scale.config.schema import FeedbackConfig, MethodConfig, ModelConfig, NetworkConfig, OptimConfig, UDAConfig
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import Mesh, build_mesh
+from mpl_scale.models import build_model
 from mpl_scale.models.frozen import freeze
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
@@ -33,9 +35,12 @@ def make_network(
     seed: int, s: Settings, dtype: torch.dtype, width: int, engine: str, ds_config: dict[str, Any], mesh: Mesh
 ) -> Network:
     net = make_net(seed, dtype, s, width)
-    net.passes = Passes()
-    convert(net, passes=net.passes, group=mesh.world_group)
-    freeze(net, s.frozen, field="frozen")
+    if s.model:
+        net = as_a_run_builds_it(net, s, mesh).to(dtype)
+    else:
+        net.passes = Passes()
+        convert(net, passes=net.passes, group=mesh.world_group)
+        freeze(net, s.frozen, field="frozen")
     optim = OptimConfig(lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay)
     return build_network(
         net,
@@ -44,6 +49,15 @@ def make_network(
         ds_config={**ds_config, "gradient_clipping": s.clip, "gradient_accumulation_steps": s.micro_batches},
         mesh=mesh,
     )
+
+
+def as_a_run_builds_it(plain: nn.Module, s: Settings, mesh: Mesh) -> nn.Module:
+    """The configured model with a plain timm model's weights."""
+    network = NetworkConfig(name=s.model, kwargs=dict(s.kwargs))
+    shared = ModelConfig(teacher=network, student=network, num_classes=s.classes, image_size=s.size)
+    net = build_model(network, shared, field="model", seed=0, group=mesh.world_group)
+    net.load_state_dict(plain.state_dict())
+    return net
 
 
 def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, steps: int | None = None) -> State:
