@@ -19,15 +19,12 @@ from mpl_scale.config import RunConfig
 from mpl_scale.engine.graph import StepRunner
 from mpl_scale.mesh import Mesh, build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.mpl import FEEDBACK_RULES, State
-from mpl_scale.planner import count_macs, step_flops
+from mpl_scale.mpl import State
+from mpl_scale.planner import StepImages, count_macs, step_flops
 from mpl_scale.resolve import Resolved, choose_layout, resolve
 from mpl_scale.spatial import input_columns
 from mpl_scale.trainer.phases import Phase, build_state, plan_phases
 from mpl_scale.types import Batch
-
-GRADIENT_RULES = ("cosine", "dot", "flipped", "per_sample", "soft_exact")
-"""Feedback rules that take g_l by a backward pass."""
 
 
 @dataclass
@@ -62,14 +59,12 @@ class Workload:
             )
             for name, section in (("teacher", config.model.teacher), ("student", config.model.student))
         }
+        phase = self.phase
+        images = StepImages.of(method, method=method.name, labelled=phase.labelled, unlabelled=phase.unlabelled)
         total = step_flops(
-            method.name,
+            images,
             teacher_macs=macs["teacher"],
             student_macs=macs["student"],
-            labelled=self.phase.labelled,
-            unlabelled=self.phase.unlabelled,
-            student_sees_labelled=method.student_sees_labelled,
-            gradient_feedback=method.feedback.rule in GRADIENT_RULES and method.feedback.rule in FEEDBACK_RULES,
             deferred=self.state.deferred_teacher,
             recompute=recompute and config.parallel.recompute != "none",
         )

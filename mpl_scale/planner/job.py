@@ -12,16 +12,14 @@ from mpl_scale.config.readers import EXACT_RULES, FED_BACK
 from mpl_scale.config.schema import Config, MethodConfig, OptimsConfig
 from mpl_scale.data.vectors import LENGTHS
 from mpl_scale.models.kernels import Mode
-from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS, Method
+from mpl_scale.mpl import LOSSES, METHODS, Method
 from mpl_scale.mpl.training_losses import TrainingLoss
 from mpl_scale.planner.cache import traced
 from mpl_scale.planner.hardware import Device, Reached
+from mpl_scale.planner.macs import LOSS_RULES
 from mpl_scale.planner.trace import NetworkTrace, TraceKey
 
 Engine = Literal["flat", "deepspeed"]
-LOSS_RULES = ("loss_difference", "kekmodel")
-GRADIENT_RULES = tuple(name for name in FEEDBACK_RULES if name not in ("none", *LOSS_RULES))
-"""Feedback rules that take g_l by a backward pass."""
 
 
 @dataclass(frozen=True)

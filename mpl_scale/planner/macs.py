@@ -1,24 +1,24 @@
-"""Multiply-accumulates of a network, counted by forward hooks, and the FLOPs of a training step.
+"""Multiply-accumulates of a network, and the FLOPs of a training step.
 
-torch's FlopCounterMode ignores groups in the backward of depthwise convolutions (18 times too high on EfficientNet-L2).
-A hook on every convolution and linear layer sees the shapes that really ran, groups included, on any device: on "meta"
-nothing is computed. Batch norm, activations and gates are not counted, as is the custom.
+A forward pass runs under torch's FlopCounterMode: convolutions by their groups, every matrix product, attention's too.
+On "meta" nothing is computed. Batch norm, softmax, activations and gates are not counted, as is the custom. A backward
+pass is not run, because there the counter ignores the groups of depthwise convolutions (18 times too high on
+EfficientNet-L2): it counts as two forwards.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpl_scale.config.readers import FED_BACK
-from mpl_scale.models.layers import DropoutLinear
+from mpl_scale.config.schema import MethodConfig
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-LINEARS = (nn.Linear, DropoutLinear)
+LOSS_RULES = ("loss_difference", "kekmodel")
+"""Feedback rules that take labelled losses of the student, and no gradient."""
 
 
 def count_macs(model: nn.Module, image_size: int, *, channels: int = 3) -> int:
@@ -29,44 +29,45 @@ def count_macs(model: nn.Module, image_size: int, *, channels: int = 3) -> int:
         image_size: height and width, pixels; for a model of vectors, their length.
         channels: of an image; 0: the model takes vectors [B, image_size].
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports triton: 0.7 s
+
     parameter = next(model.parameters())
     shape = (1, channels, image_size, image_size) if channels else (1, image_size)
     training = model.training
-    with torch.no_grad(), counted(model) as macs:
+    # attention as matrix products: the counter has no formula for the CPU's fused kernel
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
-    return macs[0]
+    return counter.get_total_flops() // 2
 
 
-@contextmanager
-def counted(model: nn.Module) -> Iterator[list[int]]:
-    """While it is entered, every forward adds its multiply-accumulates to the list's one number."""
-    total = [0]
+@dataclass(frozen=True)
+class StepImages:
+    """Which images a step sends through its networks.
 
-    def add(layer: Any, _: Any, output: torch.Tensor) -> None:
-        weight = layer.weight  # [out, in / groups, *kernel] or [out, in]: one output element costs all but `out`
-        total[0] += output.numel() * (weight.numel() // weight.shape[0])
+    Attributes:
+        method: a name in mpl_scale.mpl.METHODS.
+        labelled: B, over all ranks or on one.
+        unlabelled: U, likewise.
+        student_sees_labelled: mpl_scale.method.student_sees_labelled.
+        gradient_feedback: whether the feedback rule takes g_l by a backward pass (cosine, soft_exact, ...).
+    """
 
-    layers = [layer for layer in model.modules() if isinstance(layer, (*CONVOLUTIONS, *LINEARS))]
-    hooks = [layer.register_forward_hook(add) for layer in layers]
-    try:
-        yield total
-    finally:
-        for hook in hooks:
-            hook.remove()
+    method: str
+    labelled: int
+    unlabelled: int
+    student_sees_labelled: bool = True
+    gradient_feedback: bool = True
+
+    @staticmethod
+    def of(settings: MethodConfig, *, method: str, labelled: int, unlabelled: int) -> StepImages:
+        """The images of a phase's method under a run's settings."""
+        takes_gradient = settings.feedback.rule not in ("none", *LOSS_RULES)
+        return StepImages(method, labelled, unlabelled, settings.student_sees_labelled, takes_gradient)
 
 
 def step_flops(
-    method: str,
-    *,
-    teacher_macs: int,
-    student_macs: int,
-    labelled: int,
-    unlabelled: int,
-    student_sees_labelled: bool = True,
-    gradient_feedback: bool = True,
-    recompute: bool = False,
-    deferred: bool = False,
+    images: StepImages, *, teacher_macs: int, student_macs: int, recompute: bool = False, deferred: bool = False
 ) -> int:
     """Floating-point operations of one step: 2 per multiply-accumulate, a backward counts as two forwards.
 
@@ -86,22 +87,19 @@ def step_flops(
     A `deferred` teacher has one more forward. So has, uncounted, a baseline of several micro-batches whose loss adapts.
 
     Args:
-        method: a name in mpl_scale.mpl.METHODS.
+        images: what passes.
         teacher_macs: of a forward on one image.
         student_macs: likewise.
-        labelled: B.
-        unlabelled: U.
-        student_sees_labelled: mpl_scale.method.student_sees_labelled.
-        gradient_feedback: whether the rule takes g_l (cosine, dot, flipped), else two labelled forwards or none: 0.
         recompute: count repeated forwards.
         deferred: count the deferred teacher's extra forward.
 
     Raises:
         ValueError: a method this table does not have.
     """
+    method, labelled, unlabelled = images.method, images.labelled, images.unlabelled
     both_views = labelled + 2 * unlabelled
-    student_batch = unlabelled + (labelled if student_sees_labelled else 0)
-    feedback = labelled if gradient_feedback else 0
+    student_batch = unlabelled + (labelled if images.student_sees_labelled else 0)
+    feedback = labelled if images.gradient_feedback else 0
     trained = {  # images forward and backward: teacher's, student's
         "mpl": (both_views, student_batch + feedback),
         "reduced_mpl": (labelled + unlabelled, student_batch + feedback),

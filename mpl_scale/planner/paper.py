@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mpl_scale.planner.job import GRADIENT_RULES, Choice, Job
-from mpl_scale.planner.macs import step_flops
+from mpl_scale.planner.job import Choice, Job
+from mpl_scale.planner.macs import StepImages, step_flops
 
 CORES, CORES_PER_REPLICA, SECONDS = 2048, 16, 0.95
 """Section 4: 2,048 TPUv3 cores in replicas of 16; a million steps in about 11 days."""
@@ -18,15 +18,8 @@ def step_operations(job: Job, choice: Choice) -> int:
         macs["teacher"] = job.trace("teacher", choice).macs
     for network in job.networks():
         macs[network] = job.trace(network, choice).macs
-    return step_flops(
-        job.method.name,
-        teacher_macs=macs["teacher"],
-        student_macs=macs["student"],
-        labelled=job.labelled,
-        unlabelled=job.unlabelled,
-        student_sees_labelled=job.settings.student_sees_labelled,
-        gradient_feedback=job.settings.feedback.rule in GRADIENT_RULES,
-    )
+    images = StepImages.of(job.settings, method=job.method.name, labelled=job.labelled, unlabelled=job.unlabelled)
+    return step_flops(images, teacher_macs=macs["teacher"], student_macs=macs["student"])
 
 
 def readings(job: Job) -> list[str]:
