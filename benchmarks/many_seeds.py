@@ -24,7 +24,17 @@ from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.passes import Passes
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, Network, State
-from mpl_scale.mpl.feedback import Directional, FeedbackRule, PerSample, Signal, SoftExact, StudentUpdate, overwrite
+from mpl_scale.mpl.feedback import (
+    Directional,
+    FeedbackRule,
+    PerSample,
+    Signal,
+    SoftExact,
+    StudentUpdate,
+    deviations,
+    divided,
+    overwrite,
+)
 from mpl_scale.mpl.feedback import labelled_gradient as whole_labelled_gradient
 from mpl_scale.mpl.network import GradientShard
 from mpl_scale.mpl.training_losses import Mixup
@@ -131,7 +141,11 @@ class EachDirectional(EachSeed, Directional):
         overwrite(student, updated)
         # Along S g, the gradient a seed would have alone: its derivative is S times that along g.
         credit = derivative * self.of_rows(self.count / norms, len(derivative))[:, None]
-        return self.signal(state, h, self._credit(credit, update), metrics)
+        return self.signal(state, h, self.of_size(self._credit(credit, update), state, update), metrics)
+
+    def of_size(self, credit: torch.Tensor, state: State, update: StudentUpdate) -> torch.Tensor:
+        """The credits as `feedback.normalise` says."""
+        return credit
 
 
 class EachPerSample(EachDirectional, PerSample):
@@ -140,6 +154,14 @@ class EachPerSample(EachDirectional, PerSample):
 
 class EachSoftExact(EachDirectional, SoftExact):
     """The rule `soft_exact`, with feedback of its own for each seed."""
+
+    def of_size(self, credit: torch.Tensor, state: State, update: StudentUpdate) -> torch.Tensor:
+        """Each seed's credits over their own root mean square, where that is asked for."""
+        if state.method.feedback.normalise == "norms":
+            return credit
+        centred, variance = deviations(credit, update.targets)
+        scale = variance.view(-1, self.count).mean(0).sqrt()
+        return divided(centred, self.of_rows(scale, len(credit))[:, None])
 
 
 RULES: dict[str, type[FeedbackRule]] = {

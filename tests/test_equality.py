@@ -56,6 +56,13 @@ def test_exact_feedback_by_forward_mode(world: int, parts: int, rule: str) -> No
     assert_equal(world, settings, torch.float64, "flat", {})
 
 
+@pytest.mark.parametrize(("world", "parts"), [(1, 1), (2, 4)])
+def test_credits_of_unit_size(world: int, parts: int) -> None:
+    """Their size is that of the rows of all ranks and micro-batches."""
+    settings = Settings(rule="soft_exact", normalise="credits", micro_batches=parts, ranks=world)
+    assert_equal(world, settings, torch.float64, "flat", {})
+
+
 @pytest.mark.parametrize("rule", ["per_sample", "soft_exact"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_exact_feedback_by_forward_mode_under_deepspeed(stage: int, rule: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from benchmarks import digits_table, feedback, preregistered, two_moons
+from benchmarks import digits_table, feedback, one_weight, preregistered, two_moons
 from benchmarks.in_memory import CPU, Batches, ImageViews, PointViews, Samples, train
 from benchmarks.many_seeds import RULES, Stacked, as_overrides, train_many
 from benchmarks.paired import Kept, paired
@@ -53,6 +54,7 @@ FIXMATCH = {"mpl_scale.method.pseudo_label_threshold": 0.7}
         *((rule, {}) for rule in sorted(RULES)),
         ("none", {"mpl_scale.method.name": "fixmatch", **FIXMATCH}),
         ("soft_exact", {"mpl_scale.method.teacher_loss": "fixmatch", **FIXMATCH}),
+        ("soft_exact", {"mpl_scale.method.feedback.normalise": "credits"}),
     ],
 )
 def test_one_of_many_seeds_is_the_run_alone(rule: str, changes: dict[str, object]) -> None:
@@ -223,6 +225,18 @@ def test_a_preregistered_run_is_kept_and_depends_on_its_sign(tmp_path: Path, mon
     monkeypatch.setattr(preregistered, "train_many", None)
     again = preregistered.Experiment("digits", Kept(tmp_path / "kept.jsonl"))
     assert again.accuracies("class mismatch", "soft_exact", 0, seeds=range(2)) == right
+
+
+def test_one_weight_compares_both_normalisations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(preregistered.BASE, "phases", {"train": {"steps": 10}})
+    output = tmp_path / "one_weight.json"
+    small = ["one_weight", "--data", "digits", "--seeds", "2", "--places", "1", "--keep", str(tmp_path / "kept.jsonl")]
+    monkeypatch.setattr("sys.argv", [*small, "--output", str(output)])
+    assert one_weight.main() == 0
+    (row,) = json.loads(output.read_text())["rows"]
+    assert (row["labelled"], row["smoothing"]) == (20, 0.0)
+    assert row["top1"].keys() == one_weight.RULES.keys()
+    assert len({tuple(values) for values in row["top1"].values()}) > 4  # 10 steps turn few images
 
 
 def test_holms_method() -> None:

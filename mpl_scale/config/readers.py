@@ -161,6 +161,7 @@ def _method() -> list[Reader]:
             "method.feedback", "weight dropout baseline baseline_decay baseline_bias_correction", "rule", rule("none")
         ),
         _rows("method.feedback", "derivative", "rule", _only(EXACT_RULES, known=RULES)),
+        _rows("method.feedback", "normalise", "rule", _only(("soft_exact",), known=RULES)),
         _rows("method.feedback", "baseline_decay baseline_bias_correction", "baseline", bool),
     ]
 

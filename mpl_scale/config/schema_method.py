@@ -23,6 +23,12 @@ class FeedbackConfig(Section):
         "forward-mode pass (jvp), exact in any precision, or by two passes with shifted weights (difference), in fp32 "
         "alone. auto: jvp, and difference with ZeRO-3, which gathers weights layer by layer.",
     )
+    normalise: Literal["norms", "credits"] = Field(
+        "norms",
+        description="What rule soft_exact's credits are divided by. norms: the gradients' norms |g_u| |g_l|, as the "
+        "cosine is. credits: their own root mean square, so that one weight serves all sizes of batch and all label "
+        "smoothing.",
+    )
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
     baseline_decay: Probability = 0.99

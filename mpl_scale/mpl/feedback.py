@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -204,10 +204,21 @@ class PerSample(Directional):
 class SoftExact(Directional):
     """The exact gradient of L_l(theta') for soft labels (section 2): mean over rows of (1 - s) sum_k p_ik D[i, k].
 
-    The uniform part of a smoothed target does not depend on the teacher, and has no gradient.
+    The uniform part of a smoothed target does not depend on the teacher, and has no gradient. With
+    `feedback.normalise: credits` the credits of a row are taken from their mean under the teacher's probabilities, and
+    all are divided by their root mean square, over the rows of all ranks, instead of by |g_u| |g_l|.
     """
 
     soft_labels = True
+
+    def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
+        """As of Directional, with credits of either normalisation."""
+        signal = super().after_update(state, batch, update)
+        if state.method.feedback.normalise == "norms":
+            return signal
+        centred, variance = deviations(signal.credit, update.targets)
+        scale = torch.sqrt(state.mean_over_ranks(variance.mean()))  # []
+        return replace(signal, credit=divided(centred, scale))
 
     def _credit(self, derivative: torch.Tensor, update: StudentUpdate) -> torch.Tensor:
         return (1.0 - update.smoothing) * derivative
@@ -217,6 +228,21 @@ class SoftExact(Directional):
     ) -> torch.Tensor:
         """credit [U, K]; the gradient flows through the teacher's probabilities. A baseline cancels: they sum to 1."""
         return (logits.softmax(-1) * credit.to(logits.dtype)).sum(-1).mean()
+
+
+def deviations(credit: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Credits [U, K] less their mean under the rows' distributions [U, K], and their variance under them, [U].
+
+    Probabilities sum to 1, so what is taken off has no gradient.
+    """
+    probabilities = targets.to(credit.dtype)
+    centred = credit - (probabilities * credit).sum(-1, keepdim=True)
+    return centred, (probabilities * centred.square()).sum(-1)
+
+
+def divided(credit: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """credit / scale, and 0 where the scale is 0: a teacher that is sure of every row hears nothing."""
+    return torch.where(scale > 0, credit / scale, 0.0)
 
 
 def cosine(dots: torch.Tensor) -> torch.Tensor:

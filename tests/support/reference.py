@@ -62,6 +62,7 @@ class Settings:
     deferred: bool = False  # of no effect on the result
     rule: str = "cosine"  # or per_sample, or soft_exact with soft labels
     frozen: tuple[str, ...] = ()  # modules of both networks
+    normalise: str = "norms"  # or credits, with soft_exact
     model: str = ""  # timm's name of both networks; "": OddNet
     kwargs: tuple[tuple[str, Any], ...] = ()  # of that model
 
@@ -217,6 +218,10 @@ def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
             norms = g_u.double().norm() * g_l.double().norm()
             along = [derivative_along(before, g_l, torch.cat([x, x_l]), len(x)) / norms for x_l, _, _, x, _ in parts]
             credits = along
+        if s.normalise == "credits":
+            rows = [(part[-1], d) for d, part in zip(along, parts, strict=True)]
+            spreads = [(y * d.square()).sum(-1) - (y * d).sum(-1).square() for y, d in rows]
+            credits = [d / torch.cat(spreads).mean().sqrt() for d in along]
         if s.rule == "per_sample":
             picked = [d.gather(1, part[-1][:, None])[:, 0] for d, part in zip(along, parts, strict=True)]
             credits = [-row - offset for row in picked]

@@ -23,7 +23,7 @@ from tests.support.reference import Settings, Trace, make_batches, make_net
 
 def method_config(s: Settings) -> MethodConfig:
     return MethodConfig(
-        feedback=FeedbackConfig(rule=s.rule, baseline_decay=s.baseline_decay),
+        feedback=FeedbackConfig(rule=s.rule, normalise=s.normalise, baseline_decay=s.baseline_decay),
         pseudo_labels="soft" if s.rule == "soft_exact" else "sampled",
         uda=UDAConfig(weight=s.uda_weight, temperature=s.temperature, threshold=s.threshold),
         label_smoothing=s.smoothing,
