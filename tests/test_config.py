@@ -193,6 +193,16 @@ def test_presets_are_valid_and_give_way_to_what_is_written(tmp_path: Path, name:
     assert MethodConfig.model_validate(PRESETS[name])
 
 
+def test_the_exact_preset_runs_as_it_is_and_as_its_control() -> None:
+    """On a config of the paper's preset; h = 0 keeps the soft labels."""
+    exact = ["mpl_scale.method.preset=exact"]
+    for rule, overrides in (("soft_exact", exact), ("none", [*exact, "mpl_scale.method.feedback.rule=none"])):
+        run = load_config(DIGITS, overrides=overrides)
+        check(run, world=1, cuda=False)
+        assert (run.mpl.method.pseudo_labels, run.mpl.method.feedback.rule) == ("soft", rule)
+        assert run.notes == ()
+
+
 def test_every_field_with_a_description_or_a_docstring_is_closed() -> None:
     """Frozen and closed to unknown keys, all the way down."""
 

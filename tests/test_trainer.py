@@ -215,7 +215,7 @@ def test_every_rule_runs_and_is_logged(tmp_path: Path, rule: str) -> None:
     assert (last["h"] == 0) == (rule == "none")
 
 
-@pytest.mark.parametrize("preset", ["paper", full("released_code"), full("kekmodel_compat")])
+@pytest.mark.parametrize("preset", ["paper", "exact", full("released_code"), full("kekmodel_compat")])
 def test_every_preset_runs(tmp_path: Path, preset: str) -> None:
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}

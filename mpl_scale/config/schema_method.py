@@ -75,7 +75,7 @@ class MethodConfig(Section):
         description="Registered: supervised, mixup, cutmix, pseudo_label, noisy_student, uda, fixmatch, flexmatch, "
         "freematch, softmatch, mpl, reduced_mpl.",
     )
-    preset: Literal["paper", "released_code", "kekmodel_compat"] | None = Field(
+    preset: Literal["paper", "exact", "released_code", "kekmodel_compat"] | None = Field(
         None, description="Sets the fields below that are not given: see mpl_scale/config/presets.py."
     )
     pseudo_labels: Literal["sampled", "argmax", "soft"] = "sampled"
