@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -16,11 +17,11 @@ from tests.support.tiers import crossed, full
 # float32: 3 steps of a tiny net accumulate some hundred roundings of 6e-8. float64: the same at 1e-16.
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
-VIT = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+VIT = {"img_size": 16, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2, "proj_drop_rate": 0.2}
 CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32), "ls_init_value": 0.5}
 TIMM = {
-    "vit": Settings(size=16, model="vit_tiny_patch16_224", kwargs=tuple(VIT.items())),
-    "convnext": Settings(size=32, model="convnext_atto", kwargs=tuple(CONVNEXT.items())),
+    "vit": Settings(size=16, model="vit_tiny_patch16_224", kwargs=tuple(VIT.items()), drop_path=0.2),
+    "convnext": Settings(size=32, model="convnext_atto", kwargs=tuple(CONVNEXT.items()), drop_path=0.2),
 }
 
 reference = functools.cache(run_reference)
@@ -147,9 +148,16 @@ LAYOUTS = [(0, "flat"), (2, "flat"), *((stage, "deepspeed") for stage in range(4
     ids=lambda value: value if isinstance(value, str) else f"{value[1]}{value[0]}",
 )
 def test_a_timm_model_as_a_run_builds_it(model: str, layout: tuple[int, str]) -> None:
-    """Attention, layer norm, layer scale: against timm's own model. To the flat engine stages 1 and 2 are one."""
+    """Attention, layer norm, layer scale, dropout, drop-path: against timm's own model. To the flat engine stages 1 and
+    2 are one."""
     stage, engine = layout
     if engine == "flat":
         assert_equal(2, TIMM[model], torch.float64, engine, {}, None if stage else 1)
     else:
         assert_equal(2, TIMM[model], torch.float32, engine, zero(stage))
+
+
+@pytest.mark.parametrize("model", ["vit", full("convnext")])
+def test_exact_feedback_of_a_timm_model(model: str) -> None:
+    settings = dataclasses.replace(TIMM[model], rule="soft_exact", normalise="credits")
+    assert_equal(2, settings, torch.float64, "flat", {})

@@ -21,10 +21,10 @@ from mpl_scale.models.batch_norm import BatchNorm
 from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.layers import Dropout
 from mpl_scale.optim import parameter_groups
-from mpl_scale.philox import uniform
 from mpl_scale.trainer.preflight import check_models
 from tests.support.configs import tiny, write
 from tests.support.derivatives import assert_forwards_equals_backwards
+from tests.support.masks import give_mask
 
 CLASSES = 10
 
@@ -150,11 +150,9 @@ def test_student_steps_equal_plain_pytorch(family: Family, drops: bool) -> None:
     """Three of SGD, timm's own module in float64. With dropout it runs unfused, and its dropout is given our masks."""
     import timm
 
-    ours, plain = (
-        build(family, drop_path=0.0, drops=drops).double(),
-        timm.create_model(family.name, num_classes=CLASSES, **family.kwargs, **(family.drops if drops else {})),
-    )
-    plain = plain.double()
+    ours = build(family, drop_path=0.0, drops=drops).double()
+    kwargs = {**family.kwargs, **(family.drops if drops else {}), "drop_path_rate": 0.0}
+    plain = timm.create_model(family.name, num_classes=CLASSES, **kwargs).double()
     plain.load_state_dict(ours.state_dict())
     for layer in plain.modules():
         if isinstance(layer, nn.modules.batchnorm._BatchNorm):
@@ -172,28 +170,13 @@ def test_student_steps_equal_plain_pytorch(family: Family, drops: bool) -> None:
         network.reduce()
         network.apply(torch.tensor(0.125))
         for site, name in masks.items():
-            _give_mask(plain.get_submodule(name), site, now)
+            give_mask(plain.get_submodule(name), site, seed=1, stream=1, step=step, rows=now.rows)
         reference.zero_grad()
         F.cross_entropy(plain(x), y).backward()
         reference.step()
     expected = plain.state_dict()
     for name, value in ours.state_dict().items():  # float64: some thousand roundings of 1e-16 a step
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-11)
-
-
-def _give_mask(layer: nn.Module, site: int, now: Pass) -> None:
-    """Let torch's dropout multiply by Philox's mask of a site, drawn for whole rows."""
-    rate: Any = getattr(layer, "p", 0.0)  # timm's DropPath of rate 0 has none
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if not rate:
-            return x
-        noise = uniform(
-            seed=now.seed, stream=(now.stream << 16) + site, step=now.step, rows=now.rows, columns=x.numel() // 4
-        )
-        return x * (noise.reshape(x.shape) >= rate) / (1 - rate)
-
-    layer.forward = forward  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family.drops], ids=str)

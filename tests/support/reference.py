@@ -1,7 +1,7 @@
 """Algorithm 1 in plain PyTorch: one process, the whole global batch, torch's own BatchNorm, SGD and autograd.
 
-Independent of the package but for the counter-based numbers that draw the pseudo labels. Equality of the sharded
-step with this file is what "correct" means in the tests.
+Independent of the package but for the counter-based numbers that draw pseudo labels and masks of dropout. Equality of
+the sharded step with this file is what "correct" means in the tests.
 """
 
 from __future__ import annotations
@@ -13,8 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpl_scale.philox import uniform
+from tests.support.masks import drop_nothing, give_masks
+
+WEAK, STRONG = 1 << 28, 2 << 28
+"""Where the numbers of rows of x_u and x_s begin."""
 
 
 class OddNet(nn.Module):
@@ -65,6 +70,7 @@ class Settings:
     normalise: str = "norms"  # or credits, with soft_exact
     model: str = ""  # timm's name of both networks; "": OddNet
     kwargs: tuple[tuple[str, Any], ...] = ()  # of that model
+    drop_path: float = 0.0  # likewise
 
 
 @dataclass
@@ -98,7 +104,8 @@ def make_net(seed: int, dtype: torch.dtype, s: Settings, width: int) -> nn.Modul
     if s.model:
         import timm
 
-        return timm.create_model(s.model, num_classes=s.classes, **dict(s.kwargs)).to(dtype).train()
+        kwargs = {**dict(s.kwargs), "drop_path_rate": s.drop_path}
+        return timm.create_model(s.model, num_classes=s.classes, **kwargs).to(dtype).train()
     net = OddNet(width, s.classes).to(dtype).train()
     for layer in (net.bn1, net.bn2):
         layer.momentum, layer.eps = 1 - s.bn_decay, s.bn_eps
@@ -129,7 +136,8 @@ def derivative_along(net: nn.Module, direction: torch.Tensor, x: torch.Tensor, r
         whole = {**dict(zip(weights, values, strict=True)), **{k: v.clone() for k, v in buffers.items()}}
         return torch.func.functional_call(net, whole, (x,))[:rows].log_softmax(-1)
 
-    return torch.autograd.functional.jvp(log_probabilities, tuple(weights.values()), along)[1].detach()
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no double backward
+        return torch.autograd.functional.jvp(log_probabilities, tuple(weights.values()), along)[1].detach()
 
 
 def flat_gradient(net: nn.Module, loss: torch.Tensor) -> torch.Tensor:
@@ -190,23 +198,27 @@ def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
     for t, (x_l, y_l, x_u, x_s) in enumerate(make_batches(s, dtype)):
         views: list[Views] = []
         parts: list[tuple[torch.Tensor, ...]] = []
+        rows: list[torch.Tensor] = []  # of the student's pass
         for index in range(s.micro_batches):
             of_l, of_u = micro_batch(s.labelled, s, index), micro_batch(s.unlabelled, s, index)
             sizes = [len(of_l), len(of_u), len(of_u)]
+            give_masks(teacher, seed=s.seed, stream=0, step=t, rows=torch.cat([of_l, of_u + WEAK, of_u + STRONG]))
             z_l, z_u, z_s = teacher(torch.cat([x_l[of_l], x_u[of_u], x_s[of_u]])).split(sizes)
-            rows = of_u + (1 << 28)
-            u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=rows, columns=s.classes)
+            u = uniform(seed=s.seed, stream=3 << 16, step=torch.tensor(t), rows=of_u + WEAK, columns=s.classes)
             y_u = (z_u.detach().log_softmax(-1) - torch.log(-torch.log(u))).argmax(-1)
             y_u = z_u.detach().softmax(-1) if s.rule == "soft_exact" else y_u
             views.append((z_l, z_u, z_s))
             parts.append((x_l[of_l], y_l[of_l], x_u[of_u], x_s[of_u], y_u))
+            rows.append(torch.cat([of_u + STRONG, of_l]))
 
         g_u = g_l = torch.zeros((), dtype=dtype)
-        for part_l, _, _, part_s, y_u in parts:
+        for (part_l, _, _, part_s, y_u), seen in zip(parts, rows, strict=True):
+            give_masks(student, seed=s.seed, stream=1, step=t, rows=seen)
             loss = F.cross_entropy(student(torch.cat([part_s, part_l]))[: len(part_s)], y_u)
             g_u = g_u + flat_gradient(student, loss) / s.micro_batches
         before = copy.deepcopy(student)
         apply_gradient(student, student_sgd, g_u, s.clip)
+        drop_nothing(student)
         for part_l, part_y, *_ in parts:
             loss = F.cross_entropy(frozen_forward(student, part_l), part_y)
             g_l = g_l + flat_gradient(student, loss) / s.micro_batches
@@ -216,11 +228,14 @@ def run_reference(s: Settings, dtype: torch.dtype) -> Trace:
         credits = [torch.tensor(cosine - offset, dtype=dtype) for _ in parts]
         if s.rule != "cosine":
             norms = g_u.double().norm() * g_l.double().norm()
-            along = [derivative_along(before, g_l, torch.cat([x, x_l]), len(x)) / norms for x_l, _, _, x, _ in parts]
+            along = []
+            for (part_l, _, _, part_s, _), seen in zip(parts, rows, strict=True):
+                give_masks(before, seed=s.seed, stream=1, step=t, rows=seen)
+                along.append(derivative_along(before, g_l, torch.cat([part_s, part_l]), len(part_s)) / norms)
             credits = along
         if s.normalise == "credits":
-            rows = [(part[-1], d) for d, part in zip(along, parts, strict=True)]
-            spreads = [(y * d.square()).sum(-1) - (y * d).sum(-1).square() for y, d in rows]
+            labelled = [(part[-1], d) for d, part in zip(along, parts, strict=True)]
+            spreads = [(y * d.square()).sum(-1) - (y * d).sum(-1).square() for y, d in labelled]
             credits = [d / torch.cat(spreads).mean().sqrt() for d in along]
         if s.rule == "per_sample":
             picked = [d.gather(1, part[-1][:, None])[:, 0] for d, part in zip(along, parts, strict=True)]

@@ -53,7 +53,7 @@ def make_network(
 
 def as_a_run_builds_it(plain: nn.Module, s: Settings, mesh: Mesh) -> nn.Module:
     """The configured model with a plain timm model's weights."""
-    network = NetworkConfig(name=s.model, kwargs=dict(s.kwargs))
+    network = NetworkConfig(name=s.model, kwargs=dict(s.kwargs), drop_path=s.drop_path)
     shared = ModelConfig(teacher=network, student=network, num_classes=s.classes, image_size=s.size)
     net = build_model(network, shared, field="model", seed=0, group=mesh.world_group)
     net.load_state_dict(plain.state_dict())
