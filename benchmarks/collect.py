@@ -93,6 +93,23 @@ def spatial_rows(document: Mapping[str, Any]) -> Iterator[Row]:
         }
 
 
+@register_kind("index_build")
+def index_build_rows(document: Mapping[str, Any]) -> Iterator[Row]:
+    """benchmarks/index_build.py: one row per build."""
+    for build in document["builds"]:
+        busy = build["processor_us_per_row"]
+        yield {
+            "source": build["source"],
+            "rows": f"{build['rows']:,}",
+            "workers": str(build["workers"]),
+            "seconds": f"{build['seconds']:.1f}",
+            "rows/s": f"{build['rows_per_second']:,}",
+            "processor, us a row": "" if busy is None else f"{busy:.2f}",
+            "rows a processor second": "" if busy is None else f"{1e6 / busy:,.0f}",
+            "private memory, MB": f"{build['private_bytes'] / 1e6:.0f}",
+        }
+
+
 def kind_of(document: Mapping[str, Any]) -> str:
     """Its "kind", or what its fields show it to be."""
     return str(document.get("kind") or ("spatial" if "widths" in document else "other"))

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.many import KINDS, probe_many
 from mpl_scale.data.encoded.probe import ppm, probe, probe_file
 from mpl_scale.data.formats.cifar import read_batch, read_names
 from mpl_scale.data.formats.example import read_example
@@ -85,6 +86,18 @@ def headers(content: bytes) -> None:
     height, width = probe(content).stored
     assert height * width > 0
     assert type(height) is type(width) is int
+
+
+def many_headers(content: bytes) -> None:
+    """What is found of many at once is what is found of each."""
+    images = [_valid()["png"], content, _valid()["jpeg"]]
+    ends = np.cumsum([len(image) for image in images])
+    kinds, sizes = probe_many(np.frombuffer(b"".join(images), np.uint8), np.array([0, *ends[:-1]]), ends)
+    assert kinds[0]
+    assert kinds[2]
+    for row in np.flatnonzero(kinds):
+        header = probe(images[row])
+        assert (header.label, *header.stored) == (KINDS[kinds[row]], *sizes[row])
 
 
 def header_files(content: bytes) -> None:
@@ -200,6 +213,7 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "cifar100 names": (names, ("names, python 2", "names")),
     "mat": (mats, ("mat", "mat, compressed")),
     "probe": (headers, ("png", "jpeg", "ppm", "long jpeg")),
+    "probe of many": (many_headers, ("png", "jpeg", "ppm", "long jpeg")),
     "probe of a file": (header_files, ("png", "jpeg", "ppm", "long jpeg")),
     "npy": (npy, ("npy",)),
     "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),

@@ -61,6 +61,7 @@ SHORTENED = {
     r"python -m benchmarks\.augment ": " --rounds 1 --sizes 32 --batches 2",
     r"python -m benchmarks\.data ": " --rounds 1 --sizes 32 --batch 4 --stall_steps 1 --host_images 200 --host_steps 1",
     r"python -m benchmarks\.index_scale ": " --samples 20000 --steps 5",
+    r"python -m benchmarks\.index_build ": " --rows 2000 --workers 1",
     r".*benchmarks\.large_split ": " --model tf_efficientnet_b0 --size 64",
     r"slurm/submit\.sh ": None,
     r"mpl-scale select .*--per_class": " --per_class 20",

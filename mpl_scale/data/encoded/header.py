@@ -20,15 +20,15 @@ from typing import NamedTuple
 MOST_PIXELS = 1 << 31
 """Above that a header is taken for damage, and mpl_scale.data.max_pixels ends there: 6 GB of RGB."""
 _TAIL_BYTES = 1 << 12
-_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_PNG_TRAILER = b"IEND\xaeB`\x82"
-_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
-_JPEG_MAGIC = b"\xff\xd8\xff"
-_JPEG_TRAILER = b"\xff\xd9"
+PNG_START = b"\x89PNG\r\n\x1a\n"
+PNG_END = b"IEND\xaeB`\x82"
+PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+JPEG_START = b"\xff\xd8\xff"
+JPEG_END = b"\xff\xd9"
 _ALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a segment
-_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman: what libjpeg-turbo decodes
+JPEG_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive Huffman: what libjpeg-turbo decodes
 _OTHER_FRAMES = {*range(0xC3, 0xD0)} - {0xC4, 0xC8, 0xCC}  # C4, C8 and CC are tables
-_HUFFMAN, _QUANTISATION, _SCAN, _END, _APP1 = 0xC4, 0xDB, 0xDA, 0xD9, 0xE1
+_HUFFMAN, JPEG_QUANTISATION, _SCAN, _END, _APP1 = 0xC4, 0xDB, 0xDA, 0xD9, 0xE1
 _PPM = re.compile(rb"P6\s+(\d{1,9})\s+(\d{1,9})\s+255\s")
 _EXIF = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
@@ -84,13 +84,13 @@ def examine(encoded: Buffer, *, tail: Buffer | None = None, length: int | None =
             MOST_PIXELS. Where `encoded` is only the start, the reason may be that it ends too early.
     """
     tail = encoded[-_TAIL_BYTES:] if tail is None else tail
-    start = bytes(encoded[: len(_PNG_MAGIC)])
+    start = bytes(encoded[: len(PNG_START)])
     if not start:
         raise UnreadableImage("the file is empty")
-    if start == _PNG_MAGIC:
-        header = _png(encoded, ended=_PNG_TRAILER in bytes(tail[-64:]), inside=inside)
-    elif start.startswith(_JPEG_MAGIC):
-        header = _jpeg(encoded, ended=_JPEG_TRAILER in bytes(tail), inside=inside)
+    if start == PNG_START:
+        header = _png(encoded, ended=PNG_END in bytes(tail[-64:]), inside=inside)
+    elif start.startswith(JPEG_START):
+        header = _jpeg(encoded, ended=JPEG_END in bytes(tail), inside=inside)
     elif start.startswith(b"P6"):
         header = _ppm(encoded, length=len(encoded) if length is None else length)
     else:
@@ -120,11 +120,11 @@ def _png(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
     if len(encoded) < 33 or encoded[12:16] != b"IHDR":
         raise UnreadableImage("truncated: a PNG file without a complete header")
     width, height, depth, colour = struct.unpack_from(">IIBB", encoded, 16)
-    if depth not in _PNG_DEPTHS.get(colour, ()):
+    if depth not in PNG_DEPTHS.get(colour, ()):
         raise UnreadableImage(f"a PNG file of colour type {colour} with {depth} bits is not defined")
     if ended and not inside:
         return Header("png", height, width)
-    position, kind, pixels, turned, sideways = len(_PNG_MAGIC), b"", False, False, False
+    position, kind, pixels, turned, sideways = len(PNG_START), b"", False, False, False
     while kind != b"IEND":
         if position + 12 > len(encoded):
             raise UnreadableImage("a PNG file whose chunks end before its end marker") if ended else _truncated()
@@ -162,7 +162,7 @@ def _jpeg(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
         body = encoded[position + 4 : position + 2 + length]
         if length < 2 or len(body) != length - 2:
             raise UnreadableImage(f"a JPEG segment {marker:#x} that leaves the file") if ended else _truncated()
-        if marker in _FRAMES:
+        if marker in JPEG_FRAMES:
             size = _frame(body)
             if ended and not inside:
                 return Header("jpeg", *size, turn in _SIDEWAYS)
@@ -170,7 +170,7 @@ def _jpeg(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
             raise UnreadableImage(f"JPEG frame type {marker:#x} (lossless or arithmetic) is not supported")
         elif marker == _HUFFMAN:
             _check_huffman(bytes(body))
-        elif marker == _QUANTISATION and not body:
+        elif marker == JPEG_QUANTISATION and not body:
             raise UnreadableImage("an empty JPEG quantisation table")
         elif marker == _APP1 and body[: len(_EXIF)] == _EXIF:
             if turn is not None:
@@ -181,7 +181,7 @@ def _jpeg(encoded: Buffer, *, ended: bool, inside: bool) -> Header:
         elif marker == _SCAN:
             if size is None:
                 raise UnreadableImage("a JPEG scan before its frame")
-            if not ended and re.search(_JPEG_TRAILER, encoded[position:]) is None:  # much may follow the image
+            if not ended and re.search(JPEG_END, encoded[position:]) is None:  # much may follow the image
                 raise _truncated()
             return Header("jpeg", *size, turn in _SIDEWAYS)
         position += 2 + length

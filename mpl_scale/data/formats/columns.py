@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.many import KINDS, probe_many
 from mpl_scale.data.encoded.probe import probe
 from mpl_scale.data.index.format import (
     CLASSES_FILE,
+    ENTRY,
     LOST_REST,
     BadLabel,
     Layout,
@@ -169,27 +172,34 @@ def _add_rows(builder: ScanBuilder, batch: pyarrow.RecordBatch, table: Table, *,
     kind = np.dtype(np.int64 if images.type == "large_binary" else np.int32)
     offsets = np.frombuffer(ends, kind, len(images) + 1, images.offset * kind.itemsize).astype(np.int64)
     first = table.place(data, int(offsets[0]), int(offsets[-1]))
-    content = memoryview(b"" if data is None else data).cast("B")[offsets[0] : offsets[-1]]
-    starts = (offsets - offsets[0]).tolist()
-    no_image = images.is_null().to_numpy(zero_copy_only=False).tolist()
-    values, no_label = [0] * len(batch), [False] * len(batch)
+    content = np.frombuffer(b"" if data is None else data, np.uint8)[offsets[0] : offsets[-1]]
+    starts, ends = offsets[:-1] - offsets[0], offsets[1:] - offsets[0]
+    entries, no_label = np.zeros(len(batch), ENTRY), np.zeros(len(batch), bool)
+    entries["offset"], entries["length"] = first + starts, ends - starts
     if labelled:
         labels = batch.column("label")
         labels.validate(full=True)
-        values = labels.fill_null(0).to_numpy(zero_copy_only=False).tolist()
-        no_label = labels.is_null().to_numpy(zero_copy_only=False).tolist()
-    for row, label in enumerate(values):
-        start, stop = starts[row], starts[row + 1]
+        entries["label"] = labels.fill_null(0).to_numpy(zero_copy_only=False)
+        no_label = labels.is_null().to_numpy(zero_copy_only=False)
+    no_image = images.is_null().to_numpy(zero_copy_only=False)
+    kinds, sizes = probe_many(content, starts, ends)
+    kinds[no_image | no_label] = 0
+    entries["height"], entries["width"] = sizes.T
+    census = Counter(KINDS[kind] for kind in kinds[kinds > 0].tolist())
+    refused: dict[int, ValueError] = {}
+    for row in np.flatnonzero(kinds == 0).tolist():
         try:
             if no_label[row]:
-                raise BadLabel(f"the label of row {len(builder)} is null")
+                raise BadLabel(f"the label of row {len(builder) + row} is null")
             if no_image[row]:
-                raise MalformedShard(f"row {len(builder)} has no image, or only the path of one")
-            header = probe(content[start:stop])
+                raise MalformedShard(f"row {len(builder) + row} has no image, or only the path of one")
+            header = probe(content[starts[row] : ends[row]].data)
         except (MalformedShard, UnreadableImage) as error:
-            builder.refuse_sample(first + start, stop - start, error)
+            refused[row] = error
         else:
-            builder.add(first + start, stop - start, label=label, header=header)
+            entries["height"][row], entries["width"][row] = header.stored
+            census[header.label] += 1
+    builder.add_many(entries, census=census, refused=refused)
 
 
 @contextlib.contextmanager

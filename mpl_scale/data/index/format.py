@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -234,6 +234,22 @@ class ScanBuilder:
         """A sample; label: as it stands in the file; header: what its image says of itself."""
         self._values.extend((offset, length, label, *header.stored))
         self.census.kinds[header.label] += 1
+
+    def add_many(self, entries: np.ndarray, *, census: Mapping[str, int], refused: Mapping[int, ValueError]) -> None:
+        """Samples one behind another.
+
+        Args:
+            entries: ENTRY [n].
+            census: how many of them there are of each file format, but for the refused ones.
+            refused: those that cannot be used, by row, and why.
+        """
+        for row, reason in refused.items():
+            entries["label"][row] = entries["height"][row] = entries["width"][row] = 0
+            label = isinstance(reason, BadLabel)
+            offset = int(entries["offset"][row])
+            self._refusals.append(Refusal(self._file, offset, str(reason), len(self) + row, label))
+        self._values.frombytes(np.stack([entries[name].astype(np.int64) for name in _COLUMNS], axis=1).tobytes())
+        self.census.kinds.update(census)
 
     def compare(self, label: int, name: str) -> None:
         """A label, and the class that its sample names itself. Raises BadLabel where an earlier sample contradicts."""
