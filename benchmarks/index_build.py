@@ -38,7 +38,7 @@ from benchmarks.report import provenance, write
 from mpl_scale.data.index.build import build_index
 
 SIDE, CLASSES, DISTINCT = 8, 100, 1000
-SHARD_ROWS, LINKS = 250_000, 10_000
+SHARD_ROWS, LINKS = 50_000, 10_000
 SECONDS = 0.01
 """Between two looks at the memory."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,9 @@ from pyarrow import parquet
 
 from mpl_scale.config.schema import DataConfig
 from mpl_scale.data import load_images, make_splits
+from mpl_scale.data.formats.listing import Listing, read_summary, summarise, write_listing
+from mpl_scale.data.formats.table import read_rows
+from mpl_scale.data.index.build import build_index
 from mpl_scale.data.index.detect import find_format
 from mpl_scale.data.index.reader import IndexedImages
 from mpl_scale.data.samples.twins import without_twins
@@ -103,12 +107,72 @@ def test_a_table_is_a_place_and_comes_before_the_files_beside_it(root: Path, tmp
     assert found == {"class0/0.png", "class0/1.png", "class1/0.png", "class1/2.png"}
 
 
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_table_read_in_pieces_is_that_read_whole(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, workers: int
+) -> None:
+    """Rows of folders and parts in any order; ids go by part, folder and then the table's order."""
+    drawn = np.random.default_rng(0)
+    rows = [
+        (f"class{label}/{number}.png", str(drawn.integers(3)), str(drawn.choice(["", "test", "unlabelled"])))
+        for label in (0, 1)
+        for number in range(6)
+    ]
+    rows = [rows[row] for row in drawn.permutation(len(rows))]
+    if kind == "csv":
+        table(root, *map(",".join, rows))
+    else:
+        columns = dict(zip(("path", "label", "split"), zip(*rows, strict=True), strict=True))
+        parquet.write_table(pyarrow.table(columns), root / "table.parquet", row_group_size=5)
+    monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", 5)
+    if workers == 1:  # which a process of its own does not see
+        monkeypatch.setattr("mpl_scale.data.formats.listing.SHARD_ROWS", 2)
+    build_index("table", root, output=tmp_path / "index", workers=workers)
+    images = IndexedImages(tmp_path / "index")
+    parts = {"": "train", "test": "test", "unlabelled": "unlabelled"}
+    expected = sorted(rows, key=lambda row: (row[2] == "test", row[0].partition("/")[0], parts[row[2]]))
+    assert list(by_name(images)) == [path for path, _, _ in expected]
+    assert images.labels.tolist() == [0 if split == "unlabelled" else int(label) for _, label, split in expected]
+    for split, part in parts.items():
+        assert names(images, images.ids_of(part)) == {path for path, _, other in rows if other == split}
+
+
+def test_a_path_that_stands_there_twice_is_found_pieces_apart(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", 2)
+    rows = [f"class{label}/{number}.png,{label},train" for number in range(6) for label in (0, 1)]
+    with pytest.raises(ValueError, match=r"row 13: 'class1/0\.png' stands there twice"):
+        load(table(root, *rows, "./class1/0.png,1,test", rows[2]))
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the interpreter and numpy hold at most, when a table's rows are laid on disk."""
+    monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", 1000)
+    monkeypatch.setattr("mpl_scale.data.formats.listing._BLOCK", 1000)
+
+    def peak(rows: int) -> int:
+        path, folder = tmp_path / f"{rows}.csv", tmp_path / f"{rows}"
+        path.write_text("path,label\n" + "".join(f"class{row % 9}/{row}.png,{row % 7}\n" for row in range(rows)))
+        tracemalloc.start()
+        write_listing(folder, path, read_rows, lambda: summarise(path, read_rows), unchanged=lambda: True)
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(Listing(folder, read_summary(folder)).labels) == rows
+        return most
+
+    few = peak(4000)
+    assert peak(40_000) < 1.2 * few
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
         (["../x.png,a,"], r"row 1: path '\.\./x\.png' is not below the table's folder"),
         (["class0/0.png,a,", "/x.png,b,"], r"row 2: path '/x\.png' is not below"),
         ([",a,"], r"row 1: path '' is not below"),
+        ([",,"], r"row 1: path '' is not below"),
+        (["class0/..,a,"], r"row 1: path 'class0/\.\.' is not below"),
+        (["class0/a\0b.png,a,"], r"row 1: path 'class0/a\0b\.png' is not below"),
         (["class0/0.png,a,maybe"], r"row 1: split 'maybe' is none of train, training, val"),
         (["class0/0.png,a,", "class0/../class0/0.png,b,"], r"row 2: 'class0/0\.png' stands there twice"),
         (["nowhere/0.png,a,"], r"has no folder 'nowhere', which its table names"),
@@ -127,6 +191,14 @@ def test_rows_that_cannot_be_meant_are_named(root: Path, rows: list[str], messag
         load(table(root, *rows))
 
 
+def test_a_column_of_other_values_than_classes_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mpl_scale.data.formats.listing.MOST_CLASSES", 3)
+    rows = [f"class0/{number}.png,{number},train" for number in range(3)]
+    assert len(load(table(root, *rows, "class1/0.png,5,unlabelled"))) == 4
+    with pytest.raises(ValueError, match=r"more than 3 labels; if its column .label. does not hold classes, rename"):
+        load(table(root, *rows, "class1/0.png,5,train"))
+
+
 def test_columns_and_files_that_are_wrong(root: Path) -> None:
     with pytest.raises(ValueError, match=r"has the columns \['file', 'label'\]; its first line must have path"):
         load(table(root, "class0/0.png,1", columns="file,label"))
@@ -137,4 +209,9 @@ def test_columns_and_files_that_are_wrong(root: Path) -> None:
     assert set(reasons.values()) == {"cannot be read: No such file or directory"}
     parquet.write_table(pyarrow.table({"path": ["class0/0.png"]}), root / "table.parquet")
     with pytest.raises(ValueError, match=r"holds table\.csv and table\.parquet; remove one"):
+        load(root)
+    (root / "table.csv").unlink()
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["class0/0.png"])] * 2, ["path", "path"])
+    parquet.write_table(twice, root / "table.parquet")
+    with pytest.raises(ValueError, match=r"table\.parquet' has several columns 'path'; remove all but one"):
         load(root)
