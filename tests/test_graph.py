@@ -77,6 +77,7 @@ def run_both(case: Case, device: torch.device, graphs: Graphs, **options: Any) -
         Case(optimizer="lars", skipping=True),
         Case(optimizer="adamw", skipping=True),
         Case(optimizer="lamb"),
+        Case(optimizer="muon"),
         full(Case(network="test_efficientnet", size=32, recompute="block")),
     ],
     ids=str,

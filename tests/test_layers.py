@@ -20,6 +20,7 @@ from mpl_scale.config.schema import ModelConfig, NetworkConfig, OptimConfig
 from mpl_scale.engine import build_network
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import Pass, build_model
+from mpl_scale.optim import parameter_groups
 from mpl_scale.trainer.preflight import check_models
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
@@ -148,6 +149,14 @@ def test_frozen_weights_are_as_they_were() -> None:
     stem = {"bn1", *(name for name in same if name.startswith("conv1."))}
     first = {f"layer1.0.{name}" for name in ("conv1", "bn1", "conv2", "bn2")}
     assert same == stem | first | {"layer2.0.bn1", "layer3.0.conv2"}
+
+
+def test_muons_matrices_are_those_of_hidden_layers() -> None:
+    groups = parameter_groups(build(VIT), ADAMW.model_copy(update={"name": "muon"}))
+    hidden = {name for group in groups if group["matrices"] for name in group["names"]}
+    inner = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert hidden == {f"blocks.{block}.{layer}.weight" for block in range(3) for layer in inner}
+    assert len({group["lr_scale"] for group in groups if group["matrices"]}) == 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ META = torch.device("meta")
 EFFICIENTNET = Case(network="test_efficientnet", size=32)
 CASES = [
     *EVERY_STEP,
-    *(Case(optimizer=name) for name in ("rmsprop", "lars", "adamw", "lamb")),
+    *(Case(optimizer=name) for name in ("rmsprop", "lars", "adamw", "lamb", "muon")),
     *(replace(EFFICIENTNET, recompute=policy) for policy in ("none", "bn_act", "block")),
     Case(deferred=True),
     Case(micro_batches=2, deferred=True),

@@ -24,7 +24,7 @@ def two_copies() -> tuple[nn.Module, nn.Module]:
     return first, second
 
 
-def train(module: nn.Module, optimizer: torch.optim.Optimizer, lrs: list[float], *, tensor_lr: bool) -> None:
+def train(module: nn.Module, optimizer: torch.optim.Optimizer | Both, lrs: list[float], *, tensor_lr: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     for lr in lrs:
         for group in optimizer.param_groups:
@@ -103,6 +103,40 @@ def test_lamb_is_timms() -> None:
             return Lamb(groups, lr=0.01, eps=1e-3, max_grad_norm=None)
 
         compare(config, lamb, rtol=1e-12, atol=1e-12, rates=[0.0, 1.0, *(1.0 + (s % 5) / 4 for s in range(18))])
+
+
+class Both:
+    """Two optimisers as one."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
+        self.optimizers = optimizers
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs(nesterov: bool) -> None:
+    """The linear layer's matrix by torch's Muon, the first layer and the vectors by its AdamW."""
+    config = OptimConfig(name="muon", lr=0.01, momentum=0.9, nesterov=nesterov, adam_eps=1e-6, weight_decay=0.01)
+
+    def muon(groups: list[dict[str, Any]]) -> Any:
+        first, matrix = groups[0]["params"]
+        others = [{**groups[0], "params": [first]}, groups[1]]
+        settings = {"momentum": 0.9, "nesterov": nesterov, "adjust_lr_fn": "match_rms_adamw"}
+        return Both(
+            torch.optim.Muon([{**groups[0], "params": [matrix]}], **settings),  # type: ignore[arg-type]
+            torch.optim.AdamW(others, betas=config.betas, eps=1e-6),
+        )
+
+    # The bias before batch norm, as for AdamW. Momentum is rounded to bf16 alike, unless it lies between two values.
+    compare(config, muon, rtol=1e-12, atol=1e-10, rates=[0.0, 1.0, *(1.0 + (s % 5) / 4 for s in range(8))])
 
 
 def test_schedules() -> None:

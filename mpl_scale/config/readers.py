@@ -25,7 +25,7 @@ METHODS = (*_UNLABELLED, "supervised", *MIXES)
 LOSSES = (*_CONSISTENT, "supervised", "pseudo_label", *MIXES)
 _BY_CLASS = ("stratified", "transductive", "test_files")
 SPLITS = (*_BY_CLASS, "imagenet_10", "cifar10_4k", "svhn_1k", "all_labelled")
-OPTIMIZERS = ("sgd", "rmsprop", "lars", "adamw", "lamb")
+OPTIMIZERS = ("sgd", "rmsprop", "lars", "adamw", "lamb", "muon")
 WEAK_VIEWS = ("shift_crop", "random_resized_crop")
 RULES = ("cosine", "dot", "loss_difference", "none", "flipped", "kekmodel", *EXACT_RULES)
 _WITHOUT_SHARDS = ("digits", "folder", "two_moons")
@@ -103,10 +103,10 @@ def _optimiser(section: str) -> list[Reader]:
         return _rows(section, fields, "schedule", lambda schedule: schedule in schedules)
 
     return [
-        of("momentum", "sgd", "rmsprop", "lars"),
-        of("nesterov", "sgd", "lars"),
+        of("momentum", "sgd", "rmsprop", "lars", "muon"),
+        of("nesterov", "sgd", "lars", "muon"),
         of("rho eps", "rmsprop"),
-        of("betas adam_eps", "adamw", "lamb"),
+        of("betas adam_eps", "adamw", "lamb", "muon"),
         of("trust", "lars"),
         on("decay_rate", "exponential", "step"),
         on("decay_steps", "exponential"),

@@ -113,14 +113,14 @@ Schedule = Literal["cosine", "linear", "exponential", "step", "one_cycle", "cons
 class OptimConfig(Section):
     """Optimiser and schedule of one network."""
 
-    name: str = Field("sgd", description="Registered: sgd, rmsprop, lars, adamw, lamb.")
+    name: str = Field("sgd", description="Registered: sgd, rmsprop, lars, adamw, lamb, muon.")
     lr: NonNegative
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     nesterov: bool = True
     weight_decay: NonNegative = Field(
         0.0,
-        description="Coupled L2, as in the released code; adamw: decoupled, lr * weight_decay * w a step; lamb: part "
-        "of the step that it scales; a parameter without decay is not scaled.",
+        description="Coupled L2, as in the released code; adamw, muon: decoupled, lr * weight_decay * w a step; lamb: "
+        "part of the step that it scales; a parameter without decay is not scaled.",
     )
     layer_decay: Share = Field(
         1.0,
@@ -131,9 +131,9 @@ class OptimConfig(Section):
     rho: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.9, description="RMSProp: decay of the squared gradient.")
     eps: Positive = Field(1e-3, description="RMSProp: added under the root (TF variant).")
     betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = Field(
-        (0.9, 0.999), description="AdamW, LAMB: decay of the averages of the gradient and of its square."
+        (0.9, 0.999), description="AdamW, LAMB, Muon: decay of the averages of the gradient and of its square."
     )
-    adam_eps: Positive = Field(1e-8, description="AdamW, LAMB: added to the root.")
+    adam_eps: Positive = Field(1e-8, description="AdamW, LAMB, Muon: added to the root.")
     trust: Positive = Field(1e-3, description="LARS: eta, a parameter's step as a share of its norm at lr 1.")
     schedule: Schedule = "cosine"
     warmup_steps: CountOrZero = Field(

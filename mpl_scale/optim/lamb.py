@@ -20,9 +20,9 @@ class LAMB(WholeParameters, AdamW):
     The ratio is 1 where a norm is 0, and in a group without weight decay, whose rule is AdamW's.
     """
 
-    def _move(self, parameters, gradients, states, lr, weight_decay):  # type: ignore[no-untyped-def]
+    def _move(self, parameters, gradients, states, lr, group):  # type: ignore[no-untyped-def]
         """See ShardOptimizer."""
-        dtype = parameters[0].dtype
+        dtype, weight_decay = parameters[0].dtype, group["weight_decay"]
         direction, first = adam_direction(gradients, states, **self.counters, **self._constants)
         direction = list(torch._foreach_div(direction, first.to(dtype)))
         if weight_decay:

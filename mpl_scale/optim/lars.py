@@ -18,8 +18,9 @@ class LARS(WholeParameters, SGD):
     Batch norm's parameters and biases (tensors of one dimension) have trust 1, and no decay where their group has none.
     """
 
-    def _move(self, parameters, gradients, states, lr, weight_decay):  # type: ignore[no-untyped-def]
+    def _move(self, parameters, gradients, states, lr, group):  # type: ignore[no-untyped-def]
         """See ShardOptimizer."""
+        weight_decay = group["weight_decay"]
         weight, gradient = self._norms(parameters, parameters, gradients)
         ratio = self.config.trust * weight / (gradient + weight_decay * weight)
         trust = torch.where(self.is_matrix & (weight > 0) & (gradient > 0), ratio, 1.0)

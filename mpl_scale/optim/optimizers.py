@@ -40,6 +40,8 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
     """Fields of the config that `update` takes by name."""
     elementwise = True
     """Whether the rule looks at one element at a time, so that all of it can be one loop."""
+    matrices_apart = False
+    """Whether hidden layers' matrices are in groups of their own (groups.py), with `matrices` True."""
 
     def __init__(self, groups: list[dict[str, Any]], config: OptimConfig) -> None:
         self.config = config
@@ -104,7 +106,7 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
                 loop = _loop(type(self), weight_decay, **self._constants)
                 loop([p.detach() for p in parameters], gradients, states, lr, self.counters)
             else:
-                self._move(parameters, gradients, states, lr, weight_decay)
+                self._move(parameters, gradients, states, lr, group)
 
     def _move(
         self,
@@ -112,10 +114,10 @@ class ShardOptimizer(torch.optim.Optimizer, ABC):
         gradients: list[torch.Tensor],
         states: dict[str, list[torch.Tensor]],
         lr: torch.Tensor,
-        weight_decay: float,
+        group: dict[str, Any],
     ) -> None:
         """Decay and update one group in place. The gradients are left untouched."""
-        gradients = self.decay(parameters, gradients, lr, weight_decay)
+        gradients = self.decay(parameters, gradients, lr, group["weight_decay"])
         self.update(parameters, gradients, states, lr, **self.counters, **self._constants)
 
     @staticmethod

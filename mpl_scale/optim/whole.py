@@ -1,4 +1,4 @@
-"""The base of rules that look at whole parameters while a rank holds slices of them (lars.py, lamb.py).
+"""The base of rules that look at whole parameters while a rank holds slices of them (lars.py, lamb.py, muon.py).
 
 A norm is of the whole parameter: the sums of squares of its slices are added over the ranks that hold them, one
 all-reduce of two numbers a parameter for each group of parameters.
@@ -32,7 +32,7 @@ class _Shard:
 
 
 class WholeParameters(ShardOptimizer):
-    """Base: norms of whole parameters, and shards scaled parameter by parameter.
+    """Base: norms of whole parameters, and shards scaled parameter by parameter; which slices are whose.
 
     Until an engine has called `bind`, a step only allocates state: DeepSpeed takes one with zero gradients while it is
     built.
@@ -40,28 +40,34 @@ class WholeParameters(ShardOptimizer):
 
     elementwise = False
     _shards: dict[int, _Shard] | None = None
+    _names: dict[int, list[str]]
+    """Of each shard, the parameters that lie in it on any rank; `shapes` are theirs."""
+    _pieces: dict[int, list[Slice]]
 
     def bind(
         self, masters: Sequence[torch.Tensor], layout: Sequence[Slice], *, group: dist.ProcessGroup | None
     ) -> None:
         """See ShardOptimizer; collective over the group."""
         super().bind(masters, layout, group=group)
-        slices = {piece.name: piece.shape for piece in layout}
+        found = {piece.name: (piece.shape, piece.shard) for piece in layout}
         if group is not None:
-            parts: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size(group))]
-            dist.all_gather_object(parts, slices, group=group)
-            slices = {name: shape for part in parts for name, shape in part.items()}
-        names = sorted(slices)  # the same order on every rank
+            parts: list[dict[str, tuple[tuple[int, ...], int]]] = [{} for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(parts, found, group=group)
+            found = {name: place for part in parts for name, place in part.items()}
+        names = sorted(found)  # the same order on every rank
         number = {name: index for index, name in enumerate(names)}
         device = masters[0].device
         self._group = group
-        self.is_matrix = torch.tensor([len(slices[name]) > 1 for name in names] + [False], device=device)
-        self._shards = {}
+        self.shapes = {name: found[name][0] for name in names}
+        self.is_matrix = torch.tensor([len(self.shapes[name]) > 1 for name in names] + [False], device=device)
+        self._shards, self._names, self._pieces = {}, {}, {}
         for index, master in enumerate(masters):
+            self._names[id(master)] = [name for name in names if found[name][1] == index]
+            self._pieces[id(master)] = [piece for piece in layout if piece.shard == index]
             sizes: list[int] = []
             owner: list[int] = []
             position = 0
-            for piece in sorted((p for p in layout if p.shard == index), key=lambda p: p.offset):
+            for piece in sorted(self._pieces[id(master)], key=lambda p: p.offset):
                 if piece.offset > position:
                     sizes.append(piece.offset - position)
                     owner.append(len(names))
