@@ -93,6 +93,7 @@ LAST = DONE[1]
     [
         ("mpl_scale.seed=9", ()),
         ("mpl_scale.model.student.dropout=0.3", ()),
+        ('mpl_scale.model.student.frozen=["features.0"]', ()),
         ('mpl_scale.model.teacher.kwargs={"widths": [4, 8]}', ()),
         ("mpl_scale.model.bn_decay=0.5", ()),
         ("mpl_scale.method.feedback.rule=none", ()),
@@ -110,6 +111,7 @@ LAST = DONE[1]
         ("mpl_scale.optim.student.schedule=constant", (WARMING, TRAINING)),
         ("mpl_scale.optim.student.name=rmsprop", (WARMING,)),
         ("mpl_scale.optim.teacher.momentum=0.5", ()),
+        ("mpl_scale.optim.student.layer_decay=0.5", (WARMING,)),
         ("mpl_scale.phases.finetune.optim.lr=0.5", (WARMING, TRAINING, TUNING)),
         ("mpl_scale.phases.finetune.optim.name=lars", (WARMING, TRAINING)),
         ("mpl_scale.phases.finetune.steps=9", EVERYWHERE),
