@@ -29,7 +29,7 @@ from mpl_scale.config import load_config
 from mpl_scale.spatial import plan_layout
 from tests.support import labelled_sets
 from tests.support.configs import DIGITS, tiny, write
-from tests.support.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, stand_in, strays
+from tests.support.documented import LISTED, PAGES, PREPARED, SHORTENED, Command, commands, files, stand_in, strays
 from tests.support.mini_imagenet import write_folder, write_tfrecord
 
 REPOSITORY = DIGITS.parents[1]
@@ -105,6 +105,18 @@ def test_every_page_and_every_command_is_known() -> None:
         assert re.match(r"(export|source|make|mpl-scale|python|deepspeed|torchrun|slurm/submit\.sh) ", command.text), (
             command
         )
+
+
+def test_files_that_a_page_says_to_save_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "ds_configs").symlink_to(REPOSITORY / "ds_configs")
+    saved = {name: content for page in PAGES for name, content in files(page).items()}
+    for name, content in saved.items():
+        (tmp_path / name).write_text(content)
+        if name.endswith(".json"):
+            load_config(tmp_path / name)
+        else:
+            compile(content, name, "exec")
+    assert {"stand_ins.py", "finetune.json", "compare.py"} <= saved.keys()
 
 
 def test_links_between_pages_lead_somewhere() -> None:
@@ -206,6 +218,8 @@ def test_a_strangers_path(tmp_path: Path) -> None:
 def run_page(page: str, folder: Path) -> list[str]:
     """What each command that failed said last."""
     environment = fresh_copy(folder)
+    for name, content in files(page).items():
+        (folder / name).write_text(content)
     exports: list[str] = []
     failed = []
     shown = commands(page)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = (
     "README.md",
     "docs/quickstart.md",
+    "docs/finetune.md",
     "docs/concepts.md",
     "docs/data.md",
     "docs/config.md",
@@ -118,6 +119,11 @@ def commands(page: str) -> list[Command]:
     if page == "docs/performance.md":
         found += re.findall(r"^- `\S+`: `(.*)`$", text, re.MULTILINE)
     return [Command(page, line) for line in found]
+
+
+def files(page: str) -> dict[str, str]:
+    """Of a page: what it says to save, by name; the block after a line that ends with `NAME.py`: or `NAME.json`:."""
+    return dict(re.findall(r"`(\w+\.(?:py|json))`:\n\n```\w+\n(.*?)```", (ROOT / page).read_text(), re.DOTALL))
 
 
 def _joined(block: str) -> list[str]:
