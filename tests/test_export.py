@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mpl_scale.checkpoint import find, replicated_entries, save
@@ -40,9 +43,17 @@ def one_thread() -> Iterator[None]:
 
 
 def checkpoint_of(
-    folder: Path, *, long: bool = False, imports: tuple[str, ...] = (), **network: Any
+    folder: Path,
+    *,
+    long: bool = False,
+    imports: tuple[str, ...] = (),
+    about: dict[str, Any] | None = None,
+    **network: Any,
 ) -> tuple[Path, Config]:
-    """A checkpoint whose student has statistics of its own, as a run writes it; long: from a millionth to a hundred."""
+    """A checkpoint whose student has statistics of its own, as a run writes it; long: from a millionth to a hundred.
+
+    about: more of its metadata.
+    """
     raw = tiny()
     raw["mpl_scale"]["imports"] = list(imports)
     raw["mpl_scale"]["model"]["student"] = network
@@ -59,7 +70,7 @@ def checkpoint_of(
     mesh = build_mesh(device=torch.device("cpu"))
     entries = replicated_entries("student/master", {k: p.detach() for k, p in module.named_parameters()}, mesh=mesh)
     entries += replicated_entries("student/buffer", buffers, mesh=mesh)
-    metadata = {"phase": "train", "phase_step": 3, "config": run.resolved()}
+    metadata = {"phase": "train", "phase_step": 3, "config": run.resolved(), **(about or {})}
     return save(folder / "checkpoints", step=3, entries=entries, metadata=metadata, mesh=mesh, keep=1), run.mpl
 
 
@@ -119,6 +130,47 @@ def test_exported_weights_come_back(tmp_path: Path, network: dict[str, Any]) -> 
     plain = plain_model(section, config.model, field="student", device="cpu")
     plain.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))  # strict: the model's own keys
     assert_same_logits(built(config, checkpoint), plain)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("network", [*MODELS[:1], {"name": "digits_cnn"}], ids=lambda n: str(n["name"]))
+def test_the_card_tells_what_it_is_and_its_lines_load_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: dict[str, Any]
+) -> None:
+    results = {"student": {"top1": 12.5, "top5": 50.0, "loss": 2.0, "images": 599.0}}
+    counts = {"labelled": {"count": 40}, "unlabelled": {"count": 1198}}
+    known = {"results": results, "identity": {"steps": {"train": 3}, "manifest": {"parts": counts}}}
+    checkpoint, config = checkpoint_of(tmp_path, about=known, **network)
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "classes.json").write_text(json.dumps([f"a|b {number}" for number in range(10)]))
+    export(checkpoint, tmp_path / "out", network="student")
+    monkeypatch.chdir(tmp_path / "out")
+    text = Path("README.md").read_text()
+    card = ModelCard(text)
+    of_timm = network["name"] == "resnet10t"
+    assert card.data.library_name == ("timm" if of_timm else "mpl_scale")
+    assert card.data.license is None
+    assert "meta-pseudo-labels" in card.data.tags
+    for part in ("40 labelled, 1,198 unlabelled", "2003.10580", "top-1 12.50%", "599 test images", r"a\|b 0, a\|b 1"):
+        assert part in text
+    assert f"mean {list(config.data.mean)}, over std {list(config.data.std)}" in text
+    assert str(tmp_path) not in text
+    (lines,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    loaded: dict[str, Any] = {}
+    exec(lines, loaded)
+    assert_same_logits(built(config, checkpoint), loaded["model"])
+    if of_timm:
+        image = loaded["transform"](Image.new("RGB", (50, 40), (255, 0, 0)))
+        torch.testing.assert_close(
+            image[:, 5, 5], (torch.tensor([1.0, 0, 0]) - torch.tensor(config.data.mean)) / torch.tensor(config.data.std)
+        )
+
+
+def test_a_card_has_no_accuracy_of_other_weights(tmp_path: Path) -> None:
+    """The results are of the end of a phase of 4 steps, the checkpoint of step 3."""
+    known = {"results": {"student": {"top1": 12.5}}, "identity": {"steps": {"train": 4}}}
+    export(checkpoint_of(tmp_path, about=known, name="digits_cnn")[0], tmp_path / "out", network="student")
+    assert "top-1" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_another_network_is_replaced_only_when_asked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,29 +1,33 @@
-"""One network of a checkpoint as files that timm loads: model.safetensors and config.json.
+"""One network of a checkpoint as files that timm loads: model.safetensors and config.json, with a model card.
 
     model = timm.create_model(config["architecture"], num_classes=..., checkpoint_path="DIR/model.safetensors")
     model = timm.create_model("local-dir:DIR", pretrained=True)
 
-Models that are registered here and not in timm have the same two files; `mpl_scale.model.<network>.weights` reads both.
+Models that are registered here and not in timm have the same files; `mpl_scale.model.<network>.weights` reads both.
 """
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
+from mpl_scale.checkpoint.card import CARD_NAME, Exported, model_card
 from mpl_scale.checkpoint.format import CheckpointError, read_index
 from mpl_scale.checkpoint.reader import read_prefix
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import import_modules
 from mpl_scale.config.schema import Config, NetworkConfig
-from mpl_scale.files import replace_text, replacing
+from mpl_scale.files import naming, sync
 from mpl_scale.models.weights import FILE_NAME, to_plain
 
 NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
@@ -34,7 +38,7 @@ CONFIG_NAME = "config.json"
 def export(checkpoint: Path, output: Path, *, network: str, overwrite: bool = False) -> dict[str, Any]:
     """Write a network ("teacher", "student", "ema") into `output`, which is made; returns config.json's content.
 
-    overwrite: whether another network, or another model's configuration, that is there may be replaced.
+    overwrite: whether files of another network that are there may be replaced.
 
     Raises:
         CheckpointError: the checkpoint is damaged, has no such network or not the configuration of a run.
@@ -46,39 +50,52 @@ def export(checkpoint: Path, output: Path, *, network: str, overwrite: bool = Fa
     weights = read_network(checkpoint, network)
     plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
     content = _hub_config(config, section, labels=class_names(checkpoint))
-    text = json.dumps(content, indent=2) + "\n"
-    if not overwrite:
-        _refuse_other(output, plain, text)
-    output.mkdir(parents=True, exist_ok=True)
-    with replacing(output / FILE_NAME) as draft:
-        try:
-            save_file(plain, draft, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"{output / FILE_NAME} cannot be written: {error}") from error
-        draft.chmod(0o666 & ~_umask())
-    replace_text(output / CONFIG_NAME, text)
+    index = read_index(checkpoint)
+    exported = Exported(config, section, network, index.step, index.metadata, content)
+    with _replacing_files(output, overwrite=overwrite) as drafts:
+        _write_weights(plain, drafts / FILE_NAME)
+        (drafts / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (drafts / CARD_NAME).write_text(model_card(exported), encoding="utf-8")
     return content
 
 
-def _refuse_other(output: Path, weights: Mapping[str, torch.Tensor], config: str) -> None:
-    """ValueError where the folder has files of these names that would become others."""
-    for name, read in ((FILE_NAME, load_file), (CONFIG_NAME, Path.read_text)):
-        if not (output / name).exists():
-            continue
-        try:
-            found = read(output / name)
-        except (OSError, ValueError, SafetensorError):  # damaged
-            found = None
-        same = found == config if isinstance(found, str) else found is not None and _equal(found, weights)
-        if not same:
+def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(dict(weights), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+    path.chmod(0o666 & ~_umask())
+
+
+@contextmanager
+def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
+    """An empty folder to fill, whose files come to `output`, which is made, at the end; an exception deletes them.
+
+    ValueError where `output` has other files of these names, unless they may be overwritten.
+    """
+    drafts = output / ".export"
+    shutil.rmtree(drafts, ignore_errors=True)  # of a process that was killed
+    drafts.mkdir(parents=True)
+    try:
+        with naming(drafts):
+            yield drafts
+        files = sorted(drafts.iterdir(), key=lambda path: path.name == CONFIG_NAME)  # it says that the rest is there
+        others = [path.name for path in files if _is_other(output / path.name, path)]
+        if others and not overwrite:
             raise ValueError(
-                f"--output {output} holds another network ({name}); give --overwrite to replace it, or choose another "
-                "folder"
+                f"--output {output} holds another network ({', '.join(sorted(others))}); give --overwrite to replace "
+                "it, or choose another folder"
             )
+        for path in files:
+            sync(path)
+            os.replace(path, output / path.name)
+        sync(output)
+    finally:
+        shutil.rmtree(drafts, ignore_errors=True)
 
 
-def _equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+def _is_other(found: Path, wanted: Path) -> bool:
+    return found.exists() and not (found.is_file() and filecmp.cmp(found, wanted, shallow=False))
 
 
 def _umask() -> int:

@@ -18,7 +18,9 @@ def _options(parser: argparse.ArgumentParser) -> None:
         default="student",
         help="ema: the student's moving average; default: student",
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="gets model.safetensors, config.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="gets the network, config.json and README.md"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another network that --output holds")
 
 
