@@ -9,6 +9,7 @@ import contextlib
 import functools
 import gzip
 import os
+import pickle
 import struct
 import tempfile
 import zlib
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -28,9 +30,10 @@ from mpl_scale.data.formats.cifar import read_batch, read_names
 from mpl_scale.data.formats.example import read_example
 from mpl_scale.data.formats.matfile import read_arrays
 from mpl_scale.data.formats.pickled import read_pickle
+from mpl_scale.data.formats.table import NAMES as TABLES
 from mpl_scale.data.formats.tar import read_members
 from mpl_scale.data.formats.tfrecord import read_records
-from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions, Shard
+from mpl_scale.data.index.format import FORMATS, MalformedShard, ScanOptions, Shard, classes_file
 from tests.support import mini_imagenet as mini
 from tests.support.photographs import encoded
 
@@ -109,33 +112,28 @@ def header_files(content: bytes) -> None:
         assert found.stored == probe(content).stored
 
 
-def npy(content: bytes) -> None:
+def whole_arrays(content: bytes) -> None:
     _scan("arrays", "images.npy", content, {"labels.npy": _valid()["labels"]})
+    _scan("arrays", "images.npy", _valid()["npy"], {"labels.npy": content})
 
 
-def whole_tfrecord(content: bytes) -> None:
-    _scan("tfrecord", "train.tfrecord", content)
+def whole_folder(content: bytes, source: str = "folder") -> None:
+    """A file of a folder is an image, or refused."""
+    with _folder_of({"a/1.png": content}) as root:
+        scan = FORMATS[source].scan(root, Shard("a"), options=ScanOptions(), unpacked=root / "unpacked")
+        assert scan.name_ends.tolist() == [5]
+        assert scan.entries["length"].tolist() == [0 if scan.refusals else len(content)]
 
 
 def whole_tar(content: bytes) -> None:
     _scan("webdataset", "train.tar", content)
-
-
-def whole_parquet(content: bytes) -> None:
-    _scan("parquet", "train.parquet", content)
-
-
-def whole_arrow(content: bytes) -> None:
-    _scan("arrow", "train.arrow", content)
+    _scan("webdataset", "train.tar.gz", content)
+    _scan("webdataset", "train.tgz", gzip.compress(content, 1, mtime=0))
 
 
 def whole_cifar(content: bytes) -> None:
     _scan("cifar10", "data_batch_1", content)
     _scan("cifar10", "data_batch_1.bin", content)
-
-
-def whole_cifar100(content: bytes) -> None:
-    _scan("cifar100", "train", content)
 
 
 def whole_stl10(content: bytes) -> None:
@@ -147,18 +145,27 @@ def whole_stl10(content: bytes) -> None:
 
 def whole_table(content: bytes) -> None:
     """Whatever it says, only a ValueError is raised."""
-    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        root = Path(folder)
-        (root / "table.csv").write_bytes(content)
-        (root / "1.png").write_bytes(_valid()["png"])
-        with contextlib.suppress(ValueError):
+    for name in TABLES:
+        with _folder_of({name: content, "1.png": _valid()["png"]}) as root, contextlib.suppress(ValueError):
             for shard in FORMATS["table"].shards(root):
                 scan = FORMATS["table"].scan(root, shard, options=ScanOptions(), unpacked=root / "unpacked")
                 assert len(scan.entries) == len(scan.name_ends)
 
 
-def whole_mat(content: bytes) -> None:
-    _scan("svhn", "train_32x32.mat", content)
+def lists_of_names(content: bytes) -> None:
+    """Files of class names beside the shards: each is what it has to be, or a ValueError is raised."""
+    with _folder_of({"classes.txt": content}) as root, contextlib.suppress(ValueError):
+        found = classes_file(root)
+        assert found is not None
+        assert len(found) == len(set(found)) > 1
+    cifar = [f"data_batch_{number}" for number in range(1, 6)]
+    for source, shards, listing in (
+        ("stl10", ["train_X.bin"], "class_names.txt"),
+        ("cifar10", cifar, "batches.meta.txt"),
+        ("cifar10", cifar, "batches.meta"),
+    ):
+        with _folder_of({**dict.fromkeys(shards, b""), listing: content}) as root, contextlib.suppress(ValueError):
+            assert len(FORMATS[source].shards(root)) == len(shards)
 
 
 def whole_idx(content: bytes) -> None:
@@ -170,14 +177,19 @@ def whole_idx(content: bytes) -> None:
 
 def _scan(source: str, name: str, content: bytes, others: dict[str, bytes] | None = None) -> None:
     """A scan refuses, and raises nothing at all."""
-    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
-        root = Path(folder)
-        for path, data in {name: content, **(others or {})}.items():
-            (root / path).write_bytes(data)
+    with _folder_of({name: content, **(others or {})}) as root:
         scan = FORMATS[source].scan(root, Shard(name), options=ScanOptions(), unpacked=root / "unpacked")
         source_bytes = (root / "unpacked").read_bytes() if (root / "unpacked").exists() else content
         assert ((scan.entries["offset"] >= 0) & (scan.entries["length"] >= 0)).all()
         assert (scan.entries["offset"] + scan.entries["length"] <= len(source_bytes)).all()
+
+
+@contextlib.contextmanager
+def _folder_of(files: dict[str, bytes]) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir=_memory()) as folder:
+        for name, content in files.items():
+            mini.put(Path(folder) / name, content)
+        yield Path(folder)
 
 
 def _from_file(read: Callable[..., object], content: bytes) -> list:
@@ -212,20 +224,23 @@ PARSERS: dict[str, tuple[Callable[[bytes], None], tuple[str, ...]]] = {
     "cifar batch": (batches, ("python 2", "protocol 4")),
     "cifar100 names": (names, ("names, python 2", "names")),
     "mat": (mats, ("mat", "mat, compressed")),
-    "probe": (headers, ("png", "jpeg", "ppm", "long jpeg")),
+    "probe": (headers, ("png", "jpeg", "ppm", "long jpeg", "webp", "gif", "tiff", "bmp")),
     "probe of many": (many_headers, ("png", "jpeg", "ppm", "long jpeg")),
     "probe of a file": (header_files, ("png", "jpeg", "ppm", "long jpeg")),
-    "npy": (npy, ("npy",)),
-    "scan of tfrecord": (whole_tfrecord, ("tfrecord",)),
-    "scan of tar": (whole_tar, ("ustar", "gnu", "pax")),
-    "scan of parquet": (whole_parquet, ("parquet", "parquet, dictionary")),
-    "scan of arrow": (whole_arrow, ("arrow",)),
-    "scan of cifar": (whole_cifar, ("python 2", "protocol 4", "binary")),
-    "scan of cifar100": (whole_cifar100, ("cifar100, python 2", "cifar100")),
+    "lists of names": (lists_of_names, ("classes", "batches.meta")),
+    "scan of arrays": (whole_arrays, ("npy", "labels")),
+    "scan of folder": (whole_folder, ("png", "jpeg", "ppm", "webp", "gif", "tiff", "bmp")),
+    "scan of images": (functools.partial(whole_folder, source="images"), ("png", "jpeg")),
+    "scan of tfrecord": (functools.partial(_scan, "tfrecord", "train.tfrecord"), ("tfrecord",)),
+    "scan of webdataset": (whole_tar, ("ustar", "gnu", "pax", "ustar, packed")),
+    "scan of parquet": (functools.partial(_scan, "parquet", "train.parquet"), ("parquet", "parquet, dictionary")),
+    "scan of arrow": (functools.partial(_scan, "arrow", "train.arrow"), ("arrow",)),
+    "scan of cifar10": (whole_cifar, ("python 2", "protocol 4", "binary")),
+    "scan of cifar100": (functools.partial(_scan, "cifar100", "train"), ("cifar100, python 2", "cifar100")),
     "scan of stl10": (whole_stl10, ("stl10", "stl10, labels")),
     "scan of idx": (whole_idx, ("idx", "idx1", "idx, packed")),
-    "table": (whole_table, ("table",)),
-    "scan of mat": (whole_mat, ("mat", "mat, compressed")),
+    "scan of table": (whole_table, ("table", "table, parquet")),
+    "scan of svhn": (functools.partial(_scan, "svhn", "train_32x32.mat"), ("mat", "mat, compressed")),
 }
 
 
@@ -247,6 +262,14 @@ def _valid() -> dict[str, bytes]:
     planes = images[:1].transpose(0, 3, 1, 2).reshape(1, -1)
     rows = mini.table(small, [0, 1, None, 1], ["a", "b"])
     return {
+        **{kind: encoded(Image.fromarray(images[0][:8, :8]), kind) for kind in ("webp", "gif", "tiff", "bmp")},
+        "batches.meta": pickle.dumps({"label_names": ["cat", "dog"]}, 2),
+        "classes": b"cat\ndog\ncow\n",
+        "ustar, packed": gzip.compress(mini.tar_of(two, format=tarfile.USTAR_FORMAT), mtime=0),
+        "table, parquet": mini.parquet(
+            pyarrow.table({"path": ["1.png", "a/2.png"], "label": ["cat", "dog"], "split": ["", "test"]}),
+            compression="none",
+        ),
         "table": b'path,label,split\n1.png,cat,train\n"a/2.png",dog,test\n',
         "parquet": mini.parquet(rows, use_dictionary=False, compression="none", row_group_size=2),
         "parquet, dictionary": mini.parquet(rows),
@@ -331,6 +354,10 @@ def _with_tar_checksums(content: bytes) -> bytes:
             total = sum(block[:148]) + sum(block[156:]) + 8 * 32
             blocks[number] = block[:148] + b"%06o\0 " % total + block[156:]
     return b"".join(blocks)
+
+
+def test_every_format_is_here() -> None:
+    assert {f"scan of {name}" for name in FORMATS} <= PARSERS.keys()
 
 
 @pytest.mark.parametrize("parser", PARSERS)

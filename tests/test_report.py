@@ -161,25 +161,30 @@ def test_a_curve_is_of_the_steps_that_all_runs_have() -> None:
     assert (curve.steps, curve.mean, curve.deviation) == ([10, 20], [2.0, 2.0], [statistics.stdev([1.0, 3.0]), 0.0])
 
 
-def trial(folder: str, *, seed: int = 0, **settings: Any) -> Run:
-    """A run that ended with its learning rate as its accuracy; curves of a step."""
-    given = {"mpl_scale.seed": seed, "mpl_scale.method.name": "mpl", "mpl_scale.data.labelled_per_class": 4, STEPS: 1}
-    given |= {name.replace("__", "."): value for name, value in settings.items()}
+def trial(folder: str, *, seed: int = 0, steps: int = 1, **settings: Any) -> Run:
+    """A run that ended with its learning rate as its accuracy; curves of a step. settings: of the section mpl_scale."""
+    settings = {"seed": seed, "method__name": "mpl", "data__labelled_per_class": 4, **settings}
+    given = {f"mpl_scale.{name.replace('__', '.')}": value for name, value in settings.items()} | {STEPS: steps}
     metrics = [{"global_step": 1, "phase": "train", "step": 1, "student_accuracy": 0.5, "part": "train"}]
     top1 = given.get("mpl_scale.optim.student.lr", 0.0)
     return Run(Path(folder), given, {"results": {"student": {"top1": top1}}, "steps": 1}, metrics, {})
 
 
-def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn() -> None:
-    def drawn_for(index: int) -> dict[str, Any]:
-        names = ("optim__student__lr", "optim__student__weight_decay", "method__uda__temperature")
-        return {f"mpl_scale__{name}": index for name in names}
+RULE = "method__feedback__rule"
 
-    runs = [trial(f"s/trial_{i:03d}", x=0, **drawn_for(i)) for i in range(12)]
-    runs += [trial(f"s/final_011_seed_{seed}", seed=seed, x=1, **drawn_for(11)) for seed in (1, 2)]
-    runs.append(trial("s/plain/seed_3", mpl_scale__method__name="supervised"))
+
+def material_of(runs: list[Run]) -> Material:
     material = Material()
     add_runs(material, runs)
+    return material
+
+
+def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn() -> None:
+    fields = ("optim__student__lr", "optim__student__weight_decay", "method__uda__temperature")
+    runs = [trial(f"s/trial_{i:03d}", x=0, **dict.fromkeys(fields, i)) for i in range(12)]
+    runs += [trial(f"s/final_011_seed_{seed}", seed=seed, x=1, **dict.fromkeys(fields, 11)) for seed in (1, 2)]
+    runs.append(trial("s/plain/seed_3", method__name="supervised"))
+    material = material_of(runs)
     labels = [group.label for group in material.groups]
     assert labels == [*(f"mpl (trial_{i:03d})" for i in range(12)), "mpl (final_011)", "supervised"]
     best = ["mpl (trial_009)", "mpl (trial_010)", "mpl (trial_011)", "mpl (final_011)"]
@@ -192,26 +197,17 @@ def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn()
 
 
 def test_rows_of_unequal_steps_are_flagged() -> None:
-    runs = [trial("a", **{STEPS: 120}), trial("b", mpl_scale__method__name="uda", **{STEPS: 60})]
+    runs = [trial("a", steps=120), trial("b", steps=60, method__name="uda")]
     said = "These rows were trained for unequal numbers of steps</strong> (all phases): 60 steps: uda; 120 steps: mpl."
     for shown, expected in ((runs, True), (runs[:1], False)):
-        material = Material()
-        add_runs(material, shown)
-        assert (said in make_page(material, [], title="runs")) == expected
+        assert (said in make_page(material_of(shown), [], title="runs")) == expected
 
 
 def test_a_label_says_what_differs() -> None:
-    runs = [
-        trial("a", mpl_scale__method__feedback__rule="none"),
-        trial("b", mpl_scale__method__feedback__rule="cosine"),
-    ]
-    material = Material()
-    add_runs(material, [*runs, trial("c", mpl_scale__method__name="uda")])
+    runs = [trial(rule, **{RULE: rule}) for rule in ("none", "cosine")]
+    material = material_of([*runs, trial("c", method__name="uda")])
     assert [group.label for group in material.groups] == ["mpl, feedback.rule none", "mpl, feedback.rule cosine", "uda"]
     assert FIGURES["breakdown"](material) == FIGURES["labels"](material) == []  # nothing to compare
-
-
-RULE = "method__feedback__rule"
 
 
 def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
@@ -219,15 +215,14 @@ def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
     steps = [(1, 9.0), (1200, 0.1), (1600, 0.3), (2000, -0.1)]
     lines = [{"phase": "train", "part": "train", "step": step, "global_step": step, "h": h} for step, h in steps]
     lines += [{"phase": "finetune", "part": "train", "step": 7, "global_step": 2007}]
-    material = Material()
-    runs = [trial(rule, **{f"mpl_scale__{RULE}": rule}) for rule in ("cosine", "none")]
-    add_runs(material, [replace(run, metrics=lines) for run in runs])
+    runs = [trial(rule, **{RULE: rule}) for rule in ("cosine", "none")]
+    material = material_of([replace(run, metrics=lines) for run in runs])
     rows = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
     assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "3"]]
 
 
 def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:
-    return [trial(f"{name}/seed_{s}", seed=s, **{f"mpl_scale__{k}": v for k, v in settings.items()}) for s in seeds]
+    return [trial(f"{name}/seed_{s}", seed=s, **settings) for s in seeds]
 
 
 @pytest.mark.parametrize(
@@ -243,10 +238,8 @@ def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:
     ids=["none", "twin", "more seeds", "a seed short", "another teacher", "wrong sign"],
 )
 def test_a_gain_of_mpl_is_shown_beside_its_control_alone(control: list[Run], shown: bool) -> None:
-    material = Material()
-    add_runs(
-        material, [*ended("s", 0, 1, method__name="supervised"), *ended("mpl", 0, 1, **{RULE: "cosine"}), *control]
-    )
+    supervised, mpl = ended("s", 0, 1, method__name="supervised"), ended("mpl", 0, 1, **{RULE: "cosine"})
+    material = material_of([*supervised, *mpl, *control])
     bars = FIGURES["breakdown"](material)
     assert bool(bars) == shown
     assert ("No gain without a control" in make_page(material, [], title="t")) != shown

@@ -49,12 +49,16 @@ def files(kind: str = "PNG") -> list[bytes]:
     return [encoded(Image.fromarray(image), kind) for image in pictures()[0]]
 
 
+def put(path: Path, content: bytes) -> None:
+    """Write a file, and make its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
 def write_folder(root: Path, kind: str = "PNG") -> None:
     """Named so that the order within a class is that of the pictures."""
     for index, (content, label) in enumerate(zip(files(kind), pictures()[1], strict=True)):
-        path = root / f"class{label}" / f"{index:03d}.{'png' if kind == 'PNG' else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        put(root / f"class{label}" / f"{index:03d}.{'png' if kind == 'PNG' else 'jpg'}", content)
 
 
 def crc32c_bitwise(data: bytes) -> int:
@@ -109,11 +113,10 @@ def _shards(shards: int) -> list[range]:
 
 
 def write_tfrecord(root: Path, kind: str = "PNG", *, shards: int = 4, first: int = 1) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     contents, labels = files(kind), pictures()[1]
     for shard, rows in enumerate(_shards(shards)):
-        path = root / f"train-{shard:05d}-of-{shards:05d}"
-        path.write_bytes(b"".join(record(example(contents[row], int(labels[row]) + first)) for row in rows))
+        records = [record(example(contents[row], int(labels[row]) + first)) for row in rows]
+        put(root / f"train-{shard:05d}-of-{shards:05d}", b"".join(records))
 
 
 def tar_of(members: Sequence[tuple[str, bytes]], **options: object) -> bytes:
@@ -137,10 +140,9 @@ def samples(rows: range, kind: str = "PNG") -> list[tuple[str, bytes]]:
 
 
 def write_webdataset(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     for shard, rows in enumerate(_shards(shards)):
         style = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)[shard % 3]
-        (root / f"train-{shard:06d}.tar").write_bytes(tar_of(samples(rows, kind), format=style))
+        put(root / f"train-{shard:06d}.tar", tar_of(samples(rows, kind), format=style))
 
 
 def table(contents: Sequence[bytes | None], labels: Sequence[int | None], names: Sequence[str] = ()) -> pyarrow.Table:
@@ -178,22 +180,20 @@ def _tables(shards: int, kind: str) -> list[pyarrow.Table]:
 
 def write_parquet(root: Path, kind: str = "PNG", *, shards: int = 3, plain: bool = False) -> None:
     """As on Hugging Face's hub; plain: the column holds the bytes themselves."""
-    (root / "data").mkdir(parents=True, exist_ok=True)
     for number, rows in enumerate(_tables(shards, kind)):
         if plain:
             rows = rows.set_column(0, "image", rows["image"].combine_chunks().field("bytes"))
         content = parquet(rows, row_group_size=5, compression=("snappy", "zstd", "none")[number % 3])
-        (root / "data" / f"train-{number:05d}-of-{shards:05d}.parquet").write_bytes(content)
+        put(root / "data" / f"train-{number:05d}-of-{shards:05d}.parquet", content)
 
 
 def write_arrow(root: Path, kind: str = "PNG", *, shards: int = 3) -> None:
     """As DatasetDict.save_to_disk."""
-    (root / "train").mkdir(parents=True, exist_ok=True)
-    (root / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    put(root / "dataset_dict.json", b'{"splits": ["train"]}')
     for name in ("dataset_info.json", "state.json"):
-        (root / "train" / name).write_text("{}")
+        put(root / "train" / name, b"{}")
     for number, rows in enumerate(_tables(shards, kind)):
-        (root / "train" / f"data-{number:05d}-of-{shards:05d}.arrow").write_bytes(arrow(rows, rows=5))
+        put(root / "train" / f"data-{number:05d}-of-{shards:05d}.arrow", arrow(rows, rows=5))
 
 
 def _batches() -> list[tuple[str, slice]]:
@@ -203,12 +203,11 @@ def _batches() -> list[tuple[str, slice]]:
 
 
 def write_cifar_binary(root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
     for name, rows in _batches():
         planes = images[rows].transpose(0, 3, 1, 2).reshape(-1, 3 * SIDE * SIDE)
         labelled = np.concatenate([labels[rows, None].astype(np.uint8), planes], axis=1)
-        (root / f"{name}.bin").write_bytes(labelled.tobytes())
+        put(root / f"{name}.bin", labelled.tobytes())
 
 
 def cifar_batch(
@@ -258,10 +257,9 @@ def python2_pickle(batch: dict[bytes, object]) -> bytes:
 
 def write_cifar_python(root: Path) -> None:
     """Each file by another writer of pickles."""
-    root.mkdir(parents=True, exist_ok=True)
     writers = [{"python": 2}, {"protocol": 0}, {"protocol": 1}, {"protocol": 2}, {"protocol": 3}, {"protocol": 4}]
     for (name, rows), writer in zip(_batches(), writers, strict=True):
-        (root / name).write_bytes(cifar_batch(rows, **writer))
+        put(root / name, cifar_batch(rows, **writer))
 
 
 NAMES_100 = [f"fine {label}" for label in range(100)]
@@ -278,11 +276,10 @@ def cifar100_meta(names: list[str] = NAMES_100, protocol: int = 2, python: int =
 
 def write_cifar100(root: Path, folder: str = "", **writer: int) -> None:
     """writer: of pickles, see cifar_batch; the coarse labels are others than the fine ones."""
-    (root / folder).mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", twelfths(0, 10)), ("test", twelfths(10, 12))):
         coarse = [19] * (rows.stop - rows.start)
-        (root / folder / name).write_bytes(cifar_batch(rows, key=b"fine_labels", coarse_labels=coarse, **writer))
-    (root / folder / "meta").write_bytes(cifar100_meta(**writer))
+        put(root / folder / name, cifar_batch(rows, key=b"fine_labels", coarse_labels=coarse, **writer))
+    put(root / folder / "meta", cifar100_meta(**writer))
 
 
 def mat(images: np.ndarray, labels: np.ndarray, *, compress: bool = True) -> bytes:
@@ -301,11 +298,9 @@ def mat_7_3() -> bytes:
 
 
 def write_svhn(root: Path) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
     for name, rows in (("train", twelfths(0, 5)), ("extra", twelfths(5, 9)), ("test", twelfths(9, 12))):
-        content = mat(images[rows], labels[rows], compress=name != "extra")
-        (root / f"{name}_32x32.mat").write_bytes(content)
+        put(root / f"{name}_32x32.mat", mat(images[rows], labels[rows], compress=name != "extra"))
 
 
 def write_arrays(root: Path) -> None:
@@ -325,16 +320,14 @@ def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
 
 
 def write_idx(root: Path, names: str = "{part}-{kind}-ubyte", *, packed: bool = False) -> None:
-    root.mkdir(parents=True, exist_ok=True)
     images, labels = pictures()
     for part, rows in (("train", twelfths(0, 10)), ("t10k", twelfths(10, 12))):
         for kind, content in zip(("images-idx3", "labels-idx1"), idx(images[rows], labels[rows]), strict=True):
-            path = root / names.format(part=part, kind=kind)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
+            name = names.format(part=part, kind=kind)
             if packed:
-                path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes(), mtime=0))
-                path.unlink()
+                put(root / f"{name}.gz", gzip.compress(content, mtime=0))
+            else:
+                put(root / name, content)
 
 
 UNLABELLED = (5, 9)
@@ -347,11 +340,10 @@ def stl10(rows: slice) -> bytes:
 
 
 def write_stl10(root: Path, folder: str = "") -> None:
-    (root / folder).mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", twelfths(0, 5)), ("unlabeled", twelfths(*UNLABELLED)), ("test", twelfths(9, 12))):
-        (root / folder / f"{name}_X.bin").write_bytes(stl10(rows))
+        put(root / folder / f"{name}_X.bin", stl10(rows))
         if name != "unlabeled":
-            (root / folder / f"{name}_y.bin").write_bytes((pictures()[1][rows] + 1).astype(np.uint8).tobytes())
+            put(root / folder / f"{name}_y.bin", (pictures()[1][rows] + 1).astype(np.uint8).tobytes())
     for name in ("class_names.txt", "fold_indices.txt"):
         (root / folder / name).touch()
 
@@ -372,8 +364,7 @@ def write_table(root: Path, kind: str = "PNG", *, table: str = "csv") -> None:
     rows = []
     for index, (content, label) in enumerate(zip(files(kind), pictures()[1].tolist(), strict=True)):
         path = root / "images" / ("a" if index < 20 else "b") / f"{index:03d}.{'png' if kind == 'PNG' else 'jpg'}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        put(path, content)
         rows.append({"path": str(path.relative_to(root)), "label": f"name, {label}" if table == "csv" else label})
     if table == "parquet":
         return pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), root / "table.parquet")
