@@ -28,8 +28,8 @@ from mpl_scale.config.presets import merge
 from mpl_scale.config.schema import Config
 
 TEACHER = {"unlabelled_weight": 1.0, "jitter": 1.0, "threshold": 0.7, "feedback_weight": 1.0}
-WEIGHTS = (0.1, 0.3, 1.0)
-PLACES = ((20, 0.0), (5, 0.0), (80, 0.0), (20, 0.1), (20, 0.3))
+WEIGHTS = (0.1, 0.3, 1.0, 3.0)
+PLACES = ((20, 0.0), (20, 0.1), (20, 0.3), (80, 0.0), (10, 0.0))
 """Labelled images of a batch (three times as many are unlabelled), and the student's label smoothing."""
 RULES = {
     "h = 0": {"rule": "none"},
