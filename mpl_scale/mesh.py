@@ -42,6 +42,14 @@ class Mesh:
         """True on the rank that prints and writes."""
         return self.rank == 0
 
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a tensor of each rank, all of one shape. Collective."""
+        if self.world_group is None:
+            return value
+        total = value.clone()
+        dist.all_reduce(total, group=self.world_group)
+        return total
+
 
 def adopt_slurm_environment(environment: MutableMapping[str, str]) -> None:
     """Under plain `srun`, set the variables that torchrun and deepspeed set; theirs win where RANK is set.

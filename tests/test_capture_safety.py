@@ -35,6 +35,8 @@ def storages(state: State) -> set[int]:
     """Addresses of everything that lives from step to step."""
     assert state.student_average is not None
     tensors = [state.step, state.baseline.average, *state.student_average.shards, *state.loss_buffers.values()]
+    assert state.noted is not None
+    tensors += [state.noted.labels, state.noted.confidence]
     for network in (state.teacher, state.student):
         assert network is not None
         tensors += [*network.module.parameters(), *network.module.buffers(), *network.master]

@@ -225,6 +225,7 @@ READERS: tuple[Reader, ...] = (
         "recompute",
         lambda policy: policy != "none" and set(policy) != {"none"},
     ),
+    _rows("logging", "view_grid_every", ".method.name", _only(_UNLABELLED, known=METHODS)),
     _rows("checkpoint", "timeout_seconds", "asynchronous", bool),
     _rows("checkpoint", "keep_every", "every", _positive),
     _rows("guard", "rewind", ".checkpoint.every", _positive),

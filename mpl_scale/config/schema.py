@@ -199,6 +199,11 @@ class LoggingConfig(Section):
     progress: Literal["auto", "bar", "lines", "off"] = Field(
         "auto", description="auto: a bar on a terminal, else lines."
     )
+    view_grid_every: CountOrZero = Field(
+        0,
+        description="Steps between pictures of weak and strong views with their pseudo labels, in the run's folder "
+        "views/ ; 0: none. Not for vectors.",
+    )
     cost: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Whether the bytes and the time of the main phase's steps are measured, and planned, for the "

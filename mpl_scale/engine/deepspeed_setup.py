@@ -9,10 +9,12 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pydantic
 import torch
 import torch.distributed as dist
@@ -77,6 +79,12 @@ def monitor_master(ds_config: Mapping[str, Any], *, device: torch.device | None 
     from deepspeed.monitor.monitor import MonitorMaster
 
     return MonitorMaster(get_monitor_config({name: ds_config.get(name, {}) for name in MONITORS}))
+
+
+def picture_writer(monitor: Any) -> Callable[[str, np.ndarray, int], None] | None:
+    """What shows a picture, (name, pixels uint8 [H, W, 3], step), in the TensorBoard of a `monitor_master`, if any."""
+    board = monitor.tb_monitor
+    return None if board is None else partial(board.summary_writer.add_image, dataformats="HWC")
 
 
 def validate_ds_blocks(ds_config: Mapping[str, Any], *, device_type: str | None = None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from mpl_scale.monitor.metrics import MetricsWriter, part_of
 from mpl_scale.monitor.progress import Progress
@@ -21,11 +23,15 @@ class EventMonitor(Protocol):
 
 @dataclass
 class Writers:
-    """The places; None: not there, as on all ranks but 0."""
+    """The places; None: not there, as on all ranks but 0.
+
+    draw: TensorBoard's (name, pixels uint8 [H, W, 3], step).
+    """
 
     metrics: MetricsWriter | None = None
     progress: Progress | None = None
     monitor: EventMonitor | None = None
+    draw: Callable[[str, np.ndarray, int], None] | None = None
 
     def write(self, values: Mapping[str, float], *, phase: str, step: int, global_step: int) -> None:
         """Write host scalars of a step of the phase.
@@ -41,6 +47,11 @@ class Writers:
         if self.monitor is not None and self.monitor.enabled:
             place = "test" if tested else phase
             self.monitor.write_events([(f"{place}/{name}", value, global_step) for name, value in values.items()])
+
+    def picture(self, name: str, pixels: np.ndarray, *, phase: str, global_step: int) -> None:
+        """Show a picture, uint8 [H, W, 3], as {phase}/{name}."""
+        if self.draw is not None:
+            self.draw(f"{phase}/{name}", pixels, global_step)
 
     def go_back(self, *, global_step: int) -> None:
         """Drop the metrics after a step, which will be written again; other monitors keep theirs."""

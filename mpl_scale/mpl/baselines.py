@@ -71,8 +71,10 @@ def noisy_student_step(state: State, batch: Batch) -> StepMetrics:
 def _taught_by_a_fixed_teacher(state: State, batch: Batch, *, soft: bool) -> StepMetrics:
     method, student, measured, now = state.method, state.student, list[Metrics](), state.schedules.at(state.step)
     assert student is not None
+    teachers: list[torch.Tensor] = []
     for part in batch.split(state.micro_batches):
         probabilities = _fixed_teacher(state, part)  # [U, K]
+        teachers.append(probabilities.log())
         confidence, labels = probabilities.max(-1)  # [U], int64 [U]
         targets = probabilities if soft else labels
         confident = confidence >= method.pseudo_label_threshold  # bool [U]
@@ -91,6 +93,7 @@ def _taught_by_a_fixed_teacher(state: State, batch: Batch, *, soft: bool) -> Ste
                 "confident": confident.float().mean(),
             }
         )
+    state.note_labels(teachers)
     _update(state, student, lr=now.student_lr)
     return {**means(measured), "student_lr": now.student_lr}
 
@@ -124,7 +127,7 @@ def _train(state: State, batch: Batch, name: Literal["teacher", "student"], *, l
     def views(part: Batch, *, learn: bool = True) -> Logits:
         return state.view_logits(network, number, look(part, training_loss.images(state, part)), learn=learn)
 
-    parts = batch.split(state.micro_batches)
+    parts, weak = batch.split(state.micro_batches), list[torch.Tensor]()
     twice = training_loss.adapts and len(parts) > 1
     if twice:
         with torch.no_grad():
@@ -133,9 +136,11 @@ def _train(state: State, batch: Batch, name: Literal["teacher", "student"], *, l
         logits = views(part, learn=not twice)
         if training_loss.adapts and not twice:
             training_loss.adapt(state, parts, [logits])
+        weak.append(logits.weak.detach())
         total, found = training_loss(state, part, logits, weight=now.uda_weight)  # []
         network.accumulate(total / state.micro_batches)
         measured.append({f"{name}_{key}": value for key, value in {"loss": total.detach(), **found}.items()})
+    state.note_labels(weak)
     _update(state, network, lr=lr)
     return {**means(measured), f"{name}_lr": lr}
 

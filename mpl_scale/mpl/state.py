@@ -16,6 +16,7 @@ from mpl_scale.config.schema import MethodConfig
 from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.passes import Pass
 from mpl_scale.mpl.network import Network
+from mpl_scale.mpl.noted import PseudoLabels
 from mpl_scale.mpl.views import Logits, Seen, Views, three_views
 from mpl_scale.types import StepMetrics
 
@@ -100,6 +101,7 @@ class State:
     teacher_views: Views = three_views  # what the teacher sees of a batch
     loss_buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # the training loss's, alike on all ranks
     data_ranks: int = 1
+    noted: PseudoLabels | None = None  # where the step says what it called unlabelled images; None: nowhere
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:
         """The context of one forward pass on global rows (int64 [B]) at this step."""
@@ -125,6 +127,11 @@ class State:
         found = value.new_empty(dist.get_world_size(self.world_group) * value.numel())
         dist.all_gather_into_tensor(found, value.flatten(), group=self.world_group)
         return found.view(-1, *value.shape)
+
+    def note_labels(self, logits: Sequence[torch.Tensor], labels: Sequence[torch.Tensor] | None = None) -> None:
+        """Tell those who watch what unlabelled images were called; see PseudoLabels.note."""
+        if self.noted is not None:
+            self.noted.note([part.detach() for part in logits], labels)
 
     def advance(self) -> None:
         """End the step: student EMA, then the counter."""

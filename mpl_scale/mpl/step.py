@@ -52,6 +52,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
 
     # Pseudo labels: y_u ~ P(. | x_u; theta_T)
     labels = [_pseudo_labels(state, *pair) for pair in zip(parts, logits, strict=True)]  # int64 [U] or [U, K] if soft
+    state.note_labels([_labelling(state, views) for views in logits], labels)
 
     # Student: theta_S' = theta_S - lr g_u, where g_u = grad CE(y_u, S(x_s; theta_S))
     for part, targets, metrics in zip(parts, labels, measured, strict=True):

@@ -25,6 +25,7 @@ from mpl_scale.trainer.rewind import Rewinder
 from mpl_scale.trainer.run import Trainer
 from mpl_scale.trainer.snapshots import Snapshots
 from mpl_scale.trainer.validator import Validator
+from mpl_scale.trainer.views import ViewGrid
 from mpl_scale.trainer.vitals import Vitals
 from mpl_scale.trainer.watchdog import Watchdog
 
@@ -104,5 +105,6 @@ def build_trainer(prepared: Prepared, *, stop_requested: Callable[[], bool]) -> 
         validator=Validator(evaluator, settings.phases.train.evaluate_every, mesh, writers, vitals, record),
         checkpointer=checkpointer,
         rewinder=Rewinder(settings.guard.rewind, snapshots, checkpointer, guard, writers, vitals, record),
+        views=ViewGrid(settings.logging.view_grid_every, output, prepared.splits.images.classes, mesh, writers, record),
         requests=Requests(mesh, stop_requested, control, every=settings.logging.every),
     )

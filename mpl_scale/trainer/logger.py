@@ -1,16 +1,16 @@
-"""The metrics of a step: averaged over ranks and written, every `logging.every` steps."""
+"""The metrics of a step, averaged over ranks, and pseudo labels since the last line: every `logging.every` steps."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from mpl_scale.data import Quarantine
 from mpl_scale.mesh import Mesh
 from mpl_scale.monitor import Writers
 from mpl_scale.trainer.guard import Guard
+from mpl_scale.trainer.label_tally import LabelTally
 from mpl_scale.trainer.phase_run import PhaseRun, Record
 from mpl_scale.trainer.vitals import Vitals
 from mpl_scale.types import StepMetrics
@@ -33,7 +33,7 @@ class MetricsLogger:
         if run.step % self.every and not run.finished:
             return None
         bad = torch.tensor(float(self.quarantine.count * self.mesh.world), device=self.mesh.device)
-        values = self._averages({**metrics, "bad_images": bad})  # of all ranks together
+        values = self._averages({**metrics, "bad_images": bad}, run.tally)  # of all ranks together
         self.guard.check_metrics(run, values)
         values |= run.clock.rates(run.phase.labelled + run.phase.unlabelled)
         if self.vitals.heartbeat is not None:
@@ -47,9 +47,13 @@ class MetricsLogger:
             images = run.phase.labelled + run.phase.unlabelled
             self.writers.progress.start(run.phase.name, total=run.phase.steps, done=run.step, images_per_step=images)
 
-    def _averages(self, metrics: StepMetrics) -> dict[str, float]:
-        """Over ranks: the one place where a step's device values are read."""
-        stacked = torch.stack([value.detach().double() for value in metrics.values()])
-        if self.mesh.world_group is not None:
-            dist.all_reduce(stacked, group=self.mesh.world_group)
-        return dict(zip(metrics, (stacked / self.mesh.world).tolist(), strict=True))
+    def _averages(self, metrics: StepMetrics, tally: LabelTally | None) -> dict[str, float]:
+        """Over ranks, with the labels counted since the last line: the one place where device values are read."""
+        own = torch.stack([value.detach().double() for value in metrics.values()])
+        counts = own[:0] if tally is None else tally.counts
+        sums = self.mesh.sum_over_ranks(torch.cat([own, counts])).tolist()
+        values = {name: total / self.mesh.world for name, total in zip(metrics, sums, strict=False)}
+        if tally is not None:
+            values |= tally.metrics(sums[len(metrics) :])
+            tally.restart()
+        return values

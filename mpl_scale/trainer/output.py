@@ -13,10 +13,11 @@ from mpl_scale.data.index.reader import read_meta
 from mpl_scale.files import expanded, refuse_inside, refuse_output
 from mpl_scale.monitor import DONE_NAME, SUMMARY_NAME
 from mpl_scale.trainer.lock import LOCK_NAME
+from mpl_scale.trainer.views import VIEWS
 from mpl_scale.trainer.watchdog import STACKS_NAME
 
 CHECKPOINTS, SPLITS, METRICS, CONFIG = "checkpoints", "splits", "metrics.jsonl", "config.json"
-FOLDERS, FILES = (CHECKPOINTS, SPLITS, STACKS_NAME), (METRICS, CONFIG, SUMMARY_NAME, DONE_NAME, LOCK_NAME)
+FOLDERS, FILES = (CHECKPOINTS, SPLITS, VIEWS, STACKS_NAME), (METRICS, CONFIG, SUMMARY_NAME, DONE_NAME, LOCK_NAME)
 """What a run keeps in its output folder."""
 
 

@@ -54,6 +54,7 @@ class PhaseRun:
         rewinds: how often the phase went back to a checkpoint.
         watch: over the loss, where `guard.rewind` is set.
         skipping: takes back non-finite steps, where `guard.nonfinite` = skip.
+        tally: of what unlabelled images were called, where the phase has any.
     """
 
     def __init__(self, phase: Phase, state: State, *, source: DataSource, guard: GuardConfig, step: int = 0) -> None:
@@ -61,6 +62,7 @@ class PhaseRun:
         self.data_offset = self.rewinds = 0
         self.watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step)
         self.skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
+        self.tally = None if state.noted is None else source.tally(phase, state.noted)
         self.clock = Clock()
         self._source = source
 
@@ -87,6 +89,11 @@ class PhaseRun:
         with self.clock.waiting():
             return next(self.loader)
 
+    @property
+    def batch_number(self) -> int:
+        """Of the batch that the last step has seen."""
+        return self.step - 1 + self.data_offset
+
     def seek(self, step: int) -> None:
         """Continue from another step, with the batches that belong to it."""
         self.loader.close()
@@ -99,12 +106,24 @@ class PhaseRun:
         return batch_ids(self.phase, config=source.config, splits=source.splits, step=step + self.data_offset)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of the phase beside its state."""
+        """What a checkpoint holds of the phase beside its state. Collective."""
         watch = None if self.watch is None else self.watch.state_dict()
-        return {"rewinds": self.rewinds, "data_offset": self.data_offset, "loss_watch": watch}
+        labels = None if self.tally is None else self.tally.state_dict()
+        return {
+            "rewinds": self.rewinds,
+            "data_offset": self.data_offset,
+            "loss_watch": watch,
+            "label_tally": labels,
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore from a checkpoint's metadata, of which earlier versions lack some."""
         self.rewinds, self.data_offset = saved.get("rewinds", 0), saved.get("data_offset", 0)
         if self.watch is not None and saved.get("loss_watch") is not None:
             self.watch.load_state_dict(saved["loss_watch"])
+        self.load_tally(saved)
+
+    def load_tally(self, saved: Mapping[str, Any]) -> None:
+        """Go back to what was counted at a checkpoint, of its metadata."""
+        if self.tally is not None:
+            self.tally.load_state_dict(saved.get("label_tally"))

@@ -86,6 +86,10 @@ def _check_vectors(run: RunConfig) -> None:
     for name in ("distributions", "index", "unlabelled_index", "labelled"):
         if getattr(data, name) is not None:
             raise ValueError(f"mpl_scale.data.{name} = '{getattr(data, name)}' is for images; source {source} has none")
+    if every := run.mpl.logging.view_grid_every:
+        raise ValueError(
+            f"mpl_scale.logging.view_grid_every = {every}: source {source} has vectors, and no views to be drawn; set 0"
+        )
 
 
 def load_splits(run: RunConfig) -> Splits:

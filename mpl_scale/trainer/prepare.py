@@ -236,10 +236,11 @@ def _open_monitor(run: RunConfig, writers: Writers, mesh: Mesh) -> None:
     enabled = [name for name in MONITORS if run.deepspeed.get(name, {}).get("enabled", False)]
     if not enabled or not mesh.is_main:
         return
-    from mpl_scale.engine.deepspeed_setup import monitor_master  # imports deepspeed: 4 s and more
+    from mpl_scale.engine.deepspeed_setup import monitor_master, picture_writer  # imports deepspeed: 4 s and more
 
     try:
         writers.monitor = monitor_master(run.deepspeed)
+        writers.draw = picture_writer(writers.monitor)
     except Exception as error:  # of any service's library: no account, no network, a version too old
         raise ValueError(
             f"{', '.join(enabled)} cannot be opened: {first_line(error)}; mend that, or set enabled to false"

@@ -52,6 +52,7 @@ class Rewinder:
             )
             return False
         self.snapshots.restore(snapshot, run.state)
+        run.load_tally(snapshot.metadata)
         again = step - snapshot.step
         run.rewinds += 1
         run.data_offset += again if settings.skip_batches else 0

@@ -27,6 +27,7 @@ from mpl_scale.trainer.requests import Requests
 from mpl_scale.trainer.rewind import Rewinder
 from mpl_scale.trainer.snapshots import Snapshot, Snapshots
 from mpl_scale.trainer.validator import Validator
+from mpl_scale.trainer.views import ViewGrid
 from mpl_scale.trainer.vitals import Vitals
 from mpl_scale.types import StepMetrics
 
@@ -49,6 +50,7 @@ class Trainer:
     validator: Validator
     checkpointer: Checkpointer
     rewinder: Rewinder
+    views: ViewGrid
     requests: Requests
     _resumed: PhaseRun | None = None
     _captures: bool = field(init=False)
@@ -109,6 +111,9 @@ class Trainer:
         run.step += 1
         run.clock.steps += 1
         self.record.global_step += 1
+        if run.tally is not None:
+            run.tally.count(run.batch_number)
+        self.views.show(run, batch)
         return metrics
 
     def restore(self, snapshot: Snapshot) -> None:

@@ -14,7 +14,17 @@ from mpl_scale.engine import build_network
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
-from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS, Baseline, MovingAverage, Network, Schedules, State
+from mpl_scale.mpl import (
+    FEEDBACK_RULES,
+    LOSSES,
+    METHODS,
+    Baseline,
+    MovingAverage,
+    Network,
+    PseudoLabels,
+    Schedules,
+    State,
+)
 from mpl_scale.mpl.methods import Step
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
@@ -97,6 +107,7 @@ def make_state(case: Case, mesh: Mesh) -> tuple[Step, State]:
         teacher_views=kind.teacher_views,
         loss_buffers={name: buffer.to(mesh.device) for name, buffer in kept.items()},
         data_ranks=mesh.data,
+        noted=PseudoLabels(16 // mesh.data, device=mesh.device) if kind.unlabelled else None,
     )
     return SkipNonfinite(kind.step, state) if case.skipping else kind.step, state
 

@@ -179,6 +179,10 @@ class IndexedImages:
             ranges.append((first, last))
         return concatenate([np.arange(first, last, dtype=np.int64) for first, last in ranges])
 
+    def shards_of(self, samples: np.ndarray) -> np.ndarray:
+        """The number of each sample's shard, int64 [n]; samples: int64 [n]."""
+        return np.asarray(self._shard[samples], np.int64)
+
     def read(self, sample: int) -> np.ndarray:
         """The encoded image, uint8 [bytes]; raw pixels as a PPM file. Raises UnreadableImage with the reason."""
         path, offset, length = self._place(sample)
