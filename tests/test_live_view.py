@@ -183,3 +183,19 @@ def test_vectors_have_no_views() -> None:
     loaded = load_config(moons, overrides=("mpl_scale.logging.view_grid_every=10",))
     with pytest.raises(ValueError, match=r"view_grid_every = 10: source two_moons has vectors, .*; set 0"):
         check_names(loaded)
+
+
+def test_the_drop_of_the_labelled_loss_is_measured_and_changes_nothing(tmp_path: Path) -> None:
+    """As loss_difference measures it, whose h it is; the networks are those of a run without it, bit by bit."""
+    data = places(tmp_path / "data", np.arange(64) % CLASSES)
+    rows, states = {}, {}
+    for name, rule, measured in (("off", "cosine", False), ("on", "cosine", True), ("h", "loss_difference", False)):
+        logging = {"every": 1, "labelled_loss_drop": measured}
+        config = config_of(tmp_path, data, logging=logging, method={"feedback": {"rule": rule}})
+        run(config, str(tmp_path / name))
+        rows[name] = [row for row in lines(tmp_path / name) if row["phase"] == "train" and row["part"] == "train"]
+        states[name] = final_state(tmp_path / name)
+    assert all(torch.equal(value, states["on"][name]) for name, value in states["off"].items())
+    assert named(rows["on"], without="labelled_loss_drop") == rows["off"]
+    assert rows["on"][0]["labelled_loss_drop"] == rows["h"][0]["labelled_loss_drop"]  # from the same networks
+    assert [row["labelled_loss_drop"] for row in rows["h"]] == [row["feedback"] for row in rows["h"]]

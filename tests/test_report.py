@@ -218,7 +218,25 @@ def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
     runs = [trial(rule, **{RULE: rule}) for rule in ("cosine", "none")]
     material = material_of([replace(run, metrics=lines) for run in runs])
     rows = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
-    assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "3"]]
+    assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "not measured", "", "", "3"]]
+
+
+def test_the_sign_of_h_is_compared_with_the_measured_drop_and_labels_with_the_control(tmp_path: Path) -> None:
+    """h is right three times of four; signs as frequent (3/4 and 2/4 above 0) would agree half the time by chance."""
+    pairs = [(0.3, 0.1), (0.2, 0.5), (-0.1, -0.2), (0.1, -0.3)]
+    runs = []
+    for rule, right in (("cosine", 0.75), ("none", 0.5)):
+        lines = [
+            {"phase": "train", "part": "train", "step": step, "global_step": step, "h": h - 0.1, "feedback": h}
+            | {"labelled_loss_drop": drop, "label_agreement": right}
+            for step, (h, drop) in enumerate(pairs, start=1)
+        ]
+        settings = {f"mpl_scale__{RULE}": rule, "mpl_scale__logging__labelled_loss_drop": rule == "cosine"}
+        runs.append(replace(trial(rule, **settings), metrics=lines))
+    material = Material()
+    add_runs(material, runs)
+    _, (_, *cells) = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
+    assert cells[2:] == ["50%", "75% (by chance 50%)", "75.0%", "50.0%", "4"]
 
 
 def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:

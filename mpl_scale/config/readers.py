@@ -28,6 +28,8 @@ SPLITS = (*_BY_CLASS, "imagenet_10", "cifar10_4k", "svhn_1k", "all_labelled")
 OPTIMIZERS = ("sgd", "rmsprop", "lars", "adamw", "lamb", "muon")
 WEAK_VIEWS = ("shift_crop", "random_resized_crop")
 RULES = ("cosine", "dot", "loss_difference", "none", "flipped", "kekmodel", *EXACT_RULES)
+_MEASURING = ("none", "loss_difference", "kekmodel")
+"""Rules that measure the drop of the labelled loss without being asked, or never look at it."""
 _WITHOUT_SHARDS = ("digits", "folder", "two_moons")
 _LIMITS = {
     "enhance": ("brightness", "color", "contrast", "sharpness"),
@@ -225,6 +227,8 @@ READERS: tuple[Reader, ...] = (
         "recompute",
         lambda policy: policy != "none" and set(policy) != {"none"},
     ),
+    _rows("logging", "labelled_loss_drop", ".method.name", _only(FED_BACK, known=METHODS)),
+    _rows("logging", "labelled_loss_drop", ".method.feedback.rule", lambda rule: rule not in _MEASURING),
     _rows("logging", "view_grid_every", ".method.name", _only(_UNLABELLED, known=METHODS)),
     _rows("checkpoint", "timeout_seconds", "asynchronous", bool),
     _rows("checkpoint", "keep_every", "every", _positive),

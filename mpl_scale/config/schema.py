@@ -204,6 +204,11 @@ class LoggingConfig(Section):
         description="Steps between pictures of weak and strong views with their pseudo labels, in the run's folder "
         "views/ ; 0: none. Not for vectors.",
     )
+    labelled_loss_drop: bool = Field(
+        False,
+        description="Whether the student's loss on labelled images is measured before its update too, by one more "
+        "forward pass at each step: `mpl-scale report` compares its drop with the sign of h. Trains the same networks.",
+    )
     cost: Literal["auto", "on", "off"] = Field(
         "auto",
         description="Whether the bytes and the time of the main phase's steps are measured, and planned, for the "

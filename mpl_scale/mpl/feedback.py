@@ -23,11 +23,13 @@ from mpl_scale.mpl.losses import accuracy, cross_entropy, minus_expectation
 from mpl_scale.mpl.network import GradientShard, Network
 from mpl_scale.mpl.state import FEEDBACK_PASS, State, gradient_dots, means
 from mpl_scale.mpl.views import LABELLED_ROWS
-from mpl_scale.types import Batch
+from mpl_scale.types import Batch, StepMetrics
 
 FEEDBACK_RULES: Registry[type[FeedbackRule]] = Registry("feedback rule")
 register_feedback = FEEDBACK_RULES.register
 """Make a rule available as `mpl_scale.method.feedback.rule`."""
+LABELLED_LOSS, DROP = "student_labelled_loss", "labelled_loss_drop"
+"""Metrics: the student's loss on x_l at theta', and what its update took off it."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ class FeedbackRule:
 
     soft_labels = False
     """Whether the rule is for soft pseudo labels; the others are for hard ones."""
+    measures_drop = False
+    """Whether its metrics have DROP by themselves."""
 
     def saw_labelled(self, logits: torch.Tensor, batch: Batch) -> None:
         """Called with the update pass's logits on x_l [B, K] of each micro-batch; [0, K] if that pass had none."""
@@ -123,15 +127,18 @@ class Dot(Cosine):
 class LossDifference(FeedbackRule):
     """h = CE_old - CE_new on x_l: the same batch statistics, no dropout unless feedback.dropout asks for it."""
 
+    measures_drop = True
+
     def before_update(self, state: State, batch: Batch) -> None:
         """Measure the cross-entropy on x_l before the student's update."""
-        self._old = labelled_loss(state, batch)["student_labelled_loss"]  # []
+        self._old = labelled_loss(state, batch)[LABELLED_LOSS]  # []
 
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
         """Measure CE at theta', on all ranks."""
         metrics = labelled_loss(state, batch)
-        h = state.mean_over_ranks((self._old - metrics["student_labelled_loss"]).double())  # []
-        return Signal(h=h, credit=h, metrics=metrics)
+        drop = loss_drop(self._old, metrics)
+        h = state.mean_over_ranks(drop[DROP].double())  # []
+        return Signal(h=h, credit=h, metrics={**metrics, **drop})
 
 
 class Directional(FeedbackRule, ABC):
@@ -257,7 +264,7 @@ def _labelled_pass(state: State, batch: Batch) -> tuple[torch.Tensor, dict[str, 
     pass_ = state.new_pass(FEEDBACK_PASS, rows, learn=False, dropout=state.method.feedback.dropout)
     logits = student.forward(batch.normalise(batch.labelled), pass_)  # [B, K]
     loss = cross_entropy(logits, batch.labels).mean()  # []
-    metrics = {"student_labelled_loss": loss.detach(), "student_labelled_accuracy": accuracy(logits, batch.labels)}
+    metrics = {LABELLED_LOSS: loss.detach(), "student_labelled_accuracy": accuracy(logits, batch.labels)}
     return loss, metrics
 
 
@@ -265,6 +272,12 @@ def _labelled_pass(state: State, batch: Batch) -> tuple[torch.Tensor, dict[str, 
 def labelled_loss(state: State, batch: Batch) -> dict[str, torch.Tensor]:
     """The student's mean CE on this rank's x_l, and its accuracy, under the names they are logged by."""
     return means([_labelled_pass(state, part)[1] for part in batch.split(state.micro_batches)])
+
+
+def loss_drop(before: torch.Tensor | None, metrics: StepMetrics) -> dict[str, torch.Tensor]:
+    """CE at theta [] less that at theta' by the metrics, of this rank's x_l; nothing where one of them is unknown."""
+    after = metrics.get(LABELLED_LOSS)
+    return {} if before is None or after is None else {DROP: before - after}
 
 
 def labelled_gradient(

@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import torch
 
-from mpl_scale.mpl.feedback import FeedbackRule, Signal, StudentUpdate, labelled_loss, register_feedback
+from mpl_scale.mpl.feedback import (
+    DROP,
+    FeedbackRule,
+    Signal,
+    StudentUpdate,
+    labelled_loss,
+    loss_drop,
+    register_feedback,
+)
 from mpl_scale.mpl.losses import cross_entropy
 from mpl_scale.mpl.state import State
 from mpl_scale.types import Batch
@@ -20,6 +28,8 @@ from mpl_scale.types import Batch
 @register_feedback("kekmodel")
 class Kekmodel(FeedbackRule):
     """h = CE_new - CE_old on x_l."""
+
+    measures_drop = True
 
     def __init__(self) -> None:
         self._old: list[torch.Tensor] = []  # [] of each micro-batch
@@ -31,8 +41,9 @@ class Kekmodel(FeedbackRule):
     def after_update(self, state: State, batch: Batch, update: StudentUpdate) -> Signal:
         """Measure CE at theta', on all ranks."""
         metrics = labelled_loss(state, batch)
-        h = state.mean_over_ranks((metrics["student_labelled_loss"] - torch.stack(self._old).mean()).double())  # []
-        return Signal(h=h, credit=h, metrics=metrics)
+        drop = loss_drop(torch.stack(self._old).mean(), metrics)
+        h = state.mean_over_ranks(-drop[DROP].double())  # []
+        return Signal(h=h, credit=h, metrics={**metrics, **drop})
 
     def teacher_loss(
         self, credit: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor, *, strong: torch.Tensor

@@ -101,6 +101,7 @@ class State:
     teacher_views: Views = three_views  # what the teacher sees of a batch
     loss_buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # the training loss's, alike on all ranks
     data_ranks: int = 1
+    measure_drop: bool = False  # whether the student's labelled loss is measured before its update too, for the log
     noted: PseudoLabels | None = None  # where the step says what it called unlabelled images; None: nowhere
 
     def new_pass(self, number: int, rows: torch.Tensor, *, learn: bool = True, dropout: bool = True) -> Pass:

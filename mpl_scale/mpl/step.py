@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from mpl_scale.mpl.feedback import FEEDBACK_RULES, StudentUpdate
+from mpl_scale.mpl.feedback import FEEDBACK_RULES, LABELLED_LOSS, StudentUpdate, labelled_loss, loss_drop
 from mpl_scale.mpl.losses import accuracy, cross_entropy, sample_labels
 from mpl_scale.mpl.methods import CONFIGURED, register_method
 from mpl_scale.mpl.network import Network
@@ -63,6 +63,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
         metrics |= {"student_loss": loss.detach(), "student_accuracy": accuracy(strong, targets)}
     gradient = student.reduce()  # g_u: fp32 shards [N]
     rule.before_update(state, batch)
+    old_loss = labelled_loss(state, batch)[LABELLED_LOSS] if state.measure_drop else None  # [], to be logged only
     student.apply(now.student_lr)
 
     # Feedback: h from g_u and grad CE(y_l, S(x_l; theta_S')), less its moving average
@@ -100,6 +101,7 @@ def mpl_step(state: State, batch: Batch) -> StepMetrics:
         "student_lr": now.student_lr,
         "uda_weight": now.uda_weight,
         **signal.metrics,
+        **loss_drop(old_loss, signal.metrics),
     }
 
 

@@ -16,6 +16,7 @@ METHODS = ("mpl", "reduced_mpl")
 CONTROL_RULES = ("none", "flipped")
 RULE = "mpl_scale.method.feedback.rule"
 FEEDBACK = "mpl_scale.method.feedback."
+LOGGING = "mpl_scale.logging."
 METHOD = "mpl_scale.method.name"
 ENDINGS = (", no feedback", "_no_feedback", ", feedback none")
 """What the benchmarks call the control of a method: its name and one of these."""
@@ -30,8 +31,8 @@ def is_fed_back(settings: Mapping[str, Any]) -> bool:
 
 
 def without_feedback(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run and its control have in common; of the feedback section nothing is left."""
-    return {name: value for name, value in settings.items() if not name.startswith(FEEDBACK)}
+    """What a run and its control have in common: neither their feedback section nor what is logged of it."""
+    return {name: value for name, value in settings.items() if not name.startswith((FEEDBACK, LOGGING))}
 
 
 def is_control(settings: Mapping[str, Any]) -> bool:

@@ -36,6 +36,8 @@ LEARNING = (
     Panel("teacher_mpl_loss", "Teacher: feedback times loss (MPL)", "nats", zero=True),
     Panel("h", "Feedback h", "h, after its baseline", zero=True),
     Panel("cosine", "Cosine of the student's two gradients", "cosine", zero=True),
+    Panel("label_agreement", "Pseudo labels that are right", "of those whose truth is known (%)", scale=100),
+    Panel("label_evenness", "Pseudo labels over classes", "entropy over its maximum (%)", scale=100),
     Panel("evaluation/student_top1", "Student on the test images", "top-1 (%)"),
     Panel("evaluation/ema_top1", "Average of the student (EMA) on the test images", "top-1 (%)"),
     Panel("evaluation/teacher_top1", "Teacher on the test images", "top-1 (%)"),

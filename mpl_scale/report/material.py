@@ -69,6 +69,12 @@ class Group:
     curves: Mapping[str, Curve]
     feedback: Sequence[float] = ()
     """h of all runs' lines of metrics in their last LAST_STEPS steps of phase train; empty without feedback."""
+    drops: Sequence[tuple[float, float]] = ()
+    """Of the same lines h before its baseline, and how far the student's update lowered its labelled loss."""
+    right: Sequence[float] = ()
+    """Of the same lines the share of right pseudo labels, where the truth is known."""
+    twin: str | None = None
+    """The label of the same configuration with h = 0."""
 
 
 LAST_STEPS = 1000

@@ -141,23 +141,48 @@ def _results(material: Material) -> str:
 
 
 def _feedback(material: Material) -> str:
-    """Signal and noise of h, where there are two lines of it."""
-    rows = []
+    """Signal and noise of h where there are two lines of it, whether its sign was right, and how many labels were."""
+    rows, measured = [], False
     for group, name in zip(material.groups, group_names(material.groups), strict=True):
         if len(group.feedback) > 1:
             mean, deviation = mean_and_deviation(group.feedback)
             ratio = f"{abs(mean) / deviation:.2f}" if deviation else "no noise"
             positive = sum(h > 0 for h in group.feedback) / len(group.feedback)
-            rows.append([name, f"{mean:+.4f} ± {deviation:.4f}", ratio, f"{positive:.0%}", str(len(group.feedback))])
+            controls = [one for one in material.groups if (one.label, one.labels) == (group.twin, group.labels)]
+            right = [f"{mean_and_deviation(one.right)[0]:.1%}" if one.right else "" for one in (group, *controls)]
+            measured |= bool(group.drops)
+            cells = [f"{mean:+.4f} ± {deviation:.4f}", ratio, f"{positive:.0%}", _agreement(group.drops)]
+            rows.append([name, *cells, *right[:1], *(right[1:] or [""]), str(len(group.feedback))])
     if not rows:
         return ""
-    columns = ["configuration", "h", "signal to noise", "h above 0", "lines"]
+    columns = ["configuration", "h", "signal to noise", "h above 0", "sign of h right", "labels right", "without h"]
     note = (
         f"h, the student's feedback, in the lines of metrics of the last {LAST_STEPS:,} steps: mean and deviation from "
         "line to line, and their ratio. Far below 1, a step's feedback is mostly noise, and only its sum over many "
-        "steps can move the teacher. Whether it did is told by the control with h = 0 alone."
+        "steps can move the teacher. Labels right: of the pseudo labels whose truth the source tells; without h: those "
+        "of the control with h = 0, which alone tells whether the feedback did anything."
     )
-    return f'<p class="soft">{note}</p>\n{table(columns, rows, numbers=columns[1:])}'
+    sign = (
+        "Sign of h right: how often h, before its baseline, is positive just where the student's update lowered its "
+        "loss on labelled images. By chance: of two signs as frequent as these that know nothing of each other."
+    )
+    if not measured:
+        sign = (
+            "Whether the sign of h was right is not known: no rule but loss_difference and kekmodel measures the "
+            "labelled loss before the student's update, as the others do with mpl_scale.logging.labelled_loss_drop."
+        )
+    shown = table([*columns, "lines"], rows, numbers=[*columns[1:], "lines"])
+    return f'<p class="soft">{note}</p>\n<p class="soft">{sign}</p>\n{shown}'
+
+
+def _agreement(drops: Sequence[tuple[float, ...]]) -> str:
+    """How often both of a pair are above 0 or neither is, and how often they would be by chance."""
+    if not drops:
+        return "not measured"
+    signs = [(h > 0, drop > 0) for h, drop in drops]
+    agree = sum(h == drop for h, drop in signs) / len(signs)
+    p, q = (sum(column) / len(signs) for column in zip(*signs, strict=True))
+    return f"{agree:.0%} (by chance {p * q + (1 - p) * (1 - q):.0%})"
 
 
 def _unequal_steps(material: Material) -> str:

@@ -139,6 +139,8 @@ def add_runs(material: Material, runs: Sequence[Run]) -> None:
     controls = {_common(group[0]): label for label, group in named if is_control(group[0].settings)}
     for label, group in named:
         first = group[0]
+        fed_back = is_fed_back(first.settings)
+        twin = controls.get(_common(first)) if fed_back else None
         made = Group(
             label=label,
             labels=first.labels,
@@ -146,11 +148,12 @@ def add_runs(material: Material, runs: Sequence[Run]) -> None:
             seeds=[run.seed for run in group],
             settings={name: value for name, value in first.settings.items() if name != SEED},
             curves=_curves(group),
-            feedback=_feedback(group) if is_fed_back(first.settings) else (),
+            feedback=[h for (h,) in _late(group, "h")] if fed_back else (),
+            drops=[(h, drop) for h, drop in _late(group, "feedback", "labelled_loss_drop")] if fed_back else (),
+            right=[share for (share,) in _late(group, "label_agreement")],
+            twin=twin,
         )
         material.groups.append(made)
-        fed_back = is_fed_back(first.settings)
-        twin = controls.get(_common(first)) if fed_back else None
         for run in group:
             if run.summary:
                 outcome = Outcome("runs", label, first.stage, first.labels, run.seed, run.top1, None, fed_back, twin)
@@ -221,11 +224,12 @@ def _curves(group: Sequence[Run]) -> dict[str, Curve]:
     return {name: curve for name, curve in curves.items() if curve.steps}
 
 
-def _feedback(group: Sequence[Run]) -> list[float]:
+def _late(group: Sequence[Run], *names: str) -> list[tuple[float, ...]]:
+    """Metrics of the lines of the last LAST_STEPS steps of phase train, of lines that have all of them."""
     found = []
     for run in group:
-        rows = [row for row in run.metrics if row["phase"] == "train" and row.get("h") is not None]
-        found += [row["h"] for row in rows if row["step"] > rows[-1]["step"] - LAST_STEPS]
+        rows = [row for row in run.metrics if row["phase"] == "train" and None not in map(row.get, names)]
+        found += [tuple(row[name] for name in names) for row in rows if row["step"] > rows[-1]["step"] - LAST_STEPS]
     return found
 
 

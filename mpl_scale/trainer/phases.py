@@ -21,7 +21,18 @@ from mpl_scale.mesh import Mesh
 from mpl_scale.models import build_model
 from mpl_scale.models.buffers import stateful_buffers
 from mpl_scale.models.weights import load_weights
-from mpl_scale.mpl import LOSSES, METHODS, Baseline, Method, MovingAverage, Network, PseudoLabels, Schedules, State
+from mpl_scale.mpl import (
+    FEEDBACK_RULES,
+    LOSSES,
+    METHODS,
+    Baseline,
+    Method,
+    MovingAverage,
+    Network,
+    PseudoLabels,
+    Schedules,
+    State,
+)
 from mpl_scale.optim import schedule
 from mpl_scale.resolve import Resolved, resolve
 from mpl_scale.spatial import parallelize
@@ -163,6 +174,7 @@ def build_state(
         teacher_views=METHODS[settings.name].teacher_views,
         loss_buffers={name: buffer.to(mesh.device) for name, buffer in kept.items()},
         data_ranks=mesh.data,
+        measure_drop=config.logging.labelled_loss_drop and not FEEDBACK_RULES[feedback.rule].measures_drop,
         noted=PseudoLabels(phase.unlabelled // mesh.data, device=mesh.device) if phase.unlabelled else None,
     )
 

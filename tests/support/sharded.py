@@ -75,6 +75,7 @@ def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, step
         micro_batches=s.micro_batches,
         deferred_teacher=s.deferred,
         forward_mode=True,
+        measure_drop=True,
         noted=PseudoLabels(s.unlabelled // mesh.data, device=mesh.device),
     )
 
