@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mpl_scale.config import load_config
 from mpl_scale.config.schema import DataConfig
@@ -53,9 +55,9 @@ def places(folder: Path, truth: np.ndarray) -> dict[str, Any]:
     }
 
 
-def config_of(folder: Path, data: dict[str, Any], **section: Any) -> str:
-    """A run on these places: a step has 8 labelled and 8 unlabelled images."""
-    raw = tiny(train_batch_size=8)
+def config_of(folder: Path, data: dict[str, Any], *, monitors: dict[str, Any] | None = None, **section: Any) -> str:
+    """A run on these places: a step has 8 labelled and 8 unlabelled images. monitors: DeepSpeed's sections."""
+    raw = tiny(train_batch_size=8, **monitors or {})
     ours = raw["mpl_scale"]
     for name in ("source", "split", "labelled_per_class", "test_fraction", "split_seed"):
         ours["data"].pop(name, None)
@@ -70,6 +72,11 @@ def config_of(folder: Path, data: dict[str, Any], **section: Any) -> str:
 
 def named(rows: list[dict[str, Any]], *, without: str = "") -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != without} for row in rows]
+
+
+def trained(output: Path) -> list[dict[str, Any]]:
+    """The lines of the main phase's steps."""
+    return [row for row in lines(output) if row["phase"] == row["part"] == "train"]
 
 
 def test_the_truth_reaches_the_log_and_nothing_that_is_trained(tmp_path: Path) -> None:
@@ -178,6 +185,23 @@ def test_a_run_leaves_pictures_of_whole_views_on_any_mesh(tmp_path: Path, width:
     assert sum(shifts) == 1  # one window of one image
 
 
+def test_tensorboard_has_the_curves_and_the_pictures(tmp_path: Path) -> None:
+    board = {"enabled": True, "output_path": str(tmp_path), "job_name": "board"}
+    data = places(tmp_path / "data", np.arange(64) % CLASSES)
+    config = config_of(tmp_path, data, monitors={"tensorboard": board}, logging={"view_grid_every": 4})
+    pool(2).run(run, config, str(tmp_path / "out"))
+    events = EventAccumulator(str(tmp_path / "board"), size_guidance={"images": 0}).Reload()
+    rows = {row["global_step"]: row for row in trained(tmp_path / "out")}
+    for name in ("h", "cosine", "label_agreement", "label_share/3"):
+        found = {event.step: event.value for event in events.Scalars(f"train/{name}")}
+        assert found == pytest.approx({step: row[name] for step, row in rows.items()})
+    shown = {event.step: event.encoded_image_string for event in events.Images("train/views")}
+    assert shown.keys() == {8, 12}  # step 4 is the warm-up's
+    for step, encoded in shown.items():
+        written = Image.open(tmp_path / "out" / "views" / f"step_{step:06d}.png")
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), np.asarray(written))
+
+
 def test_vectors_have_no_views() -> None:
     moons = DIGITS.parent / "two_moons.json"
     loaded = load_config(moons, overrides=("mpl_scale.logging.view_grid_every=10",))
@@ -193,7 +217,7 @@ def test_the_drop_of_the_labelled_loss_is_measured_and_changes_nothing(tmp_path:
         logging = {"every": 1, "labelled_loss_drop": measured}
         config = config_of(tmp_path, data, logging=logging, method={"feedback": {"rule": rule}})
         run(config, str(tmp_path / name))
-        rows[name] = [row for row in lines(tmp_path / name) if row["phase"] == "train" and row["part"] == "train"]
+        rows[name] = trained(tmp_path / name)
         states[name] = final_state(tmp_path / name)
     assert all(torch.equal(value, states["on"][name]) for name, value in states["off"].items())
     assert named(rows["on"], without="labelled_loss_drop") == rows["off"]
