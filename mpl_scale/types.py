@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 StepMetrics = Mapping[str, torch.Tensor]
@@ -37,6 +38,7 @@ class Batch:
     unlabelled_distributions: torch.Tensor | None = None  # [U, K], and of x_u
     unlabelled_ids: torch.Tensor | None = None  # int64 [U], their places in the list of unlabelled images, if asked for
     normalise: Callable[[torch.Tensor], torch.Tensor] = as_they_are  # any of the images, to floating point
+    unlabelled_samples: np.ndarray | None = None  # int64 [U] on the host, sample ids of x_u: for people, not for steps
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors of the batch, by field; absent ones are left out."""

@@ -83,6 +83,8 @@ class TrainLoader:
         self._labelled = batch.plan("labelled", splits, rows=labelled, columns=view.columns)
         self._unlabelled = batch.plan("unlabelled", splits, rows=unlabelled[own], columns=view.columns)
         self._places = batch.places(splits, rows=unlabelled) if batch.ids else None
+        of_group = self._exchange is not None and batch.unlabelled > 0
+        self._of_group = batch.plan("unlabelled", splits, rows=unlabelled, columns=0) if of_group else None
         self._steps = itertools.count(start_step)
         requests = self._requests(start_step)
         self._source: ViewSource
@@ -116,6 +118,7 @@ class TrainLoader:
         labels = self._labels if self._exchange is None else None  # those of the whole group are not on this rank
         if labels is None:
             labels = to_device(np.asarray(self._splits.images.labels[labelled], np.int64), self._device)
+        step = next(self._steps)
         return Batch(
             labelled=views[0],
             labels=labels,
@@ -124,13 +127,20 @@ class TrainLoader:
             strong=views[-1],
             unlabelled_rows=self._unlabelled_rows,
             normalise=self._normalise,
-            unlabelled_ids=self._ids(),
+            unlabelled_ids=self._ids(step),
+            unlabelled_samples=self._unlabelled_samples(step),
             **self._stored(),
         )
 
-    def _ids(self) -> torch.Tensor | None:
+    def _unlabelled_samples(self, step: int) -> np.ndarray:
+        """Those decoded; where a group shares its rows, those drawn."""
+        if self._of_group is not None:
+            return self._of_group.draw(step).ids
+        first = len(self._labelled_rows)
+        return self._seen[first : first + len(self._unlabelled_rows)]
+
+    def _ids(self, step: int) -> torch.Tensor | None:
         """Those drawn: a substitute counts as the image it stands for."""
-        step = next(self._steps)
         return None if self._places is None else to_device(self._places.draw(step).ids, self._device)
 
     def _stored(self) -> dict[str, torch.Tensor]:

@@ -14,9 +14,8 @@ from mpl_scale.data.prefetch import Prefetcher
 from mpl_scale.data.resident_parts import ResidentParts
 from mpl_scale.data.vectors import Jitter, VectorSet
 from mpl_scale.mesh import Mesh
-from mpl_scale.mpl import LOSSES, PseudoLabels
+from mpl_scale.mpl import LOSSES
 from mpl_scale.spatial import input_columns
-from mpl_scale.trainer.label_tally import LabelTally
 from mpl_scale.trainer.phases import Phase
 
 _SHOWN_IDS = 8
@@ -45,10 +44,6 @@ class DataSource:
             resident=self.resident.train,
         )
         return Prefetcher(loader, self.mesh.device)
-
-    def tally(self, phase: Phase, noted: PseudoLabels) -> LabelTally:
-        """What counts the pseudo labels of a phase."""
-        return LabelTally(noted, batch_spec(phase, self.config, self.splits), self.splits, self.mesh)
 
 
 def batch_spec(

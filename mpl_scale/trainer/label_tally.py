@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from mpl_scale.data.batch_spec import BatchSpec
-from mpl_scale.data.samples.plan import rows_of_rank
 from mpl_scale.data.samples.splits import Splits
 from mpl_scale.data.samples.truth import UNKNOWN, Truth
 from mpl_scale.data.transfer import to_device
 from mpl_scale.mesh import Mesh
 from mpl_scale.mpl import PseudoLabels
+from mpl_scale.types import Batch
 
 MOST_CURVES = 100
 """Classes whose shares are logged one by one; of more, only how even they are."""
@@ -33,39 +32,34 @@ class LabelTally:
     are right and of those whose truth is known. Whole numbers but for the confidence, so sums over ranks are exact.
     """
 
-    def __init__(self, noted: PseudoLabels, batch: BatchSpec, splits: Splits, mesh: Mesh) -> None:
+    def __init__(self, noted: PseudoLabels, splits: Splits, mesh: Mesh) -> None:
         """
         Args:
             noted: what the phase's step fills.
-            batch: of the phase; it draws unlabelled images.
             splits: of the run.
             mesh: this rank's place.
         """
         self._noted, self._mesh, self._classes = noted, mesh, len(splits.images.classes)
         truth = Truth(splits)
         self._truth = truth if truth.any else None
-        self._plan = batch.plan("unlabelled", splits, rows=rows_of_rank(batch.unlabelled, mesh), columns=0)
         self._ones = torch.ones(len(noted.labels), dtype=torch.float64, device=mesh.device)
         self.counts = torch.zeros(self._classes + 3, dtype=torch.float64, device=mesh.device)
+        self._confidence, self._right, self._known = self.counts[self._classes :]  # [] each, live
 
-    def truth(self, number: int) -> np.ndarray:
-        """The classes of this rank's unlabelled images of batch `number`, or UNKNOWN, int64 [U'].
+    def truth(self, batch: Batch) -> np.ndarray:
+        """The classes of a batch's unlabelled images, or UNKNOWN, int64 [U']."""
+        if self._truth is None or batch.unlabelled_samples is None:
+            return np.full(len(self._ones), UNKNOWN)
+        return self._truth(batch.unlabelled_samples)
 
-        An image that could not be read counts as the one that was drawn, not as its substitute.
-        """
-        if self._truth is None:
-            return np.full(len(self._noted.labels), UNKNOWN)
-        return self._truth(self._plan.draw(number).ids)
-
-    def count(self, number: int) -> None:
-        """Take in a step that has trained on batch `number`. Nothing is read on the host."""
-        noted, counts = self._noted, self.counts
-        counts.index_add_(0, noted.labels, self._ones)
-        counts[_CONFIDENCE].add_(noted.confidence.sum())
+    def count(self, batch: Batch) -> None:
+        """Take in a step that has trained on a batch. Nothing is read on the host."""
+        self.counts.index_add_(0, self._noted.labels, self._ones)
+        self._confidence.add_(self._noted.confidence.sum())
         if self._truth is not None:
-            truth = to_device(self.truth(number), self._mesh.device)  # int64 [U']
-            counts[_RIGHT].add_((truth == noted.labels).sum())
-            counts[_KNOWN].add_((truth != UNKNOWN).sum())
+            truth = self.truth(batch)
+            self._right.add_((to_device(truth, self._mesh.device) == self._noted.labels).sum())
+            self._known.add_(np.count_nonzero(truth != UNKNOWN))
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         """What is logged of the counts of all ranks, float [K + 3]; nothing where no image was labelled.

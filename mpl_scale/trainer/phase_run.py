@@ -14,6 +14,7 @@ from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.trainer.clock import Clock
 from mpl_scale.trainer.data_source import DataSource, batch_ids
 from mpl_scale.trainer.evaluation import Results
+from mpl_scale.trainer.label_tally import LabelTally
 from mpl_scale.trainer.loss_watch import LossWatch
 from mpl_scale.trainer.phases import Phase
 from mpl_scale.types import Batch
@@ -62,7 +63,7 @@ class PhaseRun:
         self.data_offset = self.rewinds = 0
         self.watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step)
         self.skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
-        self.tally = None if state.noted is None else source.tally(phase, state.noted)
+        self.tally = None if state.noted is None else LabelTally(state.noted, source.splits, source.mesh)
         self.clock = Clock()
         self._source = source
 
@@ -88,11 +89,6 @@ class PhaseRun:
         """The batch of the next step; the wait is counted as waiting for data."""
         with self.clock.waiting():
             return next(self.loader)
-
-    @property
-    def batch_number(self) -> int:
-        """Of the batch that the last step has seen."""
-        return self.step - 1 + self.data_offset
 
     def seek(self, step: int) -> None:
         """Continue from another step, with the batches that belong to it."""

@@ -112,7 +112,7 @@ class Trainer:
         run.clock.steps += 1
         self.record.global_step += 1
         if run.tally is not None:
-            run.tally.count(run.batch_number)
+            run.tally.count(batch)
         self.views.show(run, batch)
         return metrics
 

@@ -49,7 +49,9 @@ class ViewGrid:
         weak, strong = (self._whole(views[:SHOWN]) for views in (batch.weak, batch.strong))
         if not self.mesh.is_main:
             return
-        page = draw_grid(self._labelled(run, weak, strong), title=f"{run.phase.name}, step {run.step}: weak, strong")
+        page = draw_grid(
+            self._labelled(run, batch, weak, strong), title=f"{run.phase.name}, step {run.step}: weak, strong"
+        )
         path = self.folder / VIEWS / f"step_{step:06d}.png"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -59,10 +61,10 @@ class ViewGrid:
             self.writers.note(f"{path} cannot be written: {error.strerror}; training continues without this picture")
         self.writers.picture("views", np.asarray(page), phase=run.phase.name, global_step=step)
 
-    def _labelled(self, run: PhaseRun, weak: np.ndarray, strong: np.ndarray) -> list[Labelled]:
+    def _labelled(self, run: PhaseRun, batch: Batch, weak: np.ndarray, strong: np.ndarray) -> list[Labelled]:
         assert run.tally is not None
         assert run.state.noted is not None
-        noted, truth = run.state.noted, run.tally.truth(run.batch_number).tolist()
+        noted, truth = run.state.noted, run.tally.truth(batch).tolist()
         labels, confidence = noted.labels[:SHOWN].tolist(), noted.confidence[:SHOWN].tolist()
         names = dict(enumerate(self.classes)) | {UNKNOWN: None}
         rows = zip(weak, strong, labels, confidence, truth, strict=False)

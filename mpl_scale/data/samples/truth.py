@@ -38,11 +38,12 @@ class Truth:
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         """The class of each unlabelled image, or UNKNOWN: int64 [n]; ids: int64 [n]."""
         labels, numbers = np.asarray(self._labels[ids], np.int64), self._numbers(ids)
-        for number in np.unique(numbers):
+        for number, known in enumerate(self._sets):
             own = numbers == number
-            labels[own] = self._sets[number](ids[own] - self._starts[number], labels[own])
-        places = np.minimum(np.searchsorted(self._labelled, ids), len(self._labelled) - 1)
-        return np.where(self._labelled[places] == ids, UNKNOWN, labels)
+            if own.any():
+                labels[own] = known(ids[own] - self._starts[number], labels[own])
+        nearest = np.minimum(np.searchsorted(self._labelled, ids), len(self._labelled) - 1)
+        return np.where(self._labelled[nearest] == ids, UNKNOWN, labels)
 
     def _numbers(self, ids: np.ndarray) -> np.ndarray:
         """The set of each sample, int64 [n]."""
