@@ -23,6 +23,7 @@ PAGES = (
     "docs/extending.md",
     "docs/library.md",
     "docs/planner.md",
+    "docs/monitoring.md",
     "docs/experiments.md",
     "docs/experiments/feedback.md",
     "docs/performance.md",
@@ -43,6 +44,8 @@ LISTED = {
     r'torchrun --nnodes "\$PET_NNODES"': "needs Kubernetes with the PyTorch operator",
     r"python -m benchmarks\.digits_table .*--add_to ": "adds to results of full length",
     r"python -m benchmarks\.preregistered --data fashion_mnist ": "needs Debian's package, not small files",
+    r".* wandb\.enabled=true": "needs the package wandb and an account",
+    r"tensorboard --logdir ": "serves its page until it is stopped",
     r"python -m benchmarks\.step_cpu --peer ": "needs another implementation, peer.py",
 }
 """Commands that are not run, and why; the pattern matches from the start."""
