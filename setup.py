@@ -28,6 +28,7 @@ setup(
         "deepspeed~=0.19.8",  # private members of it are used: tests/test_deepspeed_members.py
         "timm>=1.0.31",
         "google-crc32c",
+        "huggingface_hub",
         "numpy",
         "pillow",
         "pydantic>=2",

@@ -257,13 +257,8 @@ def _short_average(config: Config) -> str | None:
 def _warnings(config: Config, device: str, *, bf16: bool) -> tuple[str, ...]:
     """What works, but not as one may think."""
     from mpl_scale.device import emulates_bf16
-    from mpl_scale.models.weights import classifier_warning
 
-    found = [
-        classifier_warning(getattr(config.model, name), config.model, field=f"mpl_scale.model.{name}")
-        for name in ("teacher", "student")
-    ]
-    found.append(_short_average(config))
+    found = [_short_average(config)]
     if bf16 and emulates_bf16(device):
         cpu = device == "cpu"
         units = "processor has no bf16 instructions (avx512_bf16, amx_bf16)" if cpu else "GPU has no bf16 units"

@@ -57,7 +57,7 @@ def error_line(capfd: pytest.CaptureFixture[str], command: list[str]) -> str:
         ("mpl_scale.data.split=../x", "mpl_scale.data.split = '../x' is unknown; known: all_labelled"),
         (
             "mpl_scale.model.teacher.name=hf_hub:timm/resnet18.a1",
-            "nothing is downloaded: give the architecture's name, as",
+            "a model of a hub: give the architecture's name, as",
         ),
         ("mpl_scale.model.student.name=../x", "mpl_scale.model.student.name = '../x' is a path or a model of a hub"),
         ("include=", "--set include=: include is read in files alone; write it in "),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from mpl_scale.config.model_kwargs import REFUSED
 from mpl_scale.models import build_model
 from mpl_scale.models.registry import register_model
 from mpl_scale.models.weights import load_weights, plain_model
-from mpl_scale.resolve import resolve
-from mpl_scale.trainer.preflight import check_models
+from mpl_scale.trainer.preflight import check_models, loading_notes
 from tests.support.configs import tiny, write
 
 
@@ -75,13 +75,15 @@ def test_weights_of_other_classes_start_with_a_new_classifier_and_a_warning(
     state = weights_of(tmp_path, 7, **network)
     run = run_with(tmp_path, weights=str(tmp_path), **network)
     check_models(run)
-    (warning,) = resolve(run, world=1, device="cpu").warnings
-    assert "are of 7 classes, not mpl_scale.model.num_classes = 10" in warning
+    (note,) = loading_notes(run)
+    head = {"classifier.weight", "classifier.bias"} if not network else {"fc.weight", "fc.bias"}
+    assert note.endswith(
+        f"tensors loaded; its classifier ({', '.join(sorted(head)[::-1])}; of 7 classes in the file) starts untrained"
+    )
     shared = run.mpl.model
     fresh, loaded = (build_model(shared.student, shared, field="student", seed=3) for _ in range(2))
     load_weights(loaded, shared.student, shared, field="student")
     initial, found = fresh.state_dict(), loaded.state_dict()
-    head = {"classifier.weight", "classifier.bias"} if not network else {"fc.weight", "fc.bias"}
     for key, value in found.items():
         if "running_var" not in key:  # moved by the difference of eps
             assert torch.equal(value, initial[key] if key in head else state[key]), key
@@ -101,8 +103,9 @@ def test_a_new_classifier_can_be_asked_for(tmp_path: Path) -> None:
     load_weights(renewed, run.mpl.model.student, run.mpl.model, field="student")
     assert torch.equal(kept.state_dict()["classifier.weight"], state["classifier.weight"])
     assert not torch.equal(renewed.state_dict()["classifier.weight"], state["classifier.weight"])
-    assert "new_classifier = true" in resolve(run, world=1, device="cpu").warnings[0]
-    assert not resolve(run_with(tmp_path, weights=str(tmp_path)), world=1, device="cpu").warnings
+    assert "new_classifier = true) starts untrained" in loading_notes(run)[0]
+    (whole,) = loading_notes(run_with(tmp_path, weights=str(tmp_path)))
+    assert re.fullmatch(rf"mpl_scale\.model\.student\.weights = {tmp_path}: (\d+) of \1 tensors loaded", whole)
 
 
 def test_a_teacher_that_is_not_trained_needs_its_classifier(tmp_path: Path) -> None:
@@ -120,7 +123,8 @@ def test_a_teacher_that_is_not_trained_needs_its_classifier(tmp_path: Path) -> N
 def test_a_tag_of_timms_does_not_pass_for_weights(tmp_path: Path) -> None:
     run = run_with(tmp_path, name="resnet10t.c3_in1k", kwargs={})
     with pytest.raises(
-        ValueError, match=r"student.name = 'resnet10t.c3_in1k': .c3_in1k names weights .*name = resnet10t"
+        ValueError,
+        match=r"student.name = 'resnet10t.c3_in1k': .c3_in1k names weights .*set it to timm or .*= resnet10t",
     ):
         check_models(run)
 

@@ -31,7 +31,9 @@ from mpl_scale.config.load import import_modules
 from mpl_scale.config.schema import Config, NetworkConfig
 from mpl_scale.files import naming, sync
 from mpl_scale.models import build_model
-from mpl_scale.models.weights import FILE_NAME, plain_model, to_plain
+from mpl_scale.models.hub import FILE_NAME
+from mpl_scale.models.registry import MODELS
+from mpl_scale.models.weights import plain_model, to_plain
 
 NETWORKS = {"teacher": "teacher", "student": "student", "ema": "student"}
 """What can be exported, and whose architecture it has."""
@@ -163,7 +165,7 @@ def _hub_config(config: Config, section: NetworkConfig, *, labels: list[str] | N
     """
     evaluation, data, size = config.data.evaluation, config.data, config.model.image_size
     content: dict[str, Any] = {
-        "architecture": section.name,
+        "architecture": section.name if section.name in MODELS else section.name.partition(".")[0],
         "num_classes": config.model.num_classes,
         "pretrained_cfg": {
             "input_size": [config.model.in_chans, size, size],

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from mpl_scale.config.schema import ModelConfig
 
-_WEIGHTS = "set {network}.weights to the model.safetensors, or to the folder that holds it"
+_WEIGHTS = "set {network}.weights to timm, or to a model.safetensors or the folder that holds it"
 _DROPOUT = "set {network}.dropout: its masks are the same on any number of ranks"
 _DROP_PATH = "set {network}.drop_path: its masks are the same on any number of ranks"
 _IMAGES = "set mpl_scale.model.in_chans, for both networks"

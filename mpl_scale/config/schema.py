@@ -79,12 +79,12 @@ class NetworkConfig(Section):
     weights: str | None = Field(
         None,
         description="Start from this model.safetensors, or the folder that holds it: of mpl-scale export, or any with "
-        "the model's own keys.",
+        "the model's own keys; or timm: from those that timm publishes for the name and its tag.",
     )
     new_classifier: bool | Literal["auto"] = Field(
         "auto",
         description="Whether the classifier keeps its initial values where `weights` are loaded. auto: where their "
-        "number of classes is another, with a warning; false refuses such weights.",
+        "number of classes is another, which a line says; false refuses such weights.",
     )
 
 

@@ -29,8 +29,8 @@ def find_builder(name: str, *, field: str) -> Builder:
     if "/" in name or ":" in name:
         architecture = name.replace(":", "/").rpartition("/")[2].partition(".")[0]
         raise ValueError(
-            f"{field} = {name!r} is a path or a model of a hub, and nothing is downloaded: give the architecture's name"
-            f"{f', as {architecture}' if architecture else ''}, and its model.safetensors as weights beside it"
+            f"{field} = {name!r} is a path or a model of a hub: give the architecture's name"
+            f"{f', as {architecture}' if architecture else ''}, and as weights beside it timm or its model.safetensors"
         )
     import timm  # seconds, and only needed for its models
 

@@ -7,6 +7,7 @@ moving the difference of the two eps into the variance; a variance may then be n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import nn
 
 from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.files import expanded
+from mpl_scale.models.adapt import Shapes, adapt, pretrained_model
 from mpl_scale.models.build import call_builder, find_classifier
+from mpl_scale.models.hub import FILE_NAME, TIMM, find_file
 from mpl_scale.models.registry import MODELS
 
-FILE_NAME = "model.safetensors"
 _SHOWN = 3
 
 
@@ -41,98 +43,205 @@ def to_plain(
     }
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How the tensors of `network.weights` meet the model's: shapes by key.
+
+    Args:
+        stored: in the file.
+        given: as the model would be given them; others than stored where timm converts them (adapt.py).
+        wanted: the model's own.
+        replaced: keys of a classifier that keeps its initial values.
+        differences: why the weights do not fit; empty: they do.
+    """
+
+    stored: Shapes
+    given: Shapes
+    wanted: Shapes
+    replaced: tuple[str, ...]
+    differences: tuple[str, ...]
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether timm converts the file's tensors."""
+        return self.given is not self.stored
+
+    @property
+    def loaded(self) -> list[str]:
+        """Keys that are filled from the file."""
+        return [key for key in self.given if key not in self.replaced]
+
+    def parts(self) -> list[str]:
+        """What was converted on the way, and what of the file is not used: a phrase each."""
+        if not self.is_adapted:
+            return []
+        found: list[str] = []
+        resampled: list[str] = []
+        for key in self.loaded:
+            old, new = self.stored.get(key, ()), self.given[key]
+            if len(old) == len(new) == 4 and old[1] != new[1]:
+                found.append(f"first convolution {key} adapted from {old[1]} to {new[1]} channels")
+            elif old and old != new:
+                kind = "position embedding " if "pos" in key else ""
+                resampled.append(f"{kind}{key} resampled from {_by(old)} to {_by(new)}")
+        more = f" and {len(resampled) - 1} more so" if len(resampled) > 1 else ""
+        found += [f"{phrase}{more}" for phrase in resampled[:1]]
+        if renamed := self.given.keys() - self.stored.keys():
+            found.append(f"{len(renamed)} tensors renamed by timm")
+        elif unused := sorted(self.stored.keys() - self.given.keys()):
+            found.append(f"not used: {_some(unused)}")
+        return found
+
+
 def check_weights(network: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
-    """Compare keys and shapes of `network.weights`, if it is set, with the model's; reads the header alone.
+    """Compare keys and shapes of `network.weights`, if it is set, with the model's; from the header where timm can.
 
     Raises ValueError: no such file, not safetensors, or of another model; or a name of timm's that promises weights
     where none are set.
     """
-    architecture, dot, tag = network.name.partition(".")
-    if network.weights is None:
-        if dot and architecture and not {"/", ":"} & set(network.name) and network.name not in MODELS:
-            raise ValueError(
-                f"{field}.name = {network.name!r}: .{tag} names weights of timm's, which are not downloaded; set name "
-                f"= {architecture} and {field}.weights to their model.safetensors"
-            )
+    if network.weights is not None:
+        _fitting(network, shared, field=field)
         return
-    named = f"{field}.weights = {network.weights}"
-    found, wanted = _stored(network, field=field), _shapes(plain_model(network, shared, field=field))
-    replaced = replaced_classifier(network, shared, field=field)
-    optional = {key for key in wanted if key.endswith("num_batches_tracked")}.union(replaced)
-    differences = []
-    for word, keys in (("missing", wanted.keys() - found.keys() - optional), ("unexpected", found.keys() - wanted)):
-        if keys:
-            differences.append(f"{word} {_some(sorted(keys))}")
-    differences += [
-        f"{key} is {list(found[key])}, the model has {list(wanted[key])}"
-        for key in sorted(wanted.keys() & found.keys())
-        if found[key] != wanted[key] and key not in replaced
-    ][:_SHOWN]
-    if differences:
+    architecture, dot, tag = network.name.partition(".")
+    if dot and architecture and not {"/", ":"} & set(network.name) and network.name not in MODELS:
         raise ValueError(
-            f"{named} is of another model than {field}.name = {network.name}: {'; '.join(differences)}; set the name, "
-            "kwargs and num_classes it was exported with"
+            f"{field}.name = {network.name!r}: .{tag} names weights of timm's, and {field}.weights is not set; set it "
+            f"to {TIMM} or to a {FILE_NAME}, or set name = {architecture} to start without"
         )
 
 
 def replaced_classifier(network: NetworkConfig, shared: ModelConfig, *, field: str) -> tuple[str, ...]:
     """Keys of the classifier if `network.weights` leave it as it was initialised (`new_classifier`), or nothing.
 
-    Raises ValueError: the weights cannot be read, or new_classifier = true and the model has no known classifier.
+    Raises ValueError as `check_weights`.
     """
-    if network.weights is None or network.new_classifier is False:
-        return ()
-    found, model = _stored(network, field=field), plain_model(network, shared, field=field)
+    return () if network.weights is None else _fitting(network, shared, field=field).replaced
+
+
+def loading_note(network: NetworkConfig, shared: ModelConfig, *, field: str) -> str | None:
+    """One line: what of `network.weights` is loaded, what is converted, what is not; None: no weights are set.
+
+    Raises ValueError as `check_weights`.
+    """
+    if network.weights is None:
+        return None
+    fit = _fitting(network, shared, field=field)
+    path = weights_file(network, field=field)
+    named = f"{network.weights} ({path})" if network.weights == TIMM else network.weights
+    said = [f"{len(fit.loaded)} of {len(fit.wanted)} tensors loaded", *fit.parts()]
+    if fit.replaced:
+        classes = fit.given.get(fit.replaced[0], (0,))[0]
+        reason = "new_classifier = true" if network.new_classifier is True else f"of {classes} classes in the file"
+        said.append(f"its classifier ({', '.join(fit.replaced)}; {reason}) starts untrained")
+    return f"{field}.weights = {named}: {'; '.join(said)}"
+
+
+def load_weights(module: nn.Module, network: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
+    """Fill a whole network built by `build_model` from `network.weights`. Raises as `check_weights` does."""
+    fit = _fitting(network, shared, field=field)
+    shifts = _variance_shifts(_plain_of(network, shared, field=field), shared.bn_eps)
+    state = module.state_dict()
+    with safe_open(weights_file(network, field=field), framework="pt") as file, torch.no_grad():
+        read = file.get_tensor
+        if fit.is_adapted:
+            read = _adapted(file, network, shared, field=field).__getitem__
+        for key in fit.loaded:
+            state[key].copy_(_shifted(read(key), -shifts.get(key, 0.0)))
+
+
+def _fitting(network: NetworkConfig, shared: ModelConfig, *, field: str) -> Fit:
+    """The fit of weights that do fit. Raises ValueError as `check_weights`."""
+    stored, model = _stored(network, field=field), _plain_of(network, shared, field=field)
+    fit = _fit(stored, stored, model, network, shared, field=field)
+    if fit.differences and network.name not in MODELS:
+        try:
+            given = _adapted_shapes(stored, network, shared, field=field)
+        except Exception as error:  # timm's filters raise what comes of keys that they do not know
+            why = f"timm cannot convert them ({type(error).__name__}: {error})".partition("\n")[0]
+            fit = replace(fit, differences=(*fit.differences, why))
+        else:
+            fit = _fit(stored, given, model, network, shared, field=field)
+    if fit.differences:
+        raise ValueError(
+            f"{field}.weights = {network.weights} is of another model than {field}.name = {network.name}: "
+            f"{'; '.join(fit.differences)}; set the name, kwargs and num_classes they were exported with"
+        )
+    return fit
+
+
+def _fit(
+    stored: Shapes, given: Shapes, model: nn.Module, network: NetworkConfig, shared: ModelConfig, *, field: str
+) -> Fit:
     wanted = _shapes(model)
-    try:
-        name, _ = find_classifier(model)
-    except (AttributeError, LookupError):  # a model of the user's, without get_classifier
-        name = ""
-    keys = tuple(key for key in wanted if name and key.startswith(f"{name}."))
-    if network.new_classifier is True:
-        if not keys:
-            raise ValueError(
-                f"{field}.new_classifier = true: {network.name} has no module `classifier`; name its last layer so"
-            )
+    replaced = _replaced(given, model, network, shared, field=field)
+    optional = {key for key in wanted if key.endswith("num_batches_tracked")}.union(replaced)
+    differences = []
+    for word, keys in (("missing", wanted.keys() - given.keys() - optional), ("unexpected", given.keys() - wanted)):
+        if keys:
+            differences.append(f"{word} {_some(sorted(keys))}")
+    differences += [
+        f"{key} is {list(given[key])}, the model has {list(wanted[key])}"
+        for key in sorted(wanted.keys() & given.keys())
+        if given[key] != wanted[key] and key not in replaced
+    ][:_SHOWN]
+    return Fit(stored, given, wanted, replaced, tuple(differences))
+
+
+def _replaced(
+    found: Shapes, model: nn.Module, network: NetworkConfig, shared: ModelConfig, *, field: str
+) -> tuple[str, ...]:
+    """Keys of the classifier that stays new. found: shapes by key, of the weights."""
+    if network.new_classifier is False:
+        return ()
+    wanted = _shapes(model)
+    names = _classifiers(model)
+    keys = tuple(key for key in wanted if key.startswith(tuple(f"{name}." for name in names)))
+    if network.new_classifier is True and not keys:
+        raise ValueError(
+            f"{field}.new_classifier = true: {network.name} has no module `classifier`; name its last layer so"
+        )
+    if network.new_classifier is True or not any(key in found for key in keys):
         return keys
     classes = {found[key][:1] for key in keys if key in found}  # rows of weight and bias
     alike = all(key in found and found[key][1:] == wanted[key][1:] for key in keys)
     return keys if alike and len(classes) == 1 and classes != {(shared.num_classes,)} else ()
 
 
-def classifier_warning(network: NetworkConfig, shared: ModelConfig, *, field: str) -> str | None:
-    """A warning where the file's classifier is not loaded; None: it is loaded, or there is no file yet."""
-    if network.weights is None or not weights_file(network.weights).exists():
-        return None
-    replaced = replaced_classifier(network, shared, field=field)
-    if not replaced:
-        return None
-    shape = _stored(network, field=field).get(replaced[0], ())
-    reason = (
-        f"new_classifier = true with {field}.weights"
-        if network.new_classifier is True
-        else f"weights = {network.weights} are of {shape[0]} classes, not mpl_scale.model.num_classes = "
-        f"{shared.num_classes}"
-    )
-    return f"{field}.{reason}: its classifier ({', '.join(replaced)}) starts untrained"
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the last linear layers: one, or those that timm names where there are several (DeiT); or none."""
+    try:
+        return (find_classifier(model)[0],)
+    except (AttributeError, LookupError):  # several, or a model of the user's without get_classifier
+        named: Any = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or ()
+        return (named,) if isinstance(named, str) else tuple(named)
 
 
-def load_weights(module: nn.Module, network: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
-    """Fill a whole network built by `build_model` from `network.weights`. Raises as `check_weights` does."""
-    assert network.weights is not None
-    check_weights(network, shared, field=field)
-    replaced = replaced_classifier(network, shared, field=field)
-    shifts = _variance_shifts(plain_model(network, shared, field=field), shared.bn_eps)
-    state = module.state_dict()
-    with safe_open(weights_file(network.weights), framework="pt") as file, torch.no_grad():
-        for key in set(file.keys()) - set(replaced):
-            state[key].copy_(_shifted(file.get_tensor(key), -shifts.get(key, 0.0)))
+def _adapted_shapes(stored: Shapes, network: NetworkConfig, shared: ModelConfig, *, field: str) -> Shapes:
+    """What timm makes of the file, by its header; where a filter computes with values (numpy), by the file."""
+    try:
+        empty = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
+        found = adapt(empty, network, shared, field=field, device="meta")
+    except Exception:
+        with safe_open(weights_file(network, field=field), framework="pt") as file:
+            found = _adapted(file, network, shared, field=field)
+    return {key: tuple(tensor.shape) for key, tensor in found.items()}
+
+
+def _adapted(file: Any, network: NetworkConfig, shared: ModelConfig, *, field: str) -> dict[str, torch.Tensor]:
+    state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    return adapt(state, network, shared, field=field, device="cpu")
+
+
+def _plain_of(network: NetworkConfig, shared: ModelConfig, *, field: str) -> nn.Module:
+    """The model that the weights were trained as, on the meta device."""
+    if network.weights == TIMM:
+        return pretrained_model(network, shared, field=field)[0]
+    return plain_model(network, shared, field=field)
 
 
 def _stored(network: NetworkConfig, *, field: str) -> dict[str, tuple[int, ...]]:
     """Shapes by key, from the header of `network.weights`."""
-    assert network.weights is not None
-    path = weights_file(network.weights)
+    path = weights_file(network, field=field)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
@@ -166,10 +275,20 @@ def _dtype(like: torch.Tensor) -> torch.dtype:
     return torch.float32 if like.is_floating_point() else like.dtype
 
 
-def weights_file(weights: str) -> Path:
-    """The file that `network.weights` names, itself or by its folder."""
-    path = expanded(weights)
+def weights_file(network: NetworkConfig, *, field: str) -> Path:
+    """The file that `network.weights` names: itself, by its folder, or of timm's in the hub's cache, downloaded first.
+
+    Raises ValueError: it is of timm's, and neither in the cache nor to be downloaded.
+    """
+    assert network.weights is not None
+    if network.weights == TIMM:
+        return find_file(network, field=field)
+    path = expanded(network.weights)
     return path / FILE_NAME if path.is_dir() else path
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 def _some(names: list[str]) -> Any:

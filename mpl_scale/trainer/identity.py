@@ -125,7 +125,7 @@ def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
     run, batches = trainer.config, trainer.resolved.batches
     data, model, splits = run.mpl.data, run.mpl.model, trainer.source.splits
     stored = None if data.is_synthetic else data.distributions
-    weights = {name: getattr(model, name).weights for name in ("teacher", "student")}
+    networks = {f"mpl_scale.model.{name}": getattr(model, name) for name in ("teacher", "student")}
     return {
         "config": run.resolved(),
         "identity": {
@@ -135,7 +135,10 @@ def describe(trainer: Trainer, *, max_steps: int | None) -> dict[str, Any]:
             "steps": {phase.name: phase.steps for phase in trainer.phases},
             "manifest": describe_splits(splits),
             "distributions": stored and check_distributions(expanded(stored), splits),
-            "weights": {name: None if path is None else _hash(weights_file(path)) for name, path in weights.items()},
+            "weights": {
+                field.rpartition(".")[2]: network.weights and _hash(weights_file(network, field=field))
+                for field, network in networks.items()
+            },
         },
     }
 

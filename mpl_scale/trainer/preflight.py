@@ -33,9 +33,10 @@ from mpl_scale.data.samples.twins import apart_notes, without_twins
 from mpl_scale.data.vectors import LENGTHS, input_shape
 from mpl_scale.files import expanded, replace_text
 from mpl_scale.models import Pass, build_model
+from mpl_scale.models.hub import TIMM
 from mpl_scale.models.passes import within
 from mpl_scale.models.randomness import OnlyOurs
-from mpl_scale.models.weights import check_weights, replaced_classifier
+from mpl_scale.models.weights import check_weights, loading_note, replaced_classifier, weights_file
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.mpl.forward_mode import following
 from mpl_scale.optim import OPTIMIZERS, layer_scales
@@ -171,6 +172,28 @@ def repeated(splits: Splits, batches: Batches, *, unlabelled: bool) -> list[str]
 def check_resumed(splits: Splits, checkpoint: Path) -> None:
     """The run that a checkpoint is of was trained with this index of unlabelled images; the folder is step_...."""
     refuse_other_unlabelled(splits, checkpoint.absolute().parents[1] / "splits")
+
+
+def find_weights(run: RunConfig) -> dict[str, str]:
+    """The commit of each network's weights that timm publishes, which are then in the hub's cache.
+
+    Raises ValueError: they are not, and cannot be downloaded.
+    """
+    found = {}
+    for name in ("teacher", "student"):
+        section = getattr(run.mpl.model, name)
+        if section.weights == TIMM:
+            found[name] = weights_file(section, field=f"mpl_scale.model.{name}").parent.name
+    return found
+
+
+def loading_notes(run: RunConfig) -> list[str]:
+    """A line for each network that starts from weights. Raises ValueError as `check_models`."""
+    model = run.mpl.model
+    found = [
+        loading_note(getattr(model, name), model, field=f"mpl_scale.model.{name}") for name in ("teacher", "student")
+    ]
+    return [line for line in found if line is not None]
 
 
 def check_models(run: RunConfig) -> None:

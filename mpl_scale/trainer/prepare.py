@@ -42,7 +42,9 @@ from mpl_scale.trainer.output import CONFIG, METRICS, SPLITS, check_output
 from mpl_scale.trainer.preflight import (
     check_models,
     check_names,
+    find_weights,
     load_splits,
+    loading_notes,
     record_splits,
     repeated,
 )
@@ -88,6 +90,7 @@ def train(
         from mpl_scale.engine.deepspeed_setup import validate_ds_blocks  # imports deepspeed: 4 s and more
 
         validate_ds_blocks(run.deepspeed, device_type=device.type)
+    find_weights(run)
     splits = load_splits(run)
     check_batches(
         run.mpl.data,
@@ -126,7 +129,8 @@ def _run(
     """Take the output folder, then train, unless a finished run of this very configuration is found there."""
     wanted = {**run.resolved(), "max_steps": options.max_steps}
     fingerprint = config_hash(wanted)
-    check_same_on_all_ranks({**wanted, "resume": options.resume})  # before groups are made as the config says
+    settings = {**wanted, "resume": options.resume, "commits": find_weights(run)}
+    check_same_on_all_ranks(settings)  # before groups are made as the config says
     mesh = build_mesh(device=device, width=run.mpl.parallel.width, shard_size=resolved.shard_size)
     writers = Writers(progress=Progress(run.mpl.logging.progress, show=SHOWN) if mesh.is_main else None)
     with ExitStack() as held:
@@ -184,6 +188,8 @@ def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
         for line in record_splits(trainer.source.splits, output, manifest=manifest):
             writers.note(line)
         unlabelled = any(phase.unlabelled for phase in trainer.phases)
+        for line in () if snapshot is not None else loading_notes(config):
+            writers.note(line)
         for line in repeated(trainer.source.splits, trainer.resolved.batches, unlabelled=unlabelled):
             writers.note(line)
         (output / CONFIG).write_text(json.dumps(config.resolved(), indent=2) + "\n")
