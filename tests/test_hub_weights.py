@@ -96,21 +96,22 @@ def test_the_models_own_weights_come_from_the_cache(tmp_path: Path, hub: Path, n
     assert note == f"{WHERE}.weights = timm ({path}): {count} of {count} tensors loaded"
 
 
-def test_other_images_and_classes_are_converted_as_timm_does(tmp_path: Path, hub: Path) -> None:
-    """160 pixels, 3 channels, 1000 classes -> 32 pixels, 1 channel, 10 classes; other tensors bit for bit."""
+@pytest.mark.parametrize("channels", [1, 5])
+def test_other_images_and_classes_are_converted_as_timm_does(tmp_path: Path, hub: Path, channels: int) -> None:
+    """160 pixels, 3 channels, 1000 classes -> 32 pixels, other channels, 10 classes; other tensors bit for bit."""
     state = publish(hub, "test_vit.r160_in1k")
     student = {"name": "test_vit", "weights": "timm", "kwargs": {"img_size": 32}}
-    run = run_with(tmp_path, student=student, channels=1)
+    run = run_with(tmp_path, student=student, channels=channels)
     found = loaded(run)
     expected = {key: value for key, value in state.items() if not key.startswith("head.")}
     expected["pos_embed"] = resample_abs_pos_embed(state["pos_embed"], new_size=[2, 2], num_prefix_tokens=1)
-    expected["patch_embed.proj.weight"] = adapt_input_conv(1, state["patch_embed.proj.weight"])
+    expected["patch_embed.proj.weight"] = adapt_input_conv(channels, state["patch_embed.proj.weight"])
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
     (note,) = loading_notes(run)
     assert f": {len(expected)} of {len(found)} tensors loaded; first convolution" in note
     for part in (
-        "first convolution patch_embed.proj.weight adapted from 3 to 1 channels",
+        f"first convolution patch_embed.proj.weight adapted from 3 to {channels} channels",
         "position embedding pos_embed resampled from 1x101x64 to 1x5x64",
         "its classifier (head.weight, head.bias; of 1000 classes in the file) starts untrained",
     ):

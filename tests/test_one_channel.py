@@ -130,7 +130,7 @@ def test_a_grey_run_from_arrays_to_timm(arrays: Path, tmp_path: Path) -> None:
     [
         (["mpl_scale.model.in_chans=3"], r"data\.mean = \[0\.5\] with mpl_scale\.model\.in_chans = 3: give 3 values"),
         (["mpl_scale.data.std=[1,1,1]"], r"data\.std = \[1\.0, 1\.0, 1\.0\] with .*in_chans = 1: give 1 value$"),
-        (["mpl_scale.model.in_chans=4"], r"mpl_scale\.model\.in_chans = 4: input should be 1 or 3"),
+        (["mpl_scale.model.in_chans=0"], r"mpl_scale\.model\.in_chans = 0: input should be greater than or equal to 1"),
         (['mpl_scale.model.student.kwargs={"in_chans":1}'], r"in_chans = 1: set mpl_scale\.model\.in_chans, for both"),
     ],
 )

@@ -137,10 +137,11 @@ def _channels(image: np.ndarray) -> list[Image.Image]:
 
 
 def _transformed(image: np.ndarray, data: Sequence[float], fill: int) -> np.ndarray:
-    """Pillow goes over an image once, with all channels of a pixel in one word."""
-    picture = Image.merge("RGB", _channels(image)).transform(
-        image.shape[:0:-1], Image.Transform.AFFINE, data, Image.Resampling.NEAREST, fillcolor=(fill,) * 3
-    )
+    """Pillow goes over an image of three channels once, with all of a pixel in one word; else over each channel."""
+    how = (image.shape[:0:-1], Image.Transform.AFFINE, data, Image.Resampling.NEAREST)
+    if len(image) != 3:
+        return np.stack([np.asarray(channel.transform(*how, fillcolor=fill)) for channel in _channels(image)])
+    picture = Image.merge("RGB", _channels(image)).transform(*how, fillcolor=(fill,) * 3)
     result = np.empty_like(image)
     for name, channel in zip("RGB", result.reshape(3, -1), strict=True):
         channel[:] = np.frombuffer(picture.tobytes("raw", name), np.uint8)

@@ -135,6 +135,19 @@ OP_SETS["released_code"] = (
     *("sharpness", "shear_x", "shear_y", "translate_x", "translate_y", "cutout"),
 )
 DEFAULT_SET = "no_pairing"
+OF_ANY_CHANNELS = (*_GEOMETRY, "cutout", "sample_pairing", "brightness", "invert", "posterize", "solarize")
+"""Operations that treat each channel by itself and alike: for images that are neither grey nor RGB."""
+
+
+def refuse_colours(config: StrongConfig, channels: int) -> None:
+    """ValueError where the strong view of images of these channels has operations that are for 1 or 3 alone."""
+    if channels in (1, 3) or not config.num_ops:
+        return
+    if refused := sorted({operation.name for operation in find_ops(config)}.difference(OF_ANY_CHANNELS)):
+        raise ValueError(
+            f"mpl_scale.data.strong draws {', '.join(refused)}, for images of 1 or 3 channels, and "
+            f"mpl_scale.model.in_chans = {channels}; set strong.ops to some of {', '.join(OF_ANY_CHANNELS)}"
+        )
 
 
 def find_ops(config: StrongConfig) -> list[Operation]:

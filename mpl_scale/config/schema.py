@@ -97,7 +97,9 @@ class ModelConfig(Section):
     image_size: Annotated[int, Field(ge=1, le=1 << 14)] = Field(
         description="Height and width of the images fed to the networks, pixels."
     )
-    in_chans: Literal[1, 3] = Field(3, description="Channels of the images fed to the networks: 1 grey, 3 RGB.")
+    in_chans: Annotated[int, Field(ge=1, le=256)] = Field(
+        3, description="Channels of the images fed to the networks: 1 grey, 3 RGB; others: of source arrays."
+    )
     bn_decay: Probability = Field(
         0.99, description="Decay of BN's moving averages (Tables 6-8); torch momentum is 1 - decay."
     )

@@ -129,6 +129,11 @@ class DataConfig(Section):
     evaluation_batch: Count = Field(256, description="Images per data rank and evaluation step.")
 
     @property
+    def decoded_channels(self) -> int:
+        """Channels of images from reading until they are normalised: 3, which are one where images are grey."""
+        return 3 if len(self.mean) == 1 else len(self.mean)
+
+    @property
     def is_synthetic(self) -> bool:
         """Whether images are made up, and nothing is read that names any."""
         return self.source == "synthetic"

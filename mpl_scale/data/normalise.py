@@ -29,6 +29,6 @@ class Normalise:
         self._scale = (1 / (255 * std)).to(device, self._compute)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, 3, H, W] of any layout to `dtype` [n, C, H, W]. C is 1 where all 3 are one grey value, else 3."""
+        """uint8 [n, 3 or C, H, W] of any layout to `dtype` [n, C, H, W]. C is 1 where all 3 are one grey value."""
         pixels = images[:, : self._channels].to(self._compute, memory_format=self._layout)
         return pixels.sub_(self._shift).mul_(self._scale).to(self._dtype)

@@ -52,6 +52,7 @@ class Layout:
 
     side: int
     margin: int
+    channels: int = 3
 
     @property
     def line(self) -> int:
@@ -70,22 +71,24 @@ class Layout:
 
     def bytes(self, images: int) -> int:
         """Bytes for a number of images."""
-        return self.guard + images * 3 * self.plane
+        return self.guard + images * self.channels * self.plane
 
     def images(self, pixels: torch.Tensor) -> torch.Tensor:
-        """The images in the stored bytes, uint8 [N, 3, side, side]."""
-        planes = pixels[self.guard :].view(-1, 3, self.line, self.line)
+        """The images in the stored bytes, uint8 [N, channels, side, side]."""
+        planes = pixels[self.guard :].view(-1, self.channels, self.line, self.line)
         return planes[..., : self.side, : self.side]
 
     def windows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """All windows, uint8 [bytes, 3, side, side]: at place p those whose upper left pixel is byte p."""
-        reach = 2 * self.plane + (self.side - 1) * (self.line + 1)  # from a window's first byte to its last
-        shape = (len(pixels) - reach, 3, self.side, self.side)
+        """All windows, uint8 [bytes, channels, side, side]: at place p those whose upper left pixel is byte p."""
+        reach = (self.channels - 1) * self.plane + (self.side - 1) * (
+            self.line + 1
+        )  # from a window's first byte to its last
+        shape = (len(pixels) - reach, self.channels, self.side, self.side)
         return pixels.as_strided(shape, (1, self.plane, self.line, 1))
 
     def place(self, rows: np.ndarray, corners: np.ndarray | None) -> np.ndarray:
         """The windows at corners int [n, 2], (top, left), of images `rows`, int64 [n]; None: at (0, 0)."""
-        places = self.guard + rows * (3 * self.plane)
+        places = self.guard + rows * (self.channels * self.plane)
         return places if corners is None else places + corners[:, 0] * self.line + corners[:, 1]
 
 
@@ -119,13 +122,13 @@ def stored_view(view: View) -> View | None:
     return replace(view, columns=0, steps=(), place=lambda uniform, shapes: {})
 
 
-def stored_bytes(view: View, images: int) -> int:
+def stored_bytes(view: View, images: int, *, channels: int) -> int:
     """Bytes for a number of images, for a view that has a `stored_view`."""
-    return _layout(view).bytes(images)
+    return _layout(view, channels).bytes(images)
 
 
-def _layout(view: View) -> Layout:
-    return Layout(view.image_size, view.margin or 0)
+def _layout(view: View, channels: int) -> Layout:
+    return Layout(view.image_size, view.margin or 0, channels)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,7 @@ class ResidentImages:
         kept = stored_view(view)
         assert kept is not None
         ids = lists[0] if len(lists) == 1 else np.unique(np.concatenate(lists))
-        layout = _layout(view)
+        layout = _layout(view, config.decoded_channels)
         pixels = torch.full((layout.bytes(len(ids)),), view.fill, dtype=torch.uint8, device=device)
         chunks = [ids[first : first + _DECODED_AT_ONCE] for first in range(0, len(ids), _DECODED_AT_ONCE)]
         decoder = DecodePipeline(

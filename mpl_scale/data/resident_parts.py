@@ -44,7 +44,9 @@ def decide(config: DataConfig, splits: Splits, image_size: int) -> bool:
     weak, evaluation = weak_view(config.weak, image_size), evaluation_view(config.evaluation, image_size)
     if config.resident == "off" or stored_view(weak) is None:
         return False
-    needed = stored_bytes(weak, _most(splits)) + stored_bytes(evaluation, len(splits.test))
+    channels = config.decoded_channels
+    needed = stored_bytes(weak, _most(splits), channels=channels)
+    needed += stored_bytes(evaluation, len(splits.test), channels=channels)
     if config.resident == "on" and needed > config.resident_bytes:
         raise ValueError(
             f"mpl_scale.data.resident = on: the decoded images take {needed} bytes on every rank, more than "

@@ -17,7 +17,7 @@ from mpl_scale.mesh import Mesh
 Columns = Sequence[tuple[int, int]]
 """[start, stop) of each width rank, in order and without gaps."""
 Views = tuple[Sequence[torch.Tensor], np.ndarray]
-"""Images by kind, uint8 [*, 3, H, W], and the sample ids of the first kind, int64 [*]."""
+"""Images by kind, uint8 [*, C, H, W], and the sample ids of the first kind, int64 [*]."""
 
 
 def share(count: int, *, ranks: int, index: int, extra_last: bool = False) -> slice:
@@ -56,22 +56,21 @@ class WidthExchange:
         counts = [[part.stop - part.start for part in kind] for kind in shares]  # [kinds][width ranks]
         self._received = list(zip(*counts, strict=True))  # of each rank, images by kind
         own = sum(self._received[mesh.width_index])
-        line = 3 * image_size
         self._rows = shares[0][mesh.width_index]  # of the first kind, this rank's
         self._group_rows = shares[0][-1].stop
-        self._send = [own * line * (stop - start) for start, stop in columns]
+        self._send = [own * image_size * (stop - start) for start, stop in columns]  # bytes of a channel
         self._width = columns[mesh.width_index][1] - columns[mesh.width_index][0]
-        self._receive = [sum(images) * line * self._width for images in self._received]
+        self._receive = [sum(images) * image_size * self._width for images in self._received]
 
     def __call__(self, views: Callable[[], Views]) -> Views:
         """The images of the whole group, this rank's columns of them.
 
         Args:
-            views: makes this rank's images: of each kind, uint8 [share, 3, image_size, image_size]; and the sample ids
+            views: makes this rank's images: of each kind, uint8 [share, C, image_size, image_size]; and the sample ids
                 of the first kind, int64 [share].
 
         Returns:
-            Of each kind, uint8 [rows of the group, 3, image_size, own columns]; and the sample ids of the first kind,
+            Of each kind, uint8 [rows of the group, C, image_size, own columns]; and the sample ids of the first kind,
             int64 [rows of the group].
 
         Raises:
@@ -80,11 +79,13 @@ class WidthExchange:
         images, samples = self._together(views)
         whole = torch.cat(list(images))
         sent = torch.cat([whole[..., start:stop].reshape(-1) for start, stop in self._columns])
-        received = sent.new_empty(sum(self._receive))
-        dist.all_to_all_single(received, sent, self._receive, self._send, group=self._group)
+        channels = whole.shape[1]
+        receive, send = ([channels * size for size in sizes] for sizes in (self._receive, self._send))
+        received = sent.new_empty(sum(receive))
+        dist.all_to_all_single(received, sent, receive, send, group=self._group)
         by_rank = [
-            pixels.view(sum(counts), 3, self._height, self._width).split(counts)
-            for pixels, counts in zip(received.split(self._receive), self._received, strict=True)
+            pixels.view(sum(counts), channels, self._height, self._width).split(counts)
+            for pixels, counts in zip(received.split(receive), self._received, strict=True)
         ]
         return [torch.cat(kind) for kind in zip(*by_rank, strict=True)], samples
 

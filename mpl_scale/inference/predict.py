@@ -61,6 +61,11 @@ def predict(options: PredictOptions) -> dict[str, Any]:
         require_packages([(f"--output {output}", "pyarrow")])
     config = checkpoint_config(options.network.checkpoint)
     import_modules(config.imports)
+    if config.model.in_chans not in (1, 3):
+        raise ValueError(
+            f"mpl_scale.model.in_chans = {config.model.in_chans} of {options.network.checkpoint}: image files have 1 "
+            "or 3 channels; mpl-scale evaluate --data takes arrays"
+        )
     images = read_unlabelled(expanded(options.images))
     classes = class_names(options.network.checkpoint) or [f"class {n}" for n in range(config.model.num_classes)]
     top = min(options.top, config.model.num_classes)

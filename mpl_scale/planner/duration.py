@@ -83,7 +83,8 @@ def duration(job: Job, choice: Choice, machine: Machine) -> Duration:
     labelled, unlabelled = job.images(choice)
     images = (labelled + unlabelled) * choice.parts / choice.width
     reached, data = machine.reached, job.config.data
-    seen = reached.view * math.prod(input_shape(job.config)) / job.config.model.in_chans
+    of_rgb = job.config.data.decoded_channels / 3 / job.config.model.in_chans
+    seen = reached.view * of_rgb * math.prod(input_shape(job.config))
     one_image = seen + (0.0 if not data.is_apart and data.source in RAW | LENGTHS.keys() else reached.decode)
     phases = {name: dict(causes) for name, causes in found.items()}
     return Duration(phases, images * one_image / machine.device.cores)

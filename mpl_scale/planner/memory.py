@@ -109,7 +109,12 @@ def resident_bytes(config: Config) -> float:
     images = None if data.is_apart else IMAGES.get(data.source)
     if data.is_synthetic:
         images = PARTS * data.synthetic_images
-    return float(min(data.resident_bytes, math.inf if images is None else stored_bytes(view, images)))
+    return float(
+        min(
+            data.resident_bytes,
+            math.inf if images is None else stored_bytes(view, images, channels=data.decoded_channels),
+        )
+    )
 
 
 def network_state(job: Job, choice: Choice, network: str) -> dict[str, int]:
@@ -202,5 +207,5 @@ def _images(job: Job, choice: Choice) -> float:
     shown = given["teacher"] * choice.parts + given["student"] if live else max(given.values())
     numbers = math.prod(input_shape(job.config)) / choice.width
     vectors = job.config.data.source in LENGTHS
-    pixel = FP32 if vectors else 3 / job.config.model.in_chans  # bytes of RGB until the network is given them
+    pixel = FP32 if vectors else job.config.data.decoded_channels / job.config.model.in_chans  # grey is 3 until then
     return numbers * (batches * pixel + shown * (FP32 + job.dtype.itemsize))

@@ -16,15 +16,18 @@ import torch
 from torch import nn
 
 from mpl_scale.augment import StrongView
+from mpl_scale.augment.registry import refuse_colours
 from mpl_scale.config import Batches, RunConfig
 from mpl_scale.config.checks import choose_derivative
 from mpl_scale.config.names import require_known
 from mpl_scale.data import ImageFiles, Splits, load_data, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
+from mpl_scale.data.encoded.header import UnreadableImage
+from mpl_scale.data.encoded.probe import pam_pixels
 from mpl_scale.data.index.labels import range_hint
 from mpl_scale.data.index.reader import VERSION, IndexedImages
 from mpl_scale.data.joined import JoinedImages
-from mpl_scale.data.registry import refuse_options
+from mpl_scale.data.registry import ImageSet, refuse_options
 from mpl_scale.data.resident_parts import decide, refuse_view
 from mpl_scale.data.samples.further import with_unlabelled
 from mpl_scale.data.samples.manifest import TWINS, refuse_other_unlabelled
@@ -66,6 +69,7 @@ def check_names(run: RunConfig) -> None:
             "mpl_scale.data.labelled_view = strong with sample_pairing among the operations, which mixes unlabelled "
             "images in; set data.strong.op_set = no_pairing"
         )
+    refuse_colours(run.mpl.data.strong, run.mpl.model.in_chans)
     if run.mpl.data.source in LENGTHS:
         _check_vectors(run)
     elif run.mpl.data.jitter and not run.mpl.data.is_synthetic:
@@ -111,8 +115,25 @@ def load_splits(run: RunConfig) -> Splits:
         folder = expanded(data.unlabelled_index)
         splits = with_unlabelled(splits, folder, allow_damaged=data.allow_damaged_shards)
     if data.source not in LENGTHS:
+        _check_channels(images, data.decoded_channels)
         decide(data, splits, config.model.image_size)
     return splits
+
+
+def _check_channels(images: ImageSet, channels: int) -> None:
+    """The first and last image of each set have as many channels as are decoded, where their formats leave it open."""
+    for part in images.sets if isinstance(images, JoinedImages) else (images,):
+        if channels == 3 and not (isinstance(part, IndexedImages) and part.of_rows):
+            continue
+        for sample in {0, len(part) - 1}:
+            try:
+                encoded = part.read(sample)
+            except UnreadableImage:
+                continue  # one of the bad images, which are counted
+            try:
+                pam_pixels(encoded, channels=channels)
+            except UnreadableImage as error:
+                raise ValueError(f"{part.name(sample)}: {error}") from error
 
 
 def record_splits(splits: Splits, output: Path, *, manifest: Mapping[str, Any] | None = None) -> list[str]:

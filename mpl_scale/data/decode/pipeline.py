@@ -23,7 +23,7 @@ from mpl_scale.data.decode.resize import Resizer
 from mpl_scale.data.decode.views import Placement, View, decoding_steps
 from mpl_scale.data.encoded.header import MOST_PIXELS, UnreadableImage
 from mpl_scale.data.encoded.other_formats import pil_decode
-from mpl_scale.data.encoded.probe import DecodeError, for_dali, unreadable_error
+from mpl_scale.data.encoded.probe import DecodeError, for_dali, pam_pixels, unreadable_error
 from mpl_scale.data.registry import ImageSet
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ DecodeRequest = Sequence[Rows]
 class Decoded(NamedTuple):
     """One batch of decoded views."""
 
-    views: torch.Tensor  # uint8 [n, 3, H, W]
+    views: torch.Tensor  # uint8 [n, 3 or in_chans, H, W]
     samples: np.ndarray  # int64 [n], the ids that were decoded: those of the request, but for substitutes
     labels: torch.Tensor | None = None  # int64 [n of the first list], on the device; None: not looked up
 
@@ -118,7 +118,8 @@ class Decoding:
     threads: of the CPU. prefetch: batches prepared ahead. max_pixels: larger images are bad. channels_last: memory
     layout of the views. dali_resizes: whether DALI resizes, too; None: on a GPU. count_draws: whether the quarantine
     counts the images, and ends the run where too many are bad. grey: whether the views' three channels are one grey
-    value, as PIL's mode L has it.
+    value, as PIL's mode L has it. channels: of the views; where they are not 3, images are raw pixels (`pam`), and
+    nothing is decoded.
     """
 
     threads: int = 1
@@ -128,6 +129,7 @@ class Decoding:
     dali_resizes: bool | None = None
     count_draws: bool = True
     grey: bool = False
+    channels: int = 3
 
     @classmethod
     def of(cls, config: DataConfig, *, channels_last: bool = False, count_draws: bool = True) -> Self:
@@ -139,6 +141,7 @@ class Decoding:
             channels_last=channels_last,
             count_draws=count_draws,
             grey=len(config.mean) == 1,
+            channels=config.decoded_channels,
         )
 
 
@@ -172,7 +175,8 @@ class DecodePipeline:
         self._layout = torch.channels_last if decoding.channels_last else torch.contiguous_format
         self._in_flight: deque[_Batch] = deque()
         self._again: deque[DecodeRequest] = deque()  # what was in flight when DALI gave up
-        self._dali_resizes = device.type == "cuda" if decoding.dali_resizes is None else decoding.dali_resizes
+        on_device = device.type == "cuda" if decoding.dali_resizes is None else decoding.dali_resizes
+        self._dali_resizes = on_device and decoding.channels == 3
         self._steps = decoding_steps(view, resizes=self._dali_resizes)
         self._resizer = Resizer(view, threads=decoding.threads, layout=self._layout)
         # One thread, so that one batch at a time is worked on; while it has failed, nothing is.
@@ -190,7 +194,8 @@ class DecodePipeline:
         if not self._capacity:
             next(self._requests)
             size = self._view.image_size
-            return Decoded(torch.empty(0, 3, size, size, dtype=torch.uint8, device=self._device), np.zeros(0, np.int64))
+            shape = (0, self._decoding.channels, size, size)
+            return Decoded(torch.empty(shape, dtype=torch.uint8, device=self._device), np.zeros(0, np.int64))
         while True:
             try:
                 views = self._views()
@@ -223,6 +228,11 @@ class DecodePipeline:
         return ahead.result()
 
     def _make(self) -> torch.Tensor:
+        if self._decoding.channels != 3:
+            self._read_next()
+            batch = self._in_flight[-1]
+            parts = [_part(pixels, batch.crop(row)) for row, pixels in enumerate(batch.encoded)]
+            return self._resizer(parts, batch.placement).to(self._device)
         if self._graph is None:
             from mpl_scale.data.decode.dali import Graph  # imports DALI: a run that decodes nothing does without it
 
@@ -283,8 +293,11 @@ class DecodePipeline:
 
     def _read(self, sample: int) -> tuple[np.ndarray, tuple[int, int]]:
         """What DALI is given for an image, and the height and width it decodes to."""
-        by_pil = sample in self._quarantine.by_pil
-        return for_dali(self._images.read(sample), max_pixels=self._decoding.max_pixels, by_pil=by_pil)
+        by_pil, encoded = sample in self._quarantine.by_pil, self._images.read(sample)
+        pixels = pam_pixels(encoded, channels=self._decoding.channels)
+        if pixels is not None:
+            return pixels, (pixels.shape[0], pixels.shape[1])
+        return for_dali(encoded, max_pixels=self._decoding.max_pixels, by_pil=by_pil)
 
     def _left_to_pil(self, sample: int) -> bool:
         """Whether PIL decodes an image of which DALI decodes nothing; from now on it is asked to."""
@@ -320,6 +333,12 @@ class DecodePipeline:
             if total and self._left_to_pil(sample):
                 continue
             self._quarantine.add(sample, self._images.name(sample), reason=_UNDECODABLE, everywhere=total)
+
+
+def _part(pixels: np.ndarray, crop: tuple[np.ndarray, np.ndarray] | None) -> torch.Tensor:
+    """What a view shows of pixels [H, W, C], before it is resized."""
+    (top, left), (height, width) = ((0, 0), pixels.shape[:2]) if crop is None else crop
+    return torch.from_numpy(pixels[top : top + height, left : left + width].copy())
 
 
 def _crop(placement: Placement, row: int) -> tuple[np.ndarray, np.ndarray] | None:

@@ -29,15 +29,16 @@ class Resizer:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="resize") if threads > 1 else None
 
     def __call__(self, images: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:
-        """uint8 [n, 3, image_size, image_size]; where nothing is resized, of the images' own size.
+        """uint8 [n, C, image_size, image_size]; where nothing is resized, of the images' own size.
 
         Args:
-            images: uint8 [h, w, 3] each.
+            images: uint8 [h, w, C] each.
             placement: of the same images.
         """
         size = self._view.image_size
         height, width = (size, size) if self._view.interpolation is not None else images[0].shape[:2]
-        views = torch.empty(len(images), 3, height, width, dtype=torch.uint8, memory_format=self._layout)
+        shape = (len(images), images[0].shape[2], height, width)
+        views = torch.empty(shape, dtype=torch.uint8, memory_format=self._layout)
 
         def place(first: int) -> None:
             for row in range(first, len(images), self._threads):
@@ -55,7 +56,7 @@ class Resizer:
             self._pool.shutdown()
 
     def _place(self, image: torch.Tensor, placement: Placement, row: int, *, out: torch.Tensor) -> None:
-        """One image, uint8 [h, w, 3], to its view `out`, uint8 [3, H, W]."""
+        """One image, uint8 [h, w, C], to its view `out`, uint8 [C, H, W]."""
         view, square = self._view, (self._view.image_size, self._view.image_size)
         planes = image.permute(2, 0, 1)
         if view.interpolation is not None:
@@ -68,12 +69,12 @@ class Resizer:
 
 
 def _cut(planes: torch.Tensor, corner: Sequence[int], *, side: int, fill: int) -> torch.Tensor:
-    """The square window at corner (top, left) of uint8 [3, h, w]; what lies outside is filled."""
+    """The square window at corner (top, left) of uint8 [C, h, w]; what lies outside is filled."""
     top, left = corner
     inside = planes[:, max(0, top) : max(0, top + side), max(0, left) : max(0, left + side)]
     if inside.shape[1:] == (side, side):
         return inside
-    window = torch.full((3, side, side), fill, dtype=torch.uint8)
+    window = torch.full((len(planes), side, side), fill, dtype=torch.uint8)
     above, before = max(0, -top), max(0, -left)
     window[:, above : above + inside.shape[1], before : before + inside.shape[2]] = inside
     return window

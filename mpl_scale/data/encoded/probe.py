@@ -16,6 +16,7 @@ T = TypeVar("T")
 _HEAD_BYTES = 1 << 16
 _TAIL_BYTES = 1 << 12
 _MOST_TRIED = 1 << 28  # pixels of a file that looks damaged: PIL is not asked to unpack more than that to find out
+_PAM = re.compile(rb"P7\nWIDTH (\d{1,9})\nHEIGHT (\d{1,9})\nDEPTH (\d{1,9})\nMAXVAL 255\nENDHDR\n")
 _FOR_DALI = (b"\x89PNG", b"\xff\xd8\xff", b"P6")
 
 
@@ -99,6 +100,35 @@ def _or_raise(read: Callable[[Buffer], T], content: Buffer, reason: UnreadableIm
 def ppm(pixels: bytes, *, height: int, width: int) -> bytes:
     """RGB pixels [H, W, 3] as a binary PPM file: what a decoder reads without changing a value."""
     return b"P6\n%d %d\n255\n" % (width, height) + pixels
+
+
+def pam(pixels: bytes, *, height: int, width: int, channels: int) -> bytes:
+    """Pixels [H, W, C] as a PAM file (Netpbm's P7)."""
+    return b"P7\nWIDTH %d\nHEIGHT %d\nDEPTH %d\nMAXVAL 255\nENDHDR\n" % (width, height, channels) + pixels
+
+
+def pam_pixels(encoded: np.ndarray, *, channels: int) -> np.ndarray | None:
+    """The pixels of a file of `pam`, uint8 [H, W, channels]; None: 3 are wanted, which image files have.
+
+    Raises UnreadableImage: the file has another number of channels, or another length.
+    """
+    found = _PAM.match(encoded.data)
+    if channels == 3 and found is None:
+        return None
+    if found is None:
+        raise UnreadableImage(
+            f"mpl_scale.model.in_chans = {channels} takes source arrays, uint8 [N, H, W, {channels}], and this is an "
+            "image of 1 or 3 channels; set in_chans to 3 or 1"
+        )
+    width, height, depth = map(int, found.groups())
+    if depth != channels:
+        raise UnreadableImage(
+            f"pixels of {depth} channels; set mpl_scale.model.in_chans = {depth}, and mean and std to {depth} values"
+        )
+    pixels = encoded[found.end() :]
+    if channels == 3 or len(pixels) != height * width * depth:
+        raise UnreadableImage("a PAM file; convert it to PNG")
+    return pixels.reshape(height, width, depth)
 
 
 def probe_file(path: str | bytes) -> Header:

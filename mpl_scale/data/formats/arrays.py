@@ -1,4 +1,4 @@
-"""Source `arrays`: images.npy, uint8 [N, H, W, 3] or grey [N, H, W], and labels.npy, [N], read where they lie.
+"""Source `arrays`: images.npy, uint8 [N, H, W, C] or grey [N, H, W], and labels.npy, [N], read where they lie.
 
 test_images.npy and test_labels.npy beside them are the test part.
 """
@@ -28,6 +28,7 @@ from mpl_scale.data.index.format import (
 )
 
 _LONGEST_HEADER = 4096  # bytes
+_MOST_CHANNELS = 256  # those of mpl_scale.model.in_chans
 _HEADER = re.compile(
     rb"\x93NUMPY(?:(?P<version>\x01)\0..|[\x02\x03]\0....)\{'descr': '(?P<dtype>[<>|](?:[iu][1248]|f[248]))', "
     rb"'fortran_order': False, 'shape': \((?P<shape>[0-9, ]{0,100})\), \}",
@@ -55,7 +56,7 @@ class Arrays:
             )
         if not found or found[0].part != "train":
             raise NoShards(
-                f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, 3] or [N, H, W] there, "
+                f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, C] or [N, H, W] there, "
                 "and labels.npy"
             )
         return found
@@ -67,8 +68,8 @@ class Arrays:
         path = root / shard.name
         try:
             images, offset = read_npy(path)
-            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] not in ((), (1,), (3,)):
-                raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, 3], nor [N, H, W]")
+            if images.dtype != np.uint8 or images.ndim not in (3, 4) or images.shape[3:] > (_MOST_CHANNELS,):
+                raise MalformedShard(f"{images.dtype} {list(images.shape)} is not uint8 [N, H, W, C], nor [N, H, W]")
             labels = np.zeros(len(images), np.int64)
             if options.labels:
                 labels = _labels(path.with_name(path.name.replace("images", "labels")), len(images))

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from mpl_scale.data.encoded.header import UnreadableImage
-from mpl_scale.data.encoded.probe import ppm
+from mpl_scale.data.encoded.probe import pam, ppm
 from mpl_scale.data.index import sidecars
 from mpl_scale.data.index.census import Census
 from mpl_scale.data.index.descriptors import Descriptors, read_file
@@ -184,7 +184,7 @@ class IndexedImages:
         return np.asarray(self._shard[samples], np.int64)
 
     def read(self, sample: int) -> np.ndarray:
-        """The encoded image, uint8 [bytes]; raw pixels as a PPM file. Raises UnreadableImage with the reason."""
+        """The encoded image, uint8 [bytes]; raw pixels as a PPM or PAM file. Raises UnreadableImage with the reason."""
         path, offset, length = self._place(sample)
         try:
             content = (
@@ -198,8 +198,17 @@ class IndexedImages:
             raise UnreadableImage(f"{len(content)} bytes where {length} were indexed: the file has changed")
         if self._layout in _RAW:
             height, width = (int(side) for side in self.sizes[sample])
-            content = ppm(_RAW[self._layout](content, height, width), height=height, width=width)
+            channels = length // (height * width)
+            if self._layout == "rows" and channels not in (1, 3):
+                content = pam(content, height=height, width=width, channels=channels)
+            else:
+                content = ppm(_RAW[self._layout](content, height, width), height=height, width=width)
         return np.frombuffer(content, np.uint8)
+
+    @property
+    def of_rows(self) -> bool:
+        """Whether images are raw pixels [H, W, C], of any number of channels."""
+        return self._layout == "rows"
 
     @property
     def of_files(self) -> bool:
