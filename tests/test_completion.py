@@ -58,7 +58,7 @@ def test_bash_completes_files_and_folders(folder: Path) -> None:
 
 
 def test_bash_completes_the_fields_of_set_and_leaves_no_space_behind(folder: Path) -> None:
-    offered = completed(folder, "train", "--set", "mpl_scale.optim.student.l")
+    offered = completed(folder, "train", "--set", "mpl_scale.optim.student.lr")
     assert offered == ["compopt -o nospace", "mpl_scale.optim.student.lr="]
     after = ("train", "--ds_config", "a.json", "--set", "mpl_scale.seed", "=", "3", "--set", "zero_optimization.s")
     assert completed(folder, *after)[-1] == "zero_optimization.stage="
