@@ -80,8 +80,9 @@ def model_card(exported: Exported) -> str:
     library = "timm" if exported.of_timm else "mpl_scale"
     library = {"torch_export": "pytorch", "onnx": "onnx"}.get(exported.format, library)
     method = exported.config.method.name
-    tags = ["image-classification", library, *(["meta-pseudo-labels"] if method in ("mpl", "reduced_mpl") else [])]
-    front = [f"library_name: {library}", "pipeline_tag: image-classification", "tags:", *(f"- {tag}" for tag in tags)]
+    task = "image-classification" if len(exported.shape) == 3 else "tabular-classification"
+    tags = [task, library, *(["meta-pseudo-labels"] if method in ("mpl", "reduced_mpl") else [])]
+    front = [f"library_name: {library}", f"pipeline_tag: {task}", "tags:", *(f"- {tag}" for tag in tags)]
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(exported).items())
     return "\n".join(
         [
@@ -94,7 +95,7 @@ def model_card(exported: Exported) -> str:
             "",
             f"# {exported.section.name}, {exported.config.model.num_classes} classes",
             "",
-            "An image classifier, trained by mpl_scale.",
+            "A classifier, trained by mpl_scale.",
             "",
             f"| | |\n|---|---|\n{rows}",
             "",
@@ -154,7 +155,9 @@ def _cell(text: str) -> str:
 
 
 def _loading(exported: Exported) -> str:
-    takes = f"float32 [N, {', '.join(map(str, exported.shape))}], normalised as the table says"
+    takes = f"float32 [N, {', '.join(map(str, exported.shape))}], as the table says"
+    if len(exported.shape) == 3:
+        takes = f"normalised images, {takes}"
     if exported.format != "timm":
         return f"""In this folder:
 
@@ -185,7 +188,6 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
     return f"""In this folder, with mpl_scale, where the model is registered:
 
 ```python
-from mpl_scale.data.vectors import input_shape
 from mpl_scale.models.registry import find_builder
 from safetensors.torch import load_file
 {imports}
