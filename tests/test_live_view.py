@@ -18,6 +18,7 @@ from mpl_scale.data import Splits, load_images, make_splits
 from mpl_scale.data.index.build import build_index
 from mpl_scale.data.samples.truth import UNKNOWN, Truth
 from mpl_scale.monitor.grid import Labelled, draw_grid
+from mpl_scale.mpl import PseudoLabels
 from mpl_scale.trainer.preflight import check_names
 from tests.support.configs import DIGITS, tiny, write
 from tests.support.ranks import pool
@@ -207,6 +208,15 @@ def test_tensorboard_has_the_curves_and_the_pictures(tmp_path: Path) -> None:
     for step, encoded in shown.items():
         written = Image.open(tmp_path / "out" / "views" / f"step_{step:06d}.png")
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded))), np.asarray(written))
+
+
+def test_labels_of_a_step_without_finite_logits_leave_a_finite_mean() -> None:
+    noted = PseudoLabels(3, device=torch.device("cpu"))
+    noted.note([torch.tensor([[0.0, 0.0]]), torch.tensor([[float("nan")] * 2, [0.0, 100.0]])])
+    assert noted.confidence.tolist() == [0.5, 0.0, 1.0]
+    assert noted.labels.tolist()[::2] == [0, 1]
+    noted.note([torch.zeros(3, 2)], [torch.tensor([[0.1, 0.9], [0.8, 0.2], [0.4, 0.6]])])  # soft labels
+    assert noted.labels.tolist() == [1, 0, 1]
 
 
 def test_vectors_have_no_views() -> None:

@@ -29,4 +29,5 @@ class PseudoLabels:
         probabilities = torch.cat(list(logits)).float().softmax(-1)  # [U', K]
         named = probabilities if labels is None else torch.cat(list(labels))  # [U'] or [U', K]
         self.labels.copy_(named if named.ndim == 1 else named.argmax(-1))
-        self.confidence.copy_(probabilities.gather(1, self.labels[:, None])[:, 0])
+        found = probabilities.gather(1, self.labels[:, None])[:, 0]  # [U']
+        self.confidence.copy_(found.nan_to_num(0.0))  # a skipped step must not spoil the mean of a whole line
