@@ -56,34 +56,34 @@ def main() -> int:
         source, workers = options.measure
         print(json.dumps(measure(source, options.folder, workers=int(workers))))
         return 0
-    builds: list[dict[str, Any]] = []
-    for source in options.sources:
-        for rows in (options.rows // 10, options.rows):
-            with tempfile.TemporaryDirectory(prefix="index_build", dir=options.folder) as folder:
-                WRITERS[source](Path(folder) / "data", rows)
+    document: dict[str, Any] = {"kind": "index_build", **provenance("benchmarks.index_build", torch.device("cpu"))}
+    document["builds"] = []
+    for rows in (options.rows // 10, options.rows):
+        with tempfile.TemporaryDirectory(prefix="index_build", dir=options.folder) as folder:
+            for source in options.sources:
+                root = Path(folder) / source.partition(".")[0]
+                WRITERS[source](root, rows)
                 for workers in options.workers:
-                    builds.append(_in_a_process(source, Path(folder), workers))
-    about = provenance("benchmarks.index_build", torch.device("cpu"))
-    document = {"kind": "index_build", **about, "builds": builds}
+                    document["builds"].append(_in_a_process(source, root, workers))
+                    if options.output is not None:
+                        write(options.output, document)
     if options.output is None:
         print(json.dumps(document))
-    else:
-        write(options.output, document)
     return 0
 
 
-def _in_a_process(source: str, folder: Path, workers: int) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.index_build", "--folder", str(folder)]
+def _in_a_process(source: str, root: Path, workers: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.index_build", "--folder", str(root)]
     found = subprocess.run([*command, "--measure", source, str(workers)], stdout=subprocess.PIPE, text=True, check=True)
     return dict(json.loads(found.stdout.splitlines()[-1]))
 
 
-def measure(source: str, folder: Path, *, workers: int) -> dict[str, Any]:
-    """Index `folder`/data into `folder`; what it took."""
+def measure(source: str, root: Path, *, workers: int) -> dict[str, Any]:
+    """Index the data below `root`; what it took."""
     with _peak() as peak:
         start, busy = time.perf_counter(), time.process_time()
-        output = folder / f"{workers}.index"
-        built = build_index(source.partition(".")[0], folder / "data", output=output, workers=workers)
+        output = root.with_name(f"{source}.{workers}.index")
+        built = build_index(source.partition(".")[0], root, output=output, workers=workers)
         seconds, busy = time.perf_counter() - start, time.process_time() - busy
     assert not built.refused
     return {
@@ -151,33 +151,32 @@ def write_parquet(root: Path, rows: int) -> None:
 
 
 def write_files(root: Path, rows: int) -> Iterator[tuple[str, str]]:
-    """The path and the label of each row, whose files are then there."""
-    files, path = pictures(), Path()
+    """The path and the label of each row, whose files are then there: made once."""
+    files, path, new = pictures(), Path(), not root.exists()
     for folder in range(CLASSES):
-        (root / f"{folder:02d}").mkdir(parents=True)
+        (root / f"{folder:02d}").mkdir(parents=True, exist_ok=True)
     for row in range(rows):
         name = f"{row % CLASSES:02d}/image_{row:09d}"
-        if row % LINKS == 0:
+        if new and row % LINKS == 0:
             path = root / name
             path.write_bytes(files[row // LINKS % DISTINCT])
-        else:
+        elif new:
             os.link(path, root / name)
         yield name, f"class {row % CLASSES}"
 
 
 def write_csv_table(root: Path, rows: int) -> None:
     """A table.csv, and its files."""
-    root.mkdir(parents=True)
+    listed = list(write_files(root, rows))
+    (root / "table.parquet").unlink(missing_ok=True)
     with open(root / "table.csv", "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["path", "label"])
-        table.writerows(write_files(root, rows))
+        csv.writer(file).writerows([("path", "label"), *listed])
 
 
 def write_parquet_table(root: Path, rows: int) -> None:
     """A table.parquet, and its files."""
-    root.mkdir(parents=True)
     paths, labels = zip(*write_files(root, rows), strict=True)
+    (root / "table.csv").unlink(missing_ok=True)
     parquet.write_table(pyarrow.table({"path": paths, "label": labels}), root / "table.parquet")
 
 

@@ -161,18 +161,21 @@ def _scan(root: Path, shard: Shard, *, only: str | None = None) -> tuple[list[st
 def scan_files(root: Path, folder: str, files: Sequence[str], *, label: int = 0) -> Scan:
     """The image files of these names in a folder, relative to the root, in the given order."""
     names = [os.fsencode(name) for name in files]
-    entries = np.zeros(len(names), ENTRY)
+    here = os.fsencode(root / folder)
+    facts = np.zeros((len(names), 3), np.int64)  # bytes, height, width
     refusals, census = [], Census()
     for row, name in enumerate(names):
-        path = os.path.join(os.fsencode(root / folder), name)
+        path = os.path.join(here, name)
         try:
             header = probe_file(path)
-            entries["height"][row], entries["width"][row] = header.stored
-            entries["length"][row] = os.stat(path).st_size
-            entries["label"][row] = label
+            facts[row] = os.stat(path).st_size, *header.stored
             census.kinds[header.label] += 1
         except (UnreadableImage, OSError) as error:
             refusals.append(Refusal(f"{folder}/{os.fsdecode(name)}", None, str(error), row))
+    entries = np.zeros(len(names), ENTRY)
+    entries["length"], entries["height"], entries["width"] = facts.T
+    entries["label"] = label
+    entries["label"][[refusal.entry for refusal in refusals if refusal.entry is not None]] = 0
     ends = np.cumsum([len(name) for name in names], dtype=np.int64)
     return Scan(entries, refusals, names=b"".join(names), name_ends=ends, census=census)
 
