@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from benchmarks import collect, figure, preregistered, throughput
+from benchmarks import collect, figure, index_build, preregistered, throughput
 from benchmarks.kernel_classes import classify
 from benchmarks.reference_step import ReferenceStep
 from benchmarks.timing import PhaseTimer, interleave, ratios
@@ -188,3 +188,12 @@ def test_the_feedback_figure_shows_the_primary_differences() -> None:
     for container, pair in zip(axes.containers, preregistered.PRIMARY[::-1], strict=True):
         shown = container.lines[0].get_xdata()
         assert list(shown) == [task["paired"][pair]["mean"] for task in document["tasks"].values()]
+
+
+@pytest.mark.parametrize("source", index_build.WRITERS)
+def test_what_is_indexed_is_what_was_written(source: str, tmp_path: Path) -> None:
+    index_build.WRITERS[source](tmp_path / "data", 250)
+    found = index_build.measure(source, tmp_path / "data", workers=1)
+    (row,) = collect.index_build_rows({"builds": [found]})
+    assert (found["rows"], row["rows"], row["source"]) == (250, "250", source)
+    assert found["processor_us_per_row"] > 0

@@ -145,6 +145,16 @@ def test_a_path_that_stands_there_twice_is_found_pieces_apart(root: Path, monkey
         load(table(root, *rows, "./class1/0.png,1,test", rows[2]))
 
 
+def test_a_table_that_changes_while_it_is_read_is_not_mixed_up(root: Path, tmp_path: Path) -> None:
+    """Between the two times that it is read it gains a folder."""
+    path = table(root, "class0/0.png,a") / "table.csv"
+    before = summarise(path, read_rows)
+    table(root, "class1/0.png,a", "class0/0.png,b")
+    with pytest.raises(ValueError, match=r"table\.csv' has changed while it was read; run the same command again"):
+        write_listing(tmp_path / "listing", path, read_rows, lambda: before, unchanged=lambda: False)
+    assert not (tmp_path / "listing").exists()
+
+
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the interpreter and numpy hold at most, when a table's rows are laid on disk."""
     monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", 1000)
