@@ -16,7 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "pseudo_label_view": "weak",
         "feedback": {"rule": "cosine", "weight": 1.0, "baseline": True, "baseline_bias_correction": True},
     },
-    # Soft labels and the exact gradient of equation 3, at a size that neither batch nor smoothing changes.
+    # Soft labels and the exact gradient of equation 3, at a size that smoothing does not change.
     "exact": {
         "pseudo_labels": "soft",
         "pseudo_label_view": "weak",

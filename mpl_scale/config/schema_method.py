@@ -26,8 +26,8 @@ class FeedbackConfig(Section):
     normalise: Literal["norms", "credits"] = Field(
         "norms",
         description="What rule soft_exact's credits are divided by. norms: the gradients' norms |g_u| |g_l|, as the "
-        "cosine is. credits: their own root mean square, so that one weight serves all sizes of batch and all label "
-        "smoothing.",
+        "cosine is. credits: their own root mean square, so that label smoothing does not change the size of the "
+        "feedback.",
     )
     dropout: bool = Field(False, description="Whether the student's feedback passes drop anything.")
     baseline: bool = Field(True, description="Subtract a moving average of h (C.3).")
