@@ -7,8 +7,6 @@ import re
 import shutil
 import statistics
 import sys
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +21,10 @@ from mpl_scale.report.drawing import DARK, LIGHT, render
 from mpl_scale.report.figures import FIGURES
 from mpl_scale.report.material import Curve, Material
 from mpl_scale.report.page import make_page
-from mpl_scale.report.runs import EVALUATION, STEPS, Run, add_runs, differing
+from mpl_scale.report.runs import EVALUATION, differing
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import DIGITS, tiny, write
+from tests.support.report_page import RULE, Page, material_of, trial
 
 ROOT = DIGITS.parents[1]
 CPU = ROOT / "benchmarks" / "results" / "cpu"
@@ -37,41 +36,6 @@ RUNS = {
     "mpl_5/seed_0": ["mpl_scale.data.labelled_per_class=5"],
 }
 COSINE, NONE = "mpl, feedback.rule cosine", "mpl, feedback.rule none"
-EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"}
-
-
-class Page(HTMLParser):
-    """Tables as rows of cells under the heading before them; every address; and whether each tag is closed."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tables: dict[str, list[list[str]]] = {}
-        self.addresses: list[str] = []
-        self.tags: set[str] = set()
-        self._open: list[str] = []
-        self._heading = self._text = ""
-        self.feed(text)
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.add(tag)
-        self.addresses += [value or "" for name, value in attributes if name in ("src", "srcset", "href")]
-        if tag == "tr":
-            self.tables.setdefault(self._heading, []).append([])
-        if tag in ("td", "th", "h2", "h3"):
-            self._text = ""
-        if tag not in EMPTY:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-        if tag in ("h2", "h3"):
-            self._heading = self._text
-        if tag in ("td", "th"):
-            self.tables[self._heading][-1].append(self._text)
-
-    def handle_data(self, data: str) -> None:
-        self._text += data
 
 
 @pytest.fixture(scope="module")
@@ -161,24 +125,6 @@ def test_a_curve_is_of_the_steps_that_all_runs_have() -> None:
     assert (curve.steps, curve.mean, curve.deviation) == ([10, 20], [2.0, 2.0], [statistics.stdev([1.0, 3.0]), 0.0])
 
 
-def trial(folder: str, *, seed: int = 0, steps: int = 1, **settings: Any) -> Run:
-    """A run that ended with its learning rate as its accuracy; curves of a step. settings: of the section mpl_scale."""
-    settings = {"seed": seed, "method__name": "mpl", "data__labelled_per_class": 4, **settings}
-    given = {f"mpl_scale.{name.replace('__', '.')}": value for name, value in settings.items()} | {STEPS: steps}
-    metrics = [{"global_step": 1, "phase": "train", "step": 1, "student_accuracy": 0.5, "part": "train"}]
-    top1 = given.get("mpl_scale.optim.student.lr", 0.0)
-    return Run(Path(folder), given, {"results": {"student": {"top1": top1}}, "steps": 1}, metrics, {})
-
-
-RULE = "method__feedback__rule"
-
-
-def material_of(runs: list[Run]) -> Material:
-    material = Material()
-    add_runs(material, runs)
-    return material
-
-
 def test_many_configurations_are_named_by_their_folders_and_the_best_are_drawn() -> None:
     fields = ("optim__student__lr", "optim__student__weight_decay", "method__uda__temperature")
     runs = [trial(f"s/trial_{i:03d}", x=0, **dict.fromkeys(fields, i)) for i in range(12)]
@@ -208,76 +154,6 @@ def test_a_label_says_what_differs() -> None:
     material = material_of([*runs, trial("c", method__name="uda")])
     assert [group.label for group in material.groups] == ["mpl, feedback.rule none", "mpl, feedback.rule cosine", "uda"]
     assert FIGURES["breakdown"](material) == FIGURES["labels"](material) == []  # nothing to compare
-
-
-def test_the_signal_and_the_noise_of_h_are_told(tmp_path: Path) -> None:
-    """Of the last 1,000 steps of phase train; not of controls."""
-    steps = [(1, 9.0), (1200, 0.1), (1600, 0.3), (2000, -0.1)]
-    lines = [{"phase": "train", "part": "train", "step": step, "global_step": step, "h": h} for step, h in steps]
-    lines += [{"phase": "finetune", "part": "train", "step": 7, "global_step": 2007}]
-    runs = [trial(rule, **{RULE: rule}) for rule in ("cosine", "none")]
-    material = material_of([replace(run, metrics=lines) for run in runs])
-    rows = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
-    assert [row[1:] for row in rows[1:]] == [["+0.1000 ± 0.2000", "0.50", "67%", "not measured", "", "", "3"]]
-
-
-def test_the_sign_of_h_is_compared_with_the_measured_drop_and_labels_with_the_control(tmp_path: Path) -> None:
-    """h is right three times of four; signs as frequent (3/4 and 2/4 above 0) would agree half the time by chance."""
-    pairs = [(0.3, 0.1), (0.2, 0.5), (-0.1, -0.2), (0.1, -0.3)]
-    runs = []
-    for rule, right in (("cosine", 0.75), ("none", 0.5)):
-        lines = [
-            {"phase": "train", "part": "train", "step": step, "global_step": step, "h": h - 0.1, "feedback": h}
-            | {"labelled_loss_drop": drop, "label_agreement": right}
-            for step, (h, drop) in enumerate(pairs, start=1)
-        ]
-        settings = {f"mpl_scale__{RULE}": rule, "mpl_scale__logging__labelled_loss_drop": rule == "cosine"}
-        runs.append(replace(trial(rule, **settings), metrics=lines))
-    material = Material()
-    add_runs(material, runs)
-    _, (_, *cells) = Page(make_page(material, [], title="t")).tables["Did the feedback say anything?"]
-    assert cells[2:] == ["50%", "75% (by chance 50%)", "75.0%", "50.0%", "4"]
-
-
-def ended(name: str, *seeds: int, **settings: Any) -> list[Run]:
-    return [trial(f"{name}/seed_{s}", seed=s, **settings) for s in seeds]
-
-
-@pytest.mark.parametrize(
-    ("control", "shown"),
-    [
-        ([], False),
-        (ended("none", 0, 1, **{RULE: "none"}), True),
-        (ended("none", 0, 1, 2, **{RULE: "none", "method__feedback__weight": 0.5}), True),
-        (ended("none", 0, **{RULE: "none"}), False),  # a seed is missing
-        (ended("none", 0, 1, **{RULE: "none", "method__teacher_loss": "supervised"}), False),  # another teacher
-        (ended("flipped", 0, 1, **{RULE: "flipped"}), False),
-    ],
-    ids=["none", "twin", "more seeds", "a seed short", "another teacher", "wrong sign"],
-)
-def test_a_gain_of_mpl_is_shown_beside_its_control_alone(control: list[Run], shown: bool) -> None:
-    supervised, mpl = ended("s", 0, 1, method__name="supervised"), ended("mpl", 0, 1, **{RULE: "cosine"})
-    material = material_of([*supervised, *mpl, *control])
-    bars = FIGURES["breakdown"](material)
-    assert bool(bars) == shown
-    assert ("No gain without a control" in make_page(material, [], title="t")) != shown
-    if shown:
-        assert re.fullmatch(r"runs, .*supervised 0.0%, MPL with h = 0 0.0%, MPL 0.0%", bars[0].alt)
-
-
-def test_differences_of_a_benchmark_are_shown_where_it_has_the_control(tmp_path: Path) -> None:
-    document = json.loads((CPU / "digits_table_long.json").read_text())
-    (part,) = document["labels"].values()
-    (shown,) = read([CPU / "digits_table_long.json"]).comparisons
-    assert {"mpl over mixup - mixup", "mpl over uda - uda"} <= shown.rows.keys()
-    assert not {"mpl over supervised - supervised", "mpl over pseudo labels - pseudo labels"} & shown.rows.keys()
-    del part["runs"]["mpl over mixup, no feedback"]
-    (tmp_path / "less.json").write_text(json.dumps(document))
-    (less,) = read([tmp_path / "less.json"]).comparisons
-    assert shown.rows.keys() - less.rows.keys() == {
-        "mpl over mixup - mixup",
-        "mpl over mixup - mpl over mixup, no feedback",
-    }
 
 
 def test_a_run_that_goes_on_is_shown_as_such(runs: Path, tmp_path: Path) -> None:
