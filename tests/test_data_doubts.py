@@ -221,6 +221,13 @@ def test_classes_without_an_image_for_training_are_named(tmp_path: Path) -> None
     assert said in load(tmp_path / "b", "webdataset").contents()
 
 
+def test_images_without_labels_lack_no_class(tmp_path: Path) -> None:
+    images = load(put(tmp_path / "data", "1.png", "more/2.png"), "images")
+    assert images.contents() == ["images by part: unlabelled 2 (., more)", "images by format: 2 png"]
+    flat = load(put(tmp_path / "flat", "1.png", "2.png"), "images")
+    assert flat.contents()[0] == "images by part: unlabelled 2"
+
+
 def test_class_names_that_are_not_read_are_listed(tmp_path: Path) -> None:
     (put(tmp_path, "cat/1.png", "dog/1.png") / "classes.txt").write_text("dog\ncat\n")
     assert "not used: 1 (1 .txt): classes.txt" in read_folder(tmp_path).contents()

@@ -111,7 +111,7 @@ def test_index_says_what_each_shard_was_taken_for(tmp_path: Path, capsys: pytest
     for _ in range(2):  # built, and up to date
         assert main(["index", str(root), "--source", "webdataset", "--workers", "1"]) == 0
         lines = capsys.readouterr().out.splitlines()
-        assert "the data set's own parts, images: train 5 (my-test/*.tar, train-*.tar), test 2 (eval-*.tar)" in lines
+        assert "images by part: train 5 (my-test/*.tar, train-*.tar), test 2 (eval-*.tar)" in lines
         assert any("speaks of another part: my-test/000.tar; if they are test data" in line for line in lines)
         assert lines[-2:] == [
             "images by format: 7 png",

@@ -207,7 +207,7 @@ def test_refused_files_of_a_folder_are_counted_and_left_out(tmp_path: Path) -> N
         notes = record_splits(found, tmp_path / "run")
         assert notes[1:] == [
             f"data: 8 labelled, {len(found.unlabelled)} unlabelled and 40 evaluation images, 0 held out",
-            "the data set's own parts, images: train 120 (class*)",
+            "images by part: train 120 (class*)",
             "images by format: 118 png",
         ], again
         assert notes[0].startswith("2 of 120 images are left out, unreadable: ")

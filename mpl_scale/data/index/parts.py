@@ -150,8 +150,9 @@ def parts_line(counts: Sequence[tuple[str, Part, int]]) -> list[str]:
         if own:
             patterns = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name, _ in own))
             more = f" and {len(patterns) - 5} more names" if len(patterns) > 5 else ""
-            described.append(f"{wanted} {sum(images for _, images in own):,} ({', '.join(patterns[:5])}{more})")
-    lines = [f"the data set's own parts, images: {', '.join(described)}"]
+            names = "" if patterns == ["."] else f" ({', '.join(patterns[:5])}{more})"
+            described.append(f"{wanted} {sum(images for _, images in own):,}{names}")
+    lines = [f"images by part: {', '.join(described)}"]
     doubts = [name for name, part, _ in counts if doubtful(name, part)]
     if doubts:
         more = f" and {len(doubts) - 10} more" if len(doubts) > 10 else ""

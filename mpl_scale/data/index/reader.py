@@ -156,7 +156,8 @@ class IndexedImages:
             lines += late_starts([shard.name for shard in self.shards])
             empty = [name for name, _, images in counts if not images]
             lines += [f"shards without an image: {len(empty)}, as '{empty[0]}'"] if empty else []
-        return lines + alike(self.classes) + untrained(self.classes, self.meta.get("untrained", []))
+        labelled = any(shard.part != "unlabelled" for shard in self.shards)
+        return lines + alike(self.classes) + untrained(self.classes, self.meta.get("untrained", []) if labelled else [])
 
     @property
     def fingerprint(self) -> str:
