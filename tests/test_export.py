@@ -135,6 +135,12 @@ def test_another_network_is_replaced_only_when_asked(tmp_path: Path, capfd: pyte
     assert main(command) == 2
 
 
+def test_a_network_that_the_checkpoint_lacks_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    checkpoint_of(tmp_path, name="digits_cnn")
+    assert main(["export", str(tmp_path), "--network", "ema", "--output", str(tmp_path / "out")]) == 2
+    assert re.search(r"--network ema: checkpoint .* holds student only; choose another", capfd.readouterr().err)
+
+
 def test_a_run_starts_from_exported_weights(tmp_path: Path) -> None:
     raw = tiny()
     raw["mpl_scale"]["parallel"] = {"engine": "flat"}

@@ -142,9 +142,20 @@ def checkpoint_config(checkpoint: Path) -> Config:
 
 
 def read_network(checkpoint: Path, network: str) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by name, whole, on the CPU. CheckpointError as `read_prefix`."""
+    """Parameters and buffers by name, whole, on the CPU.
+
+    Raises:
+        CheckpointError: the checkpoint has no such network; else as `read_prefix`.
+    """
+    table = read_index(checkpoint).table
+    held = sorted({key.split("/")[0] for key in table if "/master/" in key})
+    if network not in held:
+        raise CheckpointError(
+            f"--network {network}: checkpoint {checkpoint} holds {' and '.join(held)} only; choose another network "
+            "or an earlier checkpoint"
+        )
     parameters = read_prefix(checkpoint, f"{network}/master")
-    has_buffers = any(key.startswith(f"{network}/buffer/") for key in read_index(checkpoint).table)
+    has_buffers = any(key.startswith(f"{network}/buffer/") for key in table)
     return parameters | (read_prefix(checkpoint, f"{network}/buffer") if has_buffers else {})
 
 
