@@ -248,7 +248,7 @@ def _short_average(config: Config) -> str | None:
         return None
     fitting = max(0.0, math.floor(1000 * (1.0 - CONVERGED / steps)) / 1000)
     return (
-        f"mpl_scale.model.bn_decay = {decay:g} averages over more steps than phases.train.steps = {steps}: evaluation "
+        f"mpl_scale.model.bn_decay = {decay:g} is too slow for phases.train.steps = {steps}: evaluation "
         f"would use statistics that have not converged; set bn_decay = {fitting:g} or train for "
         f"{math.ceil(CONVERGED / (1.0 - decay))} steps"
     )

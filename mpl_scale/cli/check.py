@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 COUNTED = (
     "state: weights, masters, optimisers, gradients, averages (shards); activations: kept at the worst moment; "
-    "working: what a backward pass needs beside them; allowances: driver, libraries, fragmentation"
+    "working: what a backward pass needs beside them; resident: images kept decoded, at most; "
+    "allowances: driver, libraries, fragmentation"
 )
 
 
@@ -112,7 +113,9 @@ def _memory(job: Job, plan: Plan) -> str:
     shown = {name: size / GIGA for name, size in plan.memory.categories.items()}
     state = plan.memory.static / GIGA
     rest = " + ".join(
-        f"{name} {shown[name]:.2f}" for name in ("gathered", "activations", "working", "images") if name in shown
+        f"{name} {shown[name]:.2f}"
+        for name in ("gathered", "activations", "working", "images", "resident")
+        if name in shown
     )
     return (
         f"phase {job.name} ({job.method.name}, {job.steps} steps, {labelled} labelled + {unlabelled} unlabelled "

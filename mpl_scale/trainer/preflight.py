@@ -257,8 +257,9 @@ def _check_forward(model: nn.Module, shape: tuple[int, ...], classes: int, *, ca
         with torch.no_grad():
             logits = model.eval()(images)
     except (RuntimeError, AssertionError) as error:
-        hint = "; set image_size, or its kwargs" if isinstance(error, AssertionError) else ""
-        raise ValueError(f"{called} cannot take {_called(shape)}: {_first_line(error)}{hint}") from error
+        hint = "; set image_size, or its kwargs.img_size" if isinstance(error, AssertionError) else ""
+        reason = _first_line(error).rstrip(".")
+        raise ValueError(f"{called} cannot take {_called(shape)}: {reason}{hint}") from error
     try:
         of_training = within(Pass(seed=0, stream=0, step=step, rows=rows), model)
         with suppress(RuntimeError, AssertionError), torch.no_grad(), OnlyOurs(), of_training:
