@@ -35,7 +35,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno is not None:  # else it has a text of its own
             error.filename = str(path)
         raise
 

@@ -121,6 +121,10 @@ def test_a_run_from_arrays_to_timm(roots: list[str], tmp_path: Path, capfd: pyte
     hub = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True).eval()
     assert hub(torch.randn(2, 6, 32, 32)).shape == (2, 6)
     assert json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]["input_size"][0] == 6
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "6-channel images of 32 x 32" in card
+    assert "PIL" not in card
+    assert "create_transform" not in card
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from mpl_scale.checkpoint.export import FILES, export
 from mpl_scale.cli.main import main
 from mpl_scale.models.registry import register_model
 from tests.support.exported import MODELS, built, checkpoint_of
+from tests.support.faults import no_file_above
 from tests.support.tiers import full
 
 VIT = {"name": "test_vit", "kwargs": {"img_size": 32, "patch_size": 8}}
@@ -74,10 +75,22 @@ def test_a_folder_keeps_its_network_and_its_format_until_asked(
     assert "holds another network (model.pt2); give --overwrite" in capfd.readouterr().err
     command[3] = "timm"
     assert main(command) == 2
-    assert "holds another network (README.md, model.pt2)" in capfd.readouterr().err
+    assert "holds another network (model.pt2)" in capfd.readouterr().err  # another format is seen before the work
     assert contents(out) == before
     assert main([*command, "--overwrite"]) == 0
     assert contents(out).keys() == {"model.safetensors", "config.json", "README.md"}
+
+
+@pytest.mark.parametrize("format", ["timm", "torch_export", full("onnx")])
+def test_a_full_disk_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], format: str) -> None:
+    checkpoint_of(tmp_path, name="digits_cnn")
+    out = tmp_path / "out"
+    with no_file_above(3000):
+        assert main(["export", str(tmp_path), "--format", format, "--output", str(out)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "None" not in line
+    assert f"{out / '.export'}" in line
+    assert contents(out) == {}
 
 
 class _Otherwise(nn.Module):

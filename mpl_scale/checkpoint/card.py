@@ -134,7 +134,7 @@ def _input(exported: Exported) -> str:
     data, shape, view = exported.config.data, exported.shape, exported.content["pretrained_cfg"]
     if len(shape) == 1:
         return f"vectors of {shape[0]} numbers"
-    colours = "RGB" if shape[0] == 3 else "grey"
+    colours = {1: "grey", 3: "RGB"}.get(shape[0], f"{shape[0]}-channel")
     return (
         f"{colours} images of {shape[1]} x {shape[2]} ({view['interpolation']}, crop_pct {view['crop_pct']:g}); values "
         f"of 0 to 1, less mean {list(data.mean)}, over std {list(data.std)}"
@@ -167,7 +167,12 @@ def _loading(exported: Exported) -> str:
 
 The input, `images`, is {takes}, for any N; it gives `logits`, float32 [N, {exported.config.model.num_classes}]."""
     if exported.of_timm:
-        mode = "RGB" if exported.config.model.in_chans == 3 else "L"
+        channels, transform = exported.config.model.in_chans, ""
+        called, of = "images", f" It takes {takes}."
+        if channels in (1, 3):
+            transform = "\ntransform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+            mode = "L" if channels == 1 else "RGB"
+            called, of = "transform(image).unsqueeze(0)", f" `image` is a PIL image of mode {mode}."
         names = (
             'their names are `model.pretrained_cfg["label_names"]`' if "label_names" in exported.content else "numbered"
         )
@@ -176,12 +181,11 @@ The input, `images`, is {takes}, for any N; it gives `logits`, float32 [N, {expo
 ```python
 import timm
 
-model = timm.create_model("local-dir:.", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+model = timm.create_model("local-dir:.", pretrained=True).eval(){transform}
 ```
 
-`model(transform(image).unsqueeze(0)).softmax(1)` has the probabilities of the classes, for a PIL image of mode {mode};
-{names}. From the hub: `hf-hub:USER/NAME` instead of `local-dir:.`."""
+`model({called}).softmax(1)` has the probabilities of the classes, {names}.{of}
+From the hub: `hf-hub:USER/NAME` instead of `local-dir:.`."""
     imports = "".join(f"import {module}\n" for module in exported.config.imports)
     arguments = {"num_classes": exported.config.model.num_classes, **exported.content.get("model_args", {})}
     given = ", ".join(f"{name}={value!r}" for name, value in arguments.items())

@@ -64,7 +64,7 @@ def export(
     content = _hub_config(config, section, labels=class_names(checkpoint))
     index = read_index(checkpoint)
     exported = Exported(config, section, network, index.step, index.metadata, content, format)
-    with _replacing_files(output, overwrite=overwrite) as drafts:
+    with _replacing_files(output, format=format, overwrite=overwrite) as drafts:
         if format == "timm":
             _write_weights(plain, drafts / FILE_NAME)
         else:
@@ -87,12 +87,14 @@ def _write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 @contextmanager
-def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
+def _replacing_files(output: Path, *, format: str, overwrite: bool) -> Iterator[Path]:
     """An empty folder to fill, whose files come to `output`, which is made, at the end; an exception deletes them.
 
-    ValueError where `output` has other files of these names, or a network in another format, unless they may be
-    replaced.
+    ValueError where `output` has a network in another format, at once, or other files of these names, at the end,
+    unless they may be replaced.
     """
+    formats = [name for name in FILES.values() if name != FILES[format] and (output / name).exists()]
+    _refuse_others(output, formats, overwrite=overwrite)
     drafts = output / ".export"
     shutil.rmtree(drafts, ignore_errors=True)  # of a process that was killed
     drafts.mkdir(parents=True)
@@ -103,11 +105,7 @@ def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
         names = [name for name in (*FILES.values(), ONNX_DATA) if not (drafts / name).exists()]
         stale = [output / name for name in names if (output / name).exists()]
         others = [path.name for path in files if _is_other(output / path.name, path)] + [path.name for path in stale]
-        if others and not overwrite:
-            raise ValueError(
-                f"--output {output} holds another network ({', '.join(sorted(others))}); give --overwrite to replace "
-                "it, or choose another folder"
-            )
+        _refuse_others(output, others, overwrite=overwrite)
         for path in files:
             sync(path)
             os.replace(path, output / path.name)
@@ -116,6 +114,14 @@ def _replacing_files(output: Path, *, overwrite: bool) -> Iterator[Path]:
         sync(output)
     finally:
         shutil.rmtree(drafts, ignore_errors=True)
+
+
+def _refuse_others(output: Path, others: list[str], *, overwrite: bool) -> None:
+    if others and not overwrite:
+        raise ValueError(
+            f"--output {output} holds another network ({', '.join(sorted(others))}); give --overwrite to replace it, "
+            "or choose another folder"
+        )
 
 
 def _is_other(found: Path, wanted: Path) -> bool:
