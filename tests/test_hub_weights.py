@@ -28,7 +28,7 @@ from mpl_scale.config.schema import NetworkConfig
 from mpl_scale.models import build_model
 from mpl_scale.models.hub import find_file
 from mpl_scale.models.weights import load_weights
-from mpl_scale.trainer.preflight import check_models, find_weights, loading_notes
+from mpl_scale.trainer.preflight import check_models, find_weights, network_notes
 from mpl_scale.trainer.prepare import Options, train
 from tests.support.configs import tiny, write
 
@@ -90,7 +90,7 @@ def test_the_models_own_weights_come_from_the_cache(tmp_path: Path, hub: Path, n
     theirs = timm.create_model("resnet10t.c3_in1k", pretrained=True, cache_dir=hub)
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=1e-4, atol=1e-5)  # fp32
-    (note,) = loading_notes(run)
+    (note,) = network_notes(run)
     path = hub / "models--timm--resnet10t.c3_in1k" / "snapshots" / COMMIT / "model.safetensors"
     count = len(theirs.state_dict())
     assert note == f"{WHERE}.weights = timm ({path}): {count} of {count} tensors loaded"
@@ -108,7 +108,7 @@ def test_other_images_and_classes_are_converted_as_timm_does(tmp_path: Path, hub
     expected["patch_embed.proj.weight"] = adapt_input_conv(channels, state["patch_embed.proj.weight"])
     for key, value in expected.items():
         assert torch.equal(found[key], value), key
-    (note,) = loading_notes(run)
+    (note,) = network_notes(run)
     assert f": {len(expected)} of {len(found)} tensors loaded; first convolution" in note
     for part in (
         f"first convolution patch_embed.proj.weight adapted from 3 to {channels} channels",
@@ -155,7 +155,7 @@ def test_weights_without_a_classifier_leave_it_new(tmp_path: Path) -> None:
     run = run_with(tmp_path, student={"name": "test_vit", "weights": str(tmp_path), "kwargs": {"img_size": 32}})
     found = loaded(run)
     assert all(torch.equal(found[key], value) for key, value in model.state_dict().items())
-    assert "its classifier (head.weight, head.bias; of 0 classes in the file) starts untrained" in loading_notes(run)[0]
+    assert "its classifier (head.weight, head.bias; of 0 classes in the file) starts untrained" in network_notes(run)[0]
 
 
 def test_offline_without_the_file_is_one_line_with_its_place_and_the_fix(tmp_path: Path, hub: Path) -> None:

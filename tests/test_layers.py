@@ -21,7 +21,7 @@ from mpl_scale.engine import build_network
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import Pass, build_model
 from mpl_scale.optim import parameter_groups
-from mpl_scale.trainer.preflight import check_models
+from mpl_scale.trainer.preflight import check_models, network_notes
 from tests.support.configs import tiny, write
 from tests.support.ranks import pool
 from tests.support.sharded import zero
@@ -174,6 +174,17 @@ def test_a_frozen_part_that_is_none(tmp_path: Path, frozen: list[str], problem: 
     raw["mpl_scale"]["model"]["image_size"] = 16
     with pytest.raises(ValueError, match=problem):
         check_models(load_config(write(tmp_path, raw)))
+
+
+def test_what_is_frozen_as_it_was_initialised_is_named(tmp_path: Path) -> None:
+    raw = tiny()
+    raw["mpl_scale"]["model"]["student"]["frozen"] = ["features"]
+    raw["mpl_scale"]["optim"]["student"]["name"] = "muon"
+    frozen, muon = network_notes(load_config(write(tmp_path, raw)))
+    assert frozen.startswith("mpl_scale.model.student.frozen = ['features']: without mpl_scale.model.student.weights")
+    assert muon.startswith("mpl_scale.optim.student.name = muon: the student has no matrices of hidden layers to train")
+    raw["mpl_scale"]["model"]["student"]["frozen"] = ["features.0"]
+    assert len(network_notes(load_config(write(tmp_path, raw)))) == 1  # features.1 has a matrix
 
 
 @pytest.mark.parametrize("where", ["optim.teacher", "optim.student", "phases.finetune.optim"])

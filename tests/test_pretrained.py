@@ -17,7 +17,7 @@ from mpl_scale.config.model_kwargs import REFUSED
 from mpl_scale.models import build_model
 from mpl_scale.models.registry import register_model
 from mpl_scale.models.weights import load_weights, plain_model
-from mpl_scale.trainer.preflight import check_models, loading_notes
+from mpl_scale.trainer.preflight import check_models, network_notes
 from tests.support.configs import tiny, write
 
 
@@ -75,7 +75,7 @@ def test_weights_of_other_classes_start_with_a_new_classifier_and_a_warning(
     state = weights_of(tmp_path, 7, **network)
     run = run_with(tmp_path, weights=str(tmp_path), **network)
     check_models(run)
-    (note,) = loading_notes(run)
+    (note,) = network_notes(run)
     head = {"classifier.weight", "classifier.bias"} if not network else {"fc.weight", "fc.bias"}
     assert note.endswith(
         f"tensors loaded; its classifier ({', '.join(sorted(head)[::-1])}; of 7 classes in the file) starts untrained"
@@ -103,9 +103,17 @@ def test_a_new_classifier_can_be_asked_for(tmp_path: Path) -> None:
     load_weights(renewed, run.mpl.model.student, run.mpl.model, field="student")
     assert torch.equal(kept.state_dict()["classifier.weight"], state["classifier.weight"])
     assert not torch.equal(renewed.state_dict()["classifier.weight"], state["classifier.weight"])
-    assert "new_classifier = true) starts untrained" in loading_notes(run)[0]
-    (whole,) = loading_notes(run_with(tmp_path, weights=str(tmp_path)))
+    assert "new_classifier = true) starts untrained" in network_notes(run)[0]
+    (whole,) = network_notes(run_with(tmp_path, weights=str(tmp_path)))
     assert re.fullmatch(rf"mpl_scale\.model\.student\.weights = {tmp_path}: (\d+) of \1 tensors loaded", whole)
+
+
+def test_a_new_classifier_is_not_frozen(tmp_path: Path) -> None:
+    weights_of(tmp_path, 7)
+    frozen = 'mpl_scale.model.student.frozen=["{}"]'
+    check_models(run_with(tmp_path, frozen.format("features"), weights=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"frozen = \['classifier'\] holds the classifier .* take it out of frozen"):
+        check_models(run_with(tmp_path, frozen.format("classifier"), weights=str(tmp_path)))
 
 
 def test_a_teacher_that_is_not_trained_needs_its_classifier(tmp_path: Path) -> None:

@@ -127,6 +127,15 @@ def test_what_a_method_does_not_read_is_named(method: str) -> None:
     assert named == set(UNREAD[method].split())
 
 
+@pytest.mark.parametrize(("method", "preset"), [("uda", "exact"), ("uda", "paper"), ("mpl", "exact")])
+def test_a_preset_that_no_method_reads_is_named(method: str, preset: str) -> None:
+    notes = load_config(
+        DIGITS, overrides=[f"mpl_scale.method.name={method}", f"mpl_scale.method.preset={preset}"]
+    ).notes
+    named = any("no effect here: mpl_scale.method.preset (name = uda, preset = exact)" in note for note in notes)
+    assert named == (method == "uda" and preset == "exact")
+
+
 def test_the_table_names_what_is_registered() -> None:
     for known, registry in (
         (readers.METHODS, METHODS),

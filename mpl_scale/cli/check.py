@@ -67,7 +67,7 @@ def report(
     """
     resolved = resolve(run, world=world, device="cuda" if cuda else "cpu")
     # timm: seconds, once the config is known to be good
-    from mpl_scale.trainer.preflight import check_models, check_names, loading_notes
+    from mpl_scale.trainer.preflight import check_models, check_names, network_notes
 
     check_names(run)
     check_models(run)
@@ -80,7 +80,7 @@ def report(
         f"{world} ranks = data {resolved.batches.data_ranks} x width {run.mpl.parallel.width}; on {resolved.device}:",
         *resolved.table(),
         *(f"warning: {warning}" for warning in resolved.warnings),
-        *loading_notes(run),
+        *network_notes(run),
         *(f"warning: {line}" for line in missing_packages(needed_packages(run, engine=resolved.engine))),
         *_networks(run, plans["train"]),
         *(_memory(job, plans[job.name]) for job in jobs),

@@ -93,6 +93,11 @@ def _by_loss_or_threshold(method: str, teacher_loss: str, warmup: int) -> bool:
     return method in _FIXED or _by_loss("pseudo_label", "fixmatch", "flexmatch")(method, teacher_loss, warmup)
 
 
+def _preset(method: str, preset: str | None) -> bool:
+    """Read where the teacher hears of the student; "paper" is what is so without it, "released_code" has more."""
+    return method in FED_BACK or method not in METHODS or preset not in ("exact", "kekmodel_compat")
+
+
 def _strong(method: str, labelled_view: str) -> bool:
     return method in _UNLABELLED or method not in METHODS or labelled_view == "strong"
 
@@ -149,6 +154,7 @@ def _method() -> list[Reader]:
     return [
         _rows("method", "pseudo_labels pseudo_label_temperature student_sees_labelled feedback", "name", by(*FED_BACK)),
         _rows("method", "pseudo_label_view", "name", by("mpl")),
+        _rows("method", "preset", "name preset", _preset),
         _rows("method", "student_label_smoothing", "name", by(*_TEACHERS)),
         _rows("method", "teacher_loss", f"name {_WARMUP.split()[1]}", _trains_teacher),
         _rows("method", "supervised_weight", "name", rule("supervised")),

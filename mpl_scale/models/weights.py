@@ -164,7 +164,7 @@ def _fitting(network: NetworkConfig, shared: ModelConfig, *, field: str) -> Fit:
     if fit.differences:
         raise ValueError(
             f"{field}.weights = {network.weights} is of another model than {field}.name = {network.name}: "
-            f"{'; '.join(fit.differences)}; set the name, kwargs and num_classes they were exported with"
+            f"{'; '.join(fit.differences)}; set the name, kwargs, num_classes and in_chans they were exported with"
         )
     return fit
 

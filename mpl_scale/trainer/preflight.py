@@ -20,6 +20,7 @@ from mpl_scale.augment.registry import refuse_colours
 from mpl_scale.config import Batches, RunConfig
 from mpl_scale.config.checks import choose_derivative
 from mpl_scale.config.names import require_known
+from mpl_scale.config.schema import ModelConfig, NetworkConfig
 from mpl_scale.data import ImageFiles, Splits, load_data, make_splits, write_manifest
 from mpl_scale.data.decode.views import evaluation_view
 from mpl_scale.data.encoded.header import UnreadableImage
@@ -42,7 +43,7 @@ from mpl_scale.models.randomness import OnlyOurs
 from mpl_scale.models.weights import check_weights, loading_note, replaced_classifier, weights_file
 from mpl_scale.mpl import FEEDBACK_RULES, LOSSES, METHODS
 from mpl_scale.mpl.forward_mode import following
-from mpl_scale.optim import OPTIMIZERS, layer_scales
+from mpl_scale.optim import OPTIMIZERS, layer_scales, parameter_groups
 from mpl_scale.spatial import plan_layout, refuse_empty_slices
 from mpl_scale.trainer.phases import initial_seed, recomputed
 
@@ -208,13 +209,37 @@ def find_weights(run: RunConfig) -> dict[str, str]:
     return found
 
 
-def loading_notes(run: RunConfig) -> list[str]:
-    """A line for each network that starts from weights. Raises ValueError as `check_models`."""
-    model = run.mpl.model
-    found = [
-        loading_note(getattr(model, name), model, field=f"mpl_scale.model.{name}") for name in ("teacher", "student")
-    ]
-    return [line for line in found if line is not None]
+def network_notes(run: RunConfig) -> list[str]:
+    """Lines on what networks start from and how they are trained. Raises ValueError as `check_models`."""
+    found = []
+    for name in ("teacher", "student"):
+        field, section = f"mpl_scale.model.{name}", getattr(run.mpl.model, name)
+        if (line := loading_note(section, run.mpl.model, field=field)) is not None:
+            found.append(line)
+        elif section.frozen:
+            found.append(
+                f"{field}.frozen = {section.frozen}: without {field}.weights these parts keep their initial values"
+            )
+    return found + _without_matrices(run)
+
+
+def _without_matrices(run: RunConfig) -> list[str]:
+    """A line for each optimiser with a rule of its own for hidden matrices (Muon) that has none to train."""
+    optim, finetune = run.mpl.optim, run.mpl.phases.finetune
+    used = [("teacher", "optim.teacher", optim.teacher), ("student", "optim.student", optim.student)]
+    used += [("student", "phases.finetune.optim", finetune.optim)] if finetune.steps else []
+    found = []
+    for network, where, config in used:
+        if not OPTIMIZERS[config.name].matrices_apart:
+            continue
+        section = getattr(run.mpl.model, network)
+        model = build_model(section, run.mpl.model, field=f"mpl_scale.model.{network}", seed=0, device="meta")
+        if not any(group["matrices"] for group in parameter_groups(model, config)):
+            found.append(
+                f"mpl_scale.{where}.name = {config.name}: the {network} has no matrices of hidden layers to train, so "
+                "all its parameters move by AdamW's rule; momentum and nesterov have no effect"
+            )
+    return found
 
 
 def check_models(run: RunConfig) -> None:
@@ -227,6 +252,7 @@ def check_models(run: RunConfig) -> None:
         if name == "teacher":
             _check_teaching(run)
         model = build_model(section, config.model, field=field, seed=initial_seed(config.seed, name), device="meta")
+        _check_frozen(model, section, config.model, field=field)
         sees_images = name == "student" or METHODS[config.method.name].teacher_sees_images
         shape = (2, *(input_shape(config) if sees_images else (config.model.num_classes,)))
         _check_forward(model, shape, config.model.num_classes, called=f"{field}.name = {section.name}")
@@ -235,6 +261,17 @@ def check_models(run: RunConfig) -> None:
         _check_split(model, run, field=field, name=section.name)
         _check_layer_decay(model, run, name)
         recomputed(model, config.parallel)
+
+
+def _check_frozen(model: nn.Module, section: NetworkConfig, shared: ModelConfig, *, field: str) -> None:
+    """A classifier that starts untrained is trained."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    new = replaced_classifier(section, shared, field=field)
+    if new and trained.isdisjoint(new):
+        raise ValueError(
+            f"{field}.frozen = {section.frozen} holds the classifier ({', '.join(new)}), which {field}.weights = "
+            f"{section.weights} leaves untrained; take it out of frozen"
+        )
 
 
 def _check_layer_decay(model: nn.Module, run: RunConfig, network: str) -> None:

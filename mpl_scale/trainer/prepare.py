@@ -44,7 +44,7 @@ from mpl_scale.trainer.preflight import (
     check_names,
     find_weights,
     load_splits,
-    loading_notes,
+    network_notes,
     record_splits,
     repeated,
 )
@@ -188,7 +188,7 @@ def _begin(trainer: Trainer, options: Options) -> dict[str, Any] | None:
         for line in record_splits(trainer.source.splits, output, manifest=manifest):
             writers.note(line)
         unlabelled = any(phase.unlabelled for phase in trainer.phases)
-        for line in () if snapshot is not None else loading_notes(config):
+        for line in () if snapshot is not None else network_notes(config):
             writers.note(line)
         for line in repeated(trainer.source.splits, trainer.resolved.batches, unlabelled=unlabelled):
             writers.note(line)
