@@ -139,6 +139,12 @@ def labels_alone(root: Path) -> None:
     np.save(root / "test_labels.npy", np.zeros(3, int))
 
 
+def no_training_part(root: Path) -> None:
+    write(root, "arrays", [0, 1])
+    for name in ("images", "labels"):
+        (root / f"{name}.npy").rename(root / f"test_{name}.npy")
+
+
 def both_archives(root: Path) -> None:
     plain = webdataset(root)
     (root / "train.tgz").write_bytes(gzip.compress(plain.read_bytes()))
@@ -157,6 +163,7 @@ def classes(text: str) -> Callable[[Path], None]:
     [
         ("cifar10", no_third_batch, "but not data_batch_3"),
         ("arrays", labels_alone, "test_labels.npy and no test_images.npy"),
+        ("arrays", no_training_part, "holds no images.npy"),
         ("webdataset", both_archives, "both 'train.tar' and 'train.tgz'"),
         ("webdataset", classes("cat\n\ndog\n"), "line 2 is blank"),
         ("webdataset", classes("cat\ndog\ncat\n"), "names class 'cat' twice"),

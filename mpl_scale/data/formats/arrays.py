@@ -49,15 +49,15 @@ class Arrays:
 
     def shards(self, root: Path) -> Sequence[Shard]:
         found = existing(root, [("images.npy", "train"), ("test_images.npy", "test")])
-        if (root / "test_labels.npy").exists() and len(found) == 1:
-            raise ValueError(
-                f"mpl_scale.data.root = '{root}' holds test_labels.npy and no test_images.npy; add it, or remove the "
-                "labels"
-            )
         if not found or found[0].part != "train":
             raise NoShards(
                 f"mpl_scale.data.root = '{root}' holds no images.npy; write uint8 [N, H, W, C] or [N, H, W] there, "
                 "and labels.npy"
+            )
+        if (root / "test_labels.npy").exists() and len(found) == 1:
+            raise ValueError(
+                f"mpl_scale.data.root = '{root}' holds test_labels.npy and no test_images.npy; add it, or remove the "
+                "labels"
             )
         return found
 
