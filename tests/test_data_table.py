@@ -141,15 +141,15 @@ def test_a_table_read_in_pieces_is_that_read_whole(
 def test_a_path_that_stands_there_twice_is_found_pieces_apart(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", 2)
     rows = [f"class{label}/{number}.png,{label},train" for number in range(6) for label in (0, 1)]
-    with pytest.raises(ValueError, match=r"row 13: 'class1/0\.png' stands there twice"):
+    with pytest.raises(ValueError, match=r"line 14: 'class1/0\.png' stands there twice"):
         load(table(root, *rows, "./class1/0.png,1,test", rows[2]))
 
 
 def test_a_table_that_changes_while_it_is_read_is_not_mixed_up(root: Path, tmp_path: Path) -> None:
     """Between the two times that it is read it gains a folder."""
-    path = table(root, "class0/0.png,a") / "table.csv"
+    path = table(root, "class0/0.png,a,") / "table.csv"
     before = summarise(path, read_rows)
-    table(root, "class1/0.png,a", "class0/0.png,b")
+    table(root, "class1/0.png,a,", "class0/0.png,b,")
     with pytest.raises(ValueError, match=r"table\.csv' has changed while it was read; run the same command again"):
         write_listing(tmp_path / "listing", path, read_rows, lambda: before, unchanged=lambda: False)
     assert not (tmp_path / "listing").exists()
@@ -177,14 +177,14 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        (["../x.png,a,"], r"row 1: path '\.\./x\.png' is not below the table's folder"),
-        (["class0/0.png,a,", "/x.png,b,"], r"row 2: path '/x\.png' is not below"),
-        ([",a,"], r"row 1: path '' is not below"),
-        ([",,"], r"row 1: path '' is not below"),
-        (["class0/..,a,"], r"row 1: path 'class0/\.\.' is not below"),
-        (["class0/a\0b.png,a,"], r"row 1: path 'class0/a\0b\.png' is not below"),
-        (["class0/0.png,a,maybe"], r"row 1: split 'maybe' is none of train, training, val"),
-        (["class0/0.png,a,", "class0/../class0/0.png,b,"], r"row 2: 'class0/0\.png' stands there twice"),
+        (["../x.png,a,"], r"line 2: path '\.\./x\.png' is not below the table's folder"),
+        (["class0/0.png,a,", "/x.png,b,"], r"line 3: path '/x\.png' is not below"),
+        ([",a,"], r"line 2: path '' is not below"),
+        ([",,"], r"line 2: path '' is not below"),
+        (["class0/..,a,"], r"line 2: path 'class0/\.\.' is not below"),
+        (["class0/a\0b.png,a,"], r"line 2: path 'class0/a\0b\.png' is not below"),
+        (["class0/0.png,a,maybe"], r"line 2: split 'maybe' is none of train, training, val"),
+        (["class0/0.png,a,", "class0/../class0/0.png,b,"], r"line 3: 'class0/0\.png' stands there twice"),
         (["nowhere/0.png,a,"], r"has no folder 'nowhere', which its table names"),
         ([], r"has no rows; list the images"),
         (["class0/0.png,1.0,", "class1/0.png,0.0,"], r"its labels are numbers such as 0\.0; write them as whole"),
@@ -193,12 +193,29 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path, monkeypatch: pytest.
             r"labels of .*1 label\(s\) cannot be used.*no label",
         ),
         (["class0/0.png,-1,", "class1/0.png,1,"], r"labels start at -1"),
-        (['class0/0.png,"a,'], r"cannot be read: .*; write comma-separated values in UTF-8"),
+        (['class0/0.png,"a,'], r"cannot be read after line 2: .*; write comma-separated values in UTF-8"),
+        (["class0/0.png,a"], r"line 2: 2 value\(s\), where the first line names 3 columns"),
+        (["class0/0,1.png,a,train"], r"line 2: 4 value\(s\), .*comma stands in double quotes"),
+        (["class0/0.png,1,", "class1/0.png,01,"], r"labels '1' and '01' are one number"),
+        (["class0/0.png,0.0,", "class1/0.png,NaN,"], r"numbers such as 0\.0; write them as whole"),
     ],
 )
 def test_rows_that_cannot_be_meant_are_named(root: Path, rows: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(table(root, *rows))
+
+
+@pytest.mark.parametrize("piece", [1, 2, 1 << 16])
+def test_a_row_is_named_by_its_line_whatever_the_pieces(
+    root: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    """Blank lines and values of several lines count; values on the last lines of a piece, too."""
+    monkeypatch.setattr("mpl_scale.data.formats.table.PIECE_ROWS", piece)
+    rows = ["", "class0/0.png,b,", 'class0/1.png,"a', 'c",', "", "", "class1/0.png,d,test,,"]
+    assert load(table(root, *rows)).classes == ("a\nc", "b", "d")
+    for row, message in (("class0/2.png", "1 value"), ("class0/2.png,a,x", "split 'x'"), (rows[1], "stands there twi")):
+        with pytest.raises(ValueError, match=rf"table\.csv', line 9: .*{message}"):
+            load(table(root, *rows, row))
 
 
 def test_a_column_of_other_values_than_classes_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +229,9 @@ def test_a_column_of_other_values_than_classes_is_named(root: Path, monkeypatch:
 def test_columns_and_files_that_are_wrong(root: Path) -> None:
     with pytest.raises(ValueError, match=r"has the columns \['file', 'label'\]; its first line must have path"):
         load(table(root, "class0/0.png,1", columns="file,label"))
+    for name in ("Split", " split"):  # its test images would be trained on
+        with pytest.raises(ValueError, match=rf"has a column '{name}'; write it as 'split'"):
+            load(table(root, "class0/0.png,1,test", columns=f"path,label,{name}"))
     rows = [f"class{label}/{number}.png,{label}" for label in (0, 1) for number in range(7)]
     images = load(table(root, *rows, columns="path,label"), max_bad_fraction=0.5)
     reasons = images.refusals(5)
@@ -225,3 +245,13 @@ def test_columns_and_files_that_are_wrong(root: Path) -> None:
     parquet.write_table(twice, root / "table.parquet")
     with pytest.raises(ValueError, match=r"table\.parquet' has several columns 'path'; remove all but one"):
         load(root)
+
+
+def test_parquet_columns_are_read_as_those_of_csv_or_refused(root: Path) -> None:
+    paths = ["class0/0.png", "class1/0.png", "class1/1.png"]
+    parquet.write_table(pyarrow.table({"path": paths, "label": ["a ", "a", "b"]}), root / "table.parquet")
+    assert load(root).classes == ("a", "b")
+    for labels, kind in (([b"a", b"b", b"b"], "binary"), ([[0], [1], [1]], "list<element: int64>")):
+        parquet.write_table(pyarrow.table({"path": paths, "label": labels}), root / "table.parquet")
+        with pytest.raises(ValueError, match=rf"table\.parquet': column 'label' is {kind}; write text, or whole"):
+            load(root)

@@ -7,6 +7,7 @@ labels by number. Memory holds a piece of the rows.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ SPLITS: dict[str, Part] = {**PARTS, "": "train", "unlabelled": "unlabelled", "un
 _SUSPECTS = 1000  # paths of equal hashes that are compared: one true pair is enough, and hashes rarely lie
 _BLOCK = 1 << 20
 
-_FLOAT = re.compile(r"-?[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?|[0-9]*\.[0-9]+)(e[-+]?[0-9]+)?|nan", re.IGNORECASE)
 
 Row = tuple[str, str, str]
 """Path, label and split as text, "" where there is none."""
@@ -94,6 +95,16 @@ def whole_number(label: str) -> int | None:
     return int(label) if digits.isascii() and digits.isdigit() and len(digits) < 19 else None
 
 
+def row_name(table: Path, number: int) -> str:
+    """How a message names a row, from 1: in a CSV file by the line where it ends."""
+    if table.suffix != ".csv":
+        return f"'{table}', row {number}"
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        lines = (reader.line_num for row in reader if row)  # that of the columns is the first
+        return f"'{table}', line {next(itertools.islice(lines, number, None))}"
+
+
 class _Piece(NamedTuple):
     """Some rows. groups, labels: int32 [n], their numbers; names: of the files."""
 
@@ -150,12 +161,18 @@ class _Numbers:
 
     def _group(self, number: int, path: str, folder: str, name: str, split: str) -> int:
         """The number of a folder and part. ValueError where there can be no such row."""
-        where, normal = f"'{self._table}', row {number}", os.path.normpath(folder or ".")
+        normal = os.path.normpath(folder or ".")
         if normal.startswith("/") or ".." in (*normal.split("/"), name) or name == "." or "\0" in path:
-            raise ValueError(f"{where}: path '{path[:200]}' is not below the table's folder; put the table above it")
+            raise ValueError(
+                f"{row_name(self._table, number)}: path '{path[:200]}' is not below the table's folder; put the table "
+                "above it"
+            )
         part = SPLITS.get(split.lower())
         if part is None:
-            raise ValueError(f"{where}: split '{split[:40]}' is none of {', '.join(filter(None, SPLITS))}; correct it")
+            raise ValueError(
+                f"{row_name(self._table, number)}: split '{split[:40]}' is none of {', '.join(filter(None, SPLITS))}; "
+                "correct it"
+            )
         group = self.groups.setdefault((normal, part), len(self.groups))
         self._as_written[folder, split] = group
         if part == "unlabelled":
@@ -186,13 +203,25 @@ def summarise(table: Path, read: Read) -> Summary:
         raise ValueError(f"'{table}' has no rows; list the images, one a row")
     order = sorted(numbers.groups, key=lambda group: (group[1] == "test", *group))
     read_as = [numbers.groups[group] for group in order]
-    texts = list(numbers.labels)[1:]
-    if any(whole_number(text) is None for text in texts) and all(map(_FLOAT.fullmatch, texts)):
-        raise ValueError(
-            f"'{table}': its labels are numbers such as {min(texts)}; write them as whole numbers, or names"
-        )
+    _refuse_numbers(table, list(numbers.labels)[1:])
     groups = [Group(*group, int(rows[at]), int(size[at])) for group, at in zip(order, read_as, strict=True)]
     return Summary(groups, read_as, list(numbers.labels))
+
+
+def _refuse_numbers(table: Path, texts: Sequence[str]) -> None:
+    """ValueError where labels are numbers, but not whole ones, or where two are one number."""
+    others = [text for text in texts if whole_number(text) is None]
+    if others and all(map(_NUMBER.fullmatch, texts)):
+        raise ValueError(
+            f"'{table}': its labels are numbers such as {min(others)}; write them as whole numbers, or names"
+        )
+    seen: dict[int | None, str] = {}
+    twice = next((text for text in texts if seen.setdefault(whole_number(text), text) != text), None)
+    if not others and twice is not None:
+        raise ValueError(
+            f"'{table}': labels '{seen[whole_number(twice)]}' and '{twice}' are one number; write it in one way, or "
+            "names if they are two classes"
+        )
 
 
 def read_summary(folder: Path) -> Summary:
@@ -306,5 +335,5 @@ def _refuse_twice(hashes: np.ndarray, table: Path, read: Read) -> None:
         for row in np.flatnonzero(np.isin(_hashes(piece, groups), wanted)).tolist():
             path = str(PurePosixPath(groups[piece.groups[row]][0], piece.names[row]))
             if path in seen:
-                raise ValueError(f"'{table}', row {first + row}: '{path}' stands there twice; remove one")
+                raise ValueError(f"{row_name(table, first + row)}: '{path}' stands there twice; remove one")
             seen.add(path)

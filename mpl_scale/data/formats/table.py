@@ -20,6 +20,7 @@ from mpl_scale.data.formats.listing import (
     Row,
     Summary,
     read_summary,
+    row_name,
     summarise,
     whole_number,
     write_listing,
@@ -150,39 +151,66 @@ def read_rows(path: Path) -> Iterator[Sequence[Row]]:
 
 
 def _csv_rows(path: Path) -> Iterator[Sequence[Row]]:
+    first = 1  # row of a piece
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             columns = next(reader, [])
+            _refuse_misspelt(path, columns)
             if "path" not in columns or any(columns.count(name) > 1 for name in _COLUMNS):
                 raise ValueError(
                     f"'{path}' has the columns {columns}; its first line must have path, label, split once"
                 )
             # A column that is not there is the empty one behind the last.
             image, label, split = (columns.index(name) if name in columns else len(columns) for name in _COLUMNS)
-            filled = [""] * (len(columns) + 1)
+            count = len(columns)
             while piece := list(itertools.islice(reader, PIECE_ROWS)):
-                rows = [row + filled[len(row) :] for row in piece if row]
+                rows = list(filter(None, piece))
+                wrong = next((at for at, row in enumerate(rows) if len(row) < count or any(row[count:])), None)
+                if wrong is not None:
+                    raise ValueError(
+                        f"{row_name(path, first + wrong)}: {len(rows[wrong])} value(s), where the first line names "
+                        f"{count} columns; correct it (a value with a comma stands in double quotes)"
+                    )
+                for row in rows:
+                    row[count:] = [""]
                 yield [(row[image], row[label].strip(), row[split].strip()) for row in rows]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"'{path}' cannot be read: {error}; write comma-separated values in UTF-8") from error
+                first += len(rows)
+    except OSError as error:
+        raise ValueError(f"'{path}' cannot be read: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        where = "" if reader.line_num == 0 else f" after line {reader.line_num}"
+        raise ValueError(f"'{path}' cannot be read{where}: {error}; write comma-separated values in UTF-8") from error
+
+
+def _refuse_misspelt(path: Path, columns: Sequence[str]) -> None:
+    """ValueError where a column would be one of ours but for spaces and capitals."""
+    for name in columns:
+        meant = name.strip().lower()
+        if meant != name and meant in _COLUMNS:
+            raise ValueError(f"'{path}' has a column '{name}'; write it as '{meant}', or rename it if it is not meant")
 
 
 def _parquet_rows(path: Path) -> Iterator[Sequence[Row]]:
     require_packages([(f"the table '{path}'", "pyarrow")])
-    from pyarrow import ArrowException
+    from pyarrow import ArrowException, types
     from pyarrow.parquet import ParquetFile
 
     try:
         # Without pre_buffer and with a buffer, a row group is not held as a whole.
         with ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
             names = file.schema_arrow.names
+            _refuse_misspelt(path, names)
             columns = [column for column in _COLUMNS if column in names]
             if "path" not in columns:
                 raise NoShards(f"'{path}' holds no column 'path'")
             doubled = next((column for column in columns if names.count(column) > 1), None)
             if doubled is not None:
                 raise ValueError(f"'{path}' has several columns '{doubled}'; remove all but one")
+            for column in columns:
+                kind = file.schema_arrow.field(column).type
+                if types.is_nested(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+                    raise ValueError(f"'{path}': column '{column}' is {str(kind)[:200]}; write text, or whole numbers")
             for batch in file.iter_batches(PIECE_ROWS, columns=columns, use_threads=False):
                 texts = [
                     ["" if value is None else str(value) for value in batch.column(column).to_pylist()]
@@ -190,6 +218,6 @@ def _parquet_rows(path: Path) -> Iterator[Sequence[Row]]:
                     else [""] * len(batch)
                     for column in _COLUMNS
                 ]
-                yield list(zip(*texts, strict=True))
+                yield [(image, label.strip(), split.strip()) for image, label, split in zip(*texts, strict=True)]
     except (OSError, ArrowException) as error:
         raise ValueError(f"'{path}' cannot be read: {error}") from error
