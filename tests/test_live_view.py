@@ -240,3 +240,11 @@ def test_the_drop_of_the_labelled_loss_is_measured_and_changes_nothing(tmp_path:
     assert named(rows["on"], without="labelled_loss_drop") == rows["off"]
     assert rows["on"][0]["labelled_loss_drop"] == rows["h"][0]["labelled_loss_drop"]  # from the same networks
     assert [row["labelled_loss_drop"] for row in rows["h"]] == [row["feedback"] for row in rows["h"]]
+
+
+@pytest.mark.parametrize(("channels", "shown"), [(1, (9, 9, 9)), (2, (9, 9, 9)), (3, (9, 8, 7)), (5, (9, 8, 7))])
+def test_views_of_any_number_of_channels_have_a_picture(channels: int, shown: tuple[int, int, int]) -> None:
+    view = np.broadcast_to(np.arange(9, 9 - channels, -1, dtype=np.uint8)[:, None, None], (channels, 8, 8))
+    names = ["two\nlines", "\x07 \udcff \u65e5", "i" * 1_000_000]  # the last is cut at once, not sign by sign
+    page = np.asarray(draw_grid([Labelled(view, view, name, 0.5) for name in names], title=""))
+    assert (page == np.array(shown, np.uint8)).all(-1).sum() == 2 * len(names) * 64 * 64

@@ -16,7 +16,7 @@ _INK, _RIGHT, _WRONG = (30, 30, 30), (20, 120, 40), (180, 30, 30)
 
 @dataclass(frozen=True)
 class Labelled:
-    """One image. weak, strong: its views, uint8 [C, H, W], C 1 or 3. label, truth: names of classes, truth where known.
+    """One image. weak, strong: its views, uint8 [C, H, W]. label, truth: names of classes, truth where known.
 
     confidence: of the label. right: whether it is the truth.
     """
@@ -62,7 +62,8 @@ def _side(pixels: int) -> int:
 
 
 def _picture(view: np.ndarray, side: int) -> Image.Image:
-    """A view, RGB, side by side pixels."""
+    """A view, RGB, side by side pixels; of many channels the first three, of two the first."""
+    view = view[: 3 if len(view) >= 3 else 1]
     pixels = np.ascontiguousarray(np.broadcast_to(view, (3, *view.shape[1:])).transpose(1, 2, 0))
     enlarged = side >= view.shape[-1]
     return Image.fromarray(pixels).resize((side, side), Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
@@ -70,7 +71,8 @@ def _picture(view: np.ndarray, side: int) -> Image.Image:
 
 def _fitting(text: str, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> str:
     """As much of a name as there is room for. What the font cannot draw is a question mark."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
+    text = "".join(sign if sign.isprintable() else "?" for sign in text.encode("latin-1", "replace").decode("latin-1"))
+    text = text[:_TEXT]  # no sign is narrower than a pixel
     if font.getlength(text) <= _TEXT:
         return text
     while text and font.getlength(f"{text}...") > _TEXT:
