@@ -235,6 +235,9 @@ def test_the_benchmarks_files_give_the_figures_of_the_paper() -> None:
         ("run/config.json", "{'", "config.json: cannot be read as JSON"),
         ("run/metrics.jsonl", None, "metrics.jsonl: no such file; the run has not begun"),
         ("run/metrics.jsonl", "nonsense\n", "metrics.jsonl, line 1: 'nonsense' is not a line of metrics"),
+        ("run/metrics.jsonl", '{"global_step": 1, "h": "x"}\n', "metrics.jsonl, line 1: h = 'x' is no value of it"),
+        ("run/metrics.jsonl", '{"global_step": 1, "h": NaN}\n', "metrics.jsonl, line 1: h = 'nan' is no value of it"),
+        ("run/metrics.jsonl", '{"global_step": 1, "step": "1"}\n', "line 1: step = '1' is no value of it"),
         ("run/summary.json", "{", "summary.json: cannot be read as JSON"),
         ("run/summary.json", '{"steps": 1}', "summary.json: no 'results'"),
         (

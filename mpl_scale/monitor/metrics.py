@@ -90,10 +90,24 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     for number, text in enumerate(lines[:-1], start=1):  # what follows the last line end is "" or a half-written line
         try:
             line = json.loads(text)
-            line["global_step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: {text[:60]!r} is not a line of metrics; delete it") from error
+        except ValueError:
+            line = None
+        if not isinstance(line, dict) or not _possible("global_step", line.get("global_step")):
+            raise ValueError(f"{path}, line {number}: {text[:60]!r} is not a line of metrics; delete it")
+        wrong = next((name for name, value in line.items() if not _possible(name, value)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{path}, line {number}: {wrong} = {str(line[wrong])[:60]!r} is no value of it; delete the line"
+            )
         yield line
+
+
+def _possible(name: str, value: Any) -> bool:
+    """Whether a line may hold that: words, counts, and finite numbers or null."""
+    if name in ("phase", "part"):
+        return isinstance(value, str)
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return number or (value is None and name not in ("global_step", "step"))
 
 
 def _finite(value: Any) -> Any:
