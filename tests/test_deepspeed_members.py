@@ -27,7 +27,7 @@ WRITTEN_FOR = "0.19.8"
 SOURCES = sorted(Path(__file__).parents[1].glob("mpl_scale/engine/deepspeed_*.py"))
 OWNERS = {"wrapper": "wrapper", "engine": "engine", "_engine": "engine", "weight": "weight"}
 """Names in the source that stand for DeepSpeed's optimiser, its engine, and a parameter at stage 3."""
-TORCHS = {"numel", "shape", "grad", "data", "data_ptr", "element_size"}
+TORCHS = {"numel", "shape", "grad", "requires_grad", "data", "data_ptr", "element_size"}
 """Members of a parameter that are torch's."""
 
 Shape = Callable[[Any], bool]

@@ -9,7 +9,7 @@ from typing import Any, Self
 
 from mpl_scale.config.schema import GuardConfig
 from mpl_scale.engine.graph import StepRunner
-from mpl_scale.mpl import State
+from mpl_scale.mpl import PseudoLabels, State
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.trainer.clock import Clock
 from mpl_scale.trainer.data_source import DataSource, batch_ids
@@ -63,7 +63,10 @@ class PhaseRun:
         self.data_offset = self.rewinds = 0
         self.watch = None if guard.rewind is None else LossWatch(guard.rewind, step=step)
         self.skipping = SkipNonfinite(phase.method.step, state) if guard.nonfinite == "skip" else None
-        self.tally = None if state.noted is None else LabelTally(state.noted, source.splits, source.mesh)
+        self.tally = None
+        if phase.unlabelled:
+            state.noted = PseudoLabels(phase.unlabelled // source.mesh.data, device=source.mesh.device)
+            self.tally = LabelTally(state.noted, source.splits, source.mesh)
         self.clock = Clock()
         self._source = source
 

@@ -29,7 +29,6 @@ from mpl_scale.mpl import (
     Method,
     MovingAverage,
     Network,
-    PseudoLabels,
     Schedules,
     State,
 )
@@ -175,7 +174,6 @@ def build_state(
         loss_buffers={name: buffer.to(mesh.device) for name, buffer in kept.items()},
         data_ranks=mesh.data,
         measure_drop=config.logging.labelled_loss_drop and not FEEDBACK_RULES[feedback.rule].measures_drop,
-        noted=PseudoLabels(phase.unlabelled // mesh.data, device=mesh.device) if phase.unlabelled else None,
     )
 
 
