@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -41,6 +42,45 @@ def test_init_writes_the_same_configuration_in_one_file(
     capsys.readouterr()
     assert main(["init", name, "--output", str(output)]) == 2
     assert "is there already; name another, or remove it" in capsys.readouterr().err
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, *answers: object) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in answers)))
+
+
+def test_answers_are_settings_and_wrong_ones_are_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("own/cat", "own/dog", "own/fox", "more"):
+        (tmp_path / folder).mkdir(parents=True)
+    answer(monkeypatch, tmp_path / "own", tmp_path / "none", tmp_path / "more", "", "x", 32, 0)
+    assert main(["init", "digits", "--ask", "--output", str(tmp_path / "mine.json")]) == 0
+    found = load_config(tmp_path / "mine.json").mpl
+    assert (found.data.labelled, found.data.unlabelled) == (str(tmp_path / "own"), str(tmp_path / "more"))
+    assert (found.model.num_classes, found.model.image_size) == (3, 32)
+    assert found.paper == "none: own images, from digits"
+    said = capsys.readouterr().out
+    assert "none is no folder" in said
+    assert "'x' is no whole number from 1" in said
+
+
+def test_the_planner_cuts_what_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, "", "", "", 4, "h1", "h100-80")
+    output = tmp_path / "mine.json"
+    assert main(["init", "imagenet10_resnet50", "--ask", "--output", str(output)]) == 0
+    plan = ["plan", "--ds_config", str(DIGITS.parent / "imagenet10_resnet50.json"), "--gpus", "4", "--gpu", "h100-80"]
+    assert main([*plan, "--output", str(tmp_path / "planned.json")]) == 0
+    assert load_config(output).resolved() == load_config(tmp_path / "planned.json").resolved()
+    assert "RANKS:-4" in output.with_suffix(".sh").read_text()
+
+
+def test_answers_that_end_write_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(monkeypatch, "")
+    assert main(["init", "digits", "--ask", "--output", str(tmp_path / "mine.json")]) == 2
+    assert "no answer to 'number of classes'; give the settings by --set instead" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

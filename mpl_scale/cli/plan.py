@@ -53,16 +53,10 @@ def _run(options: argparse.Namespace) -> int:
         raise ValueError(f"--plot {options.plot}: there is a plot of --sweep only; add --sweep FROM TO")
     if options.nodes is not None and options.gpus % options.nodes:
         raise ValueError(f"--nodes {options.nodes} does not divide --gpus {options.gpus}; use a divisor")
-    # torch and timm: seconds
-    from mpl_scale.resolve import choose_kernels
-    from mpl_scale.trainer.preflight import check_names
-
-    check_names(run)
     cpu = options.gpu == "cpu"
     per_node = options.gpus // options.nodes if options.nodes else options.gpus if cpu else None
     machine = make_machine(options.gpu, calibration=options.calibration, per_node=per_node)
-    kernels, _ = choose_kernels(run.mpl.parallel, "cpu" if machine.device.cpu else "cuda")
-    job = main_job(make_jobs(run, _whole(run), kernels=kernels))
+    job = job_of(run, machine)
     if options.paper:
         _print(_paper(job))
     elif options.sweep is not None:
@@ -70,6 +64,21 @@ def _run(options: argparse.Namespace) -> int:
     else:
         _plan(run, job, machine, options)
     return 0
+
+
+def job_of(run: RunConfig, machine: Machine) -> Job:
+    """What a run's main phase asks of devices of this kind.
+
+    Raises:
+        ValueError: a name of the configuration is not known, or its batch is none to divide.
+    """
+    # torch and timm: seconds
+    from mpl_scale.resolve import choose_kernels
+    from mpl_scale.trainer.preflight import check_names
+
+    check_names(run)
+    kernels, _ = choose_kernels(run.mpl.parallel, "cpu" if machine.device.cpu else "cuda")
+    return main_job(make_jobs(run, _whole(run), kernels=kernels))
 
 
 def _whole(run: RunConfig) -> Batches:
