@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 from mpl_scale.augment import StrongView
@@ -16,11 +15,10 @@ from mpl_scale.augment.registry import OF_ANY_CHANNELS
 from mpl_scale.cli.main import main
 from mpl_scale.config import RunConfig, load_config
 from mpl_scale.config.schema import DataConfig, StrongConfig
-from mpl_scale.inference.evaluate import EvaluateOptions, evaluate
-from mpl_scale.inference.scoring import StoredNetwork
 from mpl_scale.trainer.prepare import Options, train
 from tests.support import mini_imagenet as mini
 from tests.support.batches import data_rank, splits_of, take, train_loader
+from tests.support.channels import from_arrays_to_timm
 from tests.support.configs import tiny, write
 
 OPERATIONS = ["rotate", "shear_x", "translate_y", "cutout", "posterize"]
@@ -105,22 +103,9 @@ def config_of(folder: Path, root: str, **data: Any) -> RunConfig:
 
 
 def test_a_run_from_arrays_to_timm(roots: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Checked, trained, evaluated, exported; from files and resident alike."""
-    run, output = config_of(tmp_path, roots[0]), tmp_path / "run"
-    assert main(["check", "--ds_config", str(run.path), "--device", "cpu"]) == 0
-    summary = train(run, Options(output, max_steps=2))
-    assert summary is not None
-    files = load_config(run.path, overrides=["mpl_scale.data.resident=off"])
-    assert train(files, Options(tmp_path / "files", max_steps=2))["results"] == summary["results"]
-    (checkpoint,) = (output / "checkpoints").glob("step_*6")
-    found = evaluate(EvaluateOptions(StoredNetwork(checkpoint, "student"), tmp_path / "evaluated"))
-    assert found["top1"] == pytest.approx(summary["results"]["finetuned"]["top1"])
-    assert main(["export", str(output), "--network", "student", "--output", str(tmp_path / "exported")]) == 0
-    assert main(["predict", str(output), roots[0], "--output", str(tmp_path / "predictions.csv")]) == 2
+    from_arrays_to_timm(config_of(tmp_path, roots[0]), tmp_path)
+    assert main(["predict", str(tmp_path / "run"), roots[0], "--output", str(tmp_path / "predictions.csv")]) == 2
     assert "image files have 1 or 3 channels; mpl-scale evaluate --data takes arrays" in capfd.readouterr().err
-    hub = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True).eval()
-    assert hub(torch.randn(2, 6, 32, 32)).shape == (2, 6)
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]["input_size"][0] == 6
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "6-channel images of 32 x 32" in card
     assert "PIL" not in card

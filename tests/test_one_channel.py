@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 
-from mpl_scale.cli.main import main
 from mpl_scale.config import RunConfig, check, load_config
 from mpl_scale.config.schema import DataConfig, StrongConfig
 from mpl_scale.data import load_images, make_splits
 from mpl_scale.data.decode.pipeline import grey_of
-from mpl_scale.inference.evaluate import EvaluateOptions, evaluate
-from mpl_scale.inference.scoring import StoredNetwork
 from mpl_scale.trainer.preflight import check_models
-from mpl_scale.trainer.prepare import Options, train
 from tests.support import mini_imagenet as mini
 from tests.support.batches import data_rank, take, train_loader
+from tests.support.channels import from_arrays_to_timm
 from tests.support.configs import tiny, write
 
 GREY = {"mean": [0.5], "std": [0.25]}
@@ -108,21 +103,8 @@ def test_networks_take_one_channel_on_any_width(arrays: Path, tmp_path: Path, na
 
 
 def test_a_grey_run_from_arrays_to_timm(arrays: Path, tmp_path: Path) -> None:
-    """Checked, trained, evaluated, exported; from files and resident alike."""
     network = {"name": "test_efficientnet"}
-    run, output = config_of(tmp_path, arrays, teacher=network, student=network), tmp_path / "run"
-    assert main(["check", "--ds_config", str(run.path), "--device", "cpu"]) == 0
-    summary = train(run, Options(output, max_steps=2))
-    assert summary is not None
-    files = load_config(run.path, overrides=["mpl_scale.data.resident=off"])
-    assert train(files, Options(tmp_path / "files", max_steps=2))["results"] == summary["results"]
-    (checkpoint,) = (output / "checkpoints").glob("step_*6")
-    found = evaluate(EvaluateOptions(StoredNetwork(checkpoint, "student"), tmp_path / "evaluated"))
-    assert found["top1"] == pytest.approx(summary["results"]["finetuned"]["top1"])
-    assert main(["export", str(output), "--network", "student", "--output", str(tmp_path / "exported")]) == 0
-    hub = timm.create_model(f"local-dir:{tmp_path / 'exported'}", pretrained=True).eval()
-    assert hub(torch.randn(2, 1, 32, 32)).shape == (2, 6)
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["pretrained_cfg"]["input_size"][0] == 1
+    from_arrays_to_timm(config_of(tmp_path, arrays, teacher=network, student=network), tmp_path)
 
 
 @pytest.mark.parametrize(
