@@ -53,6 +53,11 @@ def load_and_check(tmp_path: Path, overrides: list[str], world: int = 2, **top_l
             ["mpl_scale.parallel.width=2", "mpl_scale.model.image_size=1"],
             r"parallel.width = 2 ranks for mpl_scale.model.image_size = 1 columns",
         ),
+        (
+            ["mpl_scale.parallel.recompute=full"],
+            r"mpl_scale.parallel.recompute = 'full': input should be 'none', .*k'$",
+        ),
+        (['mpl_scale.parallel.recompute=["x"]'], r"mpl_scale.parallel.recompute.0 = 'x': input should be 'none'"),
         (["mpl_scale.parallel.halo=wide"], r"mpl_scale.parallel.halo = 'wide': input should be 'plain' or"),
         (["mpl_scale.parallel.shard_size=4"], r"shard_size = 4 does not divide the 2 ranks"),
         (

@@ -13,7 +13,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -246,10 +246,25 @@ def _section_type(annotation: Any) -> type[BaseModel] | None:
     return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
 
 
+def _field_path(place: Sequence[int | str]) -> Iterator[str]:
+    """The names of fields and the numbers of elements; pydantic also names the types that a field may have."""
+    section: type[BaseModel] | None = Config
+    for part in place:
+        if section is not None and part in section.model_fields:
+            section = _section_type(section.model_fields[str(part)].annotation)
+            yield str(part)
+        elif isinstance(part, int):
+            yield str(part)
+
+
 def _first_error(error: ValidationError) -> str:
-    first, *others = error.errors()
-    where = ".".join(str(part) for part in (SECTION, *first["loc"]))
-    more = f" (and {len(others)} more)" if others else ""
+    by_field: dict[tuple[str, ...], list[Any]] = {}
+    for found in error.errors():
+        field = tuple(name for name in _field_path(found["loc"]) if not name.isdigit())
+        by_field.setdefault(field, []).append(found)
+    first = max(next(iter(by_field.values())), key=lambda found: len(found["loc"]))  # of several types, the nearest
+    where = ".".join((SECTION, *_field_path(first["loc"])))
+    more = f" (and {len(by_field) - 1} more)" if len(by_field) > 1 else ""
     if first["type"] == "missing":
         return f"{where} is missing; it has no default{more}"
     value = repr(first["input"])
