@@ -16,7 +16,7 @@ from mpl_scale.models import build_model
 from mpl_scale.models.frozen import freeze
 from mpl_scale.models.layers import convert
 from mpl_scale.models.passes import Passes
-from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, PseudoLabels, Schedules, State
+from mpl_scale.mpl import METHODS, Baseline, MovingAverage, Network, Schedules, State
 from mpl_scale.types import Batch
 from tests.support.reference import Settings, Trace, make_batches, make_net
 
@@ -76,7 +76,6 @@ def make_state(s: Settings, teacher: Network, student: Network, mesh: Mesh, step
         deferred_teacher=s.deferred,
         forward_mode=True,
         measure_drop=True,
-        noted=PseudoLabels(s.unlabelled // mesh.data, device=mesh.device),
     )
 
 
