@@ -21,7 +21,7 @@ from mpl_scale.engine.graph import StepRunner
 from mpl_scale.engine.recompute import apply_recompute
 from mpl_scale.mesh import build_mesh
 from mpl_scale.models import build_model
-from mpl_scale.mpl import LOSSES, METHODS, State
+from mpl_scale.mpl import LOSSES, METHODS, PseudoLabels, State
 from mpl_scale.mpl.skipping import SkipNonfinite
 from mpl_scale.spatial import input_columns, parallelize
 from tests.support.dispatch import HostReads
@@ -51,6 +51,7 @@ def count_host_reads(method: str, rule: str, skipping: bool = False) -> tuple[Co
     s, mesh = Settings(), build_mesh(device=torch.device("cpu"))
     networks = [make_network(seed, s, torch.float32, width, "flat", {}, mesh) for seed, width in ((1, 6), (2, 5))]
     state = make_state(s, *networks, mesh)
+    state.noted = PseudoLabels(s.unlabelled // mesh.data, device=mesh.device)
     labels = "soft" if rule == "soft_exact" else "sampled"
     feedback = FeedbackConfig(rule=rule)
     state.method = state.method.model_copy(update={"feedback": feedback, "pseudo_labels": labels})
