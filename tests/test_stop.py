@@ -50,7 +50,7 @@ def test_sigterm_while_a_checkpoint_is_written(
 ) -> None:
     """The write is finished, the state saved, and the run continues from it to the end."""
     raw, out = tiny(), tmp_path / "out"
-    raw["mpl_scale"]["phases"] = {"train": {"steps": 4}}
+    raw["mpl_scale"]["phases"] = {"train": {"steps": 24}}  # what writes in the background may be many steps late
     config = write(tmp_path, raw)
     settings = ("parallel.engine=flat", "checkpoint.every=2", f"checkpoint.asynchronous={asynchronous}")
     command = ["train", "--ds_config", config, "--output", str(out)]
