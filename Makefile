@@ -33,7 +33,7 @@ $(BIN)/.installed: setup.py
 install: $(BIN)/.installed  ## install everything into .venv
 
 quickstart: install  ## supervised, UDA, MPL with and without feedback, finetuned: on real digits, two ranks, ZeRO-2
-	@echo "Five methods on 1,797 real digits, 500 steps each, on two ranks; some 3 minutes on two cores. Starting DeepSpeed."
+	@echo "Five methods on 1,797 real digits, 500 steps each, on two ranks; some 4 minutes on two cores. Starting DeepSpeed."
 	PATH="$(CURDIR)/$(BIN):$$PATH" DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 $(BIN)/deepspeed --num_accelerators 2 benchmarks/methods.py \
 		--ds_config ds_configs/digits.json --output runs/quickstart --set mpl_scale.phases.train.steps=500 $(OPTIONS)
 
