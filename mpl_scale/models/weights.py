@@ -221,7 +221,7 @@ def _adapted_shapes(stored: Shapes, network: NetworkConfig, shared: ModelConfig,
     try:
         empty = {key: torch.empty(shape, device="meta") for key, shape in stored.items()}
         found = adapt(empty, network, shared, field=field, device="meta")
-    except Exception:
+    except Exception:  # of any kind, from timm's filters: with the values the same error comes again, or none
         with safe_open(weights_file(network, field=field), framework="pt") as file:
             found = _adapted(file, network, shared, field=field)
     return {key: tuple(tensor.shape) for key, tensor in found.items()}
